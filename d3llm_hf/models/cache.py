@@ -1,0 +1,80 @@
+"""A key/value cache addressed by absolute position, so that any slots of the canvas can be recomputed in place."""
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer in a preallocated buffer `(B, H, length, D)`; slot i belongs to canvas slot i."""
+
+    is_compileable = True
+
+    def __init__(self, cache: "SlotCache"):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocates the buffers; heads, dtype and device are known only now."""
+        batch, heads, _, width = key_states.shape
+        self.keys = key_states.new_zeros(batch, heads, self.cache.length, width)
+        self.values = value_states.new_zeros(batch, heads, self.cache.length, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Overwrites the slots that the forward recomputes, and returns the whole buffer to attend to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        slots = self.cache.slots
+        if isinstance(slots, slice):
+            self.keys[:, :, slots] = key_states
+            self.values[:, :, slots] = value_states
+        else:
+            index = slots[:, None, :, None]
+            self.keys.scatter_(2, index.expand_as(key_states), key_states)
+            self.values.scatter_(2, index.expand_as(value_states), value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.length
+
+    def get_max_length(self) -> int:
+        return self.cache.length
+
+
+class SlotCache(Cache):
+    """The refreshable cache of bidirectional decoding.
+
+    A forward overwrites the slots given to [`at`] and attends to every slot, so each position is attended exactly
+    once: by the keys of this forward where it is recomputed, by older ones where it is not. The five verbs that
+    decoding needs are choices of slots: *peek* recomputes a window again and again, *commit* is a later window that
+    starts further right, *scatter* any slots, *refresh* all slots, *crop* a later window that starts further left.
+
+    Args:
+        num_layers (`int`): attention layers of the model.
+        length (`int`): slots, the width of the canvas.
+    """
+
+    def __init__(self, num_layers: int, length: int):
+        self.length = length
+        self.slots: slice | torch.Tensor = slice(0, length)
+        super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
+
+    def at(self, slots: slice | torch.Tensor) -> "SlotCache":
+        """Names the slots of the next forward's tokens: a slice that all rows share, or a `(B, Q)` index.
+
+        A slot may occur twice in a row when it holds the same token both times (a window padded with its first slot).
+        """
+        self.slots = slots
+        return self
+
+    def select_rows(self, keep: torch.Tensor) -> None:
+        """Keeps the rows with the `(B',)` indices `keep`."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[keep], layer.values[keep]
+
+
+__all__ = ["SlotCache", "SlotLayer"]

@@ -1,0 +1,149 @@
+"""Configuration of LLaDA and its students, under the keys of the official checkpoints."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+# Keys of the official config that describe variants which no released LLaDA uses, with the value that is implemented.
+_ONLY_VARIANT = {
+    "activation_type": "silu",
+    "alibi": False,
+    "attention_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "embedding_dropout": 0.0,
+    "include_bias": False,
+    "input_emb_norm": False,
+    "is_causal": False,
+    "layer_norm_type": "rms",
+    "multi_query_attention": False,
+    "residual_dropout": 0.0,
+    "rope": True,
+    "scale_logits": False,
+}
+
+
+@strict
+class LLaDAConfig(PreTrainedConfig):
+    r"""Configuration of a [`LLaDAModelLM`], a bidirectional Llama-like masked diffusion language model.
+
+    The field names are those of `GSAI-ML/LLaDA-8B-Instruct`; transformers' usual names (`hidden_size`,
+    `num_attention_heads`, ...) work as aliases. Keys of the official config that describe variants which no released
+    checkpoint uses (`alibi`, `block_type`, ...) are kept, and refused when they ask for such a variant. All other
+    keys of a config.json are kept too, and saved again.
+
+    Args:
+        vocab_size (`int`): rows of the embedding and of the head. Raised to `embedding_size` where that is larger.
+        d_model (`int`): width of the residual stream.
+        n_layers (`int`): number of blocks.
+        n_heads (`int`): attention heads; must divide `d_model`.
+        n_kv_heads (`int`, *optional*): key/value heads, `n_heads` when unset.
+        mlp_hidden_size (`int`, *optional*): width of the gated MLP, `mlp_ratio * d_model` when unset.
+        max_sequence_length (`int`): longest sequence (prompt and answer) the model was trained for.
+        rope_theta (`float`): base of the rotary frequencies; follows `rope_parameters` where that is given.
+        rms_norm_eps (`float`): epsilon of the norms.
+        weight_tying (`bool`): whether the head shares the embedding's weight.
+        include_qkv_bias (`bool`): biases on the q, k, v projections.
+        mask_token_id (`int`): the token that stands for an undecided position.
+
+    Raises:
+        StrictDataclassClassValidationError: (caused by a `ValueError`) for a variant of the architecture that is not
+            implemented, or sizes that do not fit together.
+    """
+
+    model_type = "llada"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "num_hidden_layers": "n_layers",
+        "intermediate_size": "mlp_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+        "tie_word_embeddings": "weight_tying",
+        "initializer_range": "init_std",
+    }
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 126464
+    embedding_size: int | None = None
+    d_model: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    mlp_hidden_size: int | None = None
+    mlp_ratio: int | float = 4
+    max_sequence_length: int = 4096
+    rope_theta: float | int = 500000.0
+    rope_parameters: dict | None = None
+    rms_norm_eps: float = 1e-5
+    weight_tying: bool = False
+    include_bias: bool = False
+    include_qkv_bias: bool = False
+    attention_dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+    residual_dropout: float | int = 0.0
+    init_std: float = 0.02
+    activation_type: str = "silu"
+    block_type: str = "llama"
+    layer_norm_type: str = "rms"
+    alibi: bool = False
+    scale_logits: bool = False
+    attention_layer_norm: bool = False
+    input_emb_norm: bool = False
+    rope: bool = True
+    use_cache: bool = False
+    is_causal: bool = False
+    mask_token_id: int | None = 126336
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 126081
+    pad_token_id: int | None = 126081
+
+    def __post_init__(self, **kwargs):
+        if self.n_kv_heads is None:
+            self.n_kv_heads = self.n_heads
+        if self.mlp_hidden_size is None:
+            self.mlp_hidden_size = int(self.mlp_ratio * self.d_model)
+        if self.embedding_size is not None and self.embedding_size > self.vocab_size:
+            self.vocab_size = self.embedding_size
+        super().__post_init__(**kwargs)
+        self.rope_theta = self.rope_parameters["rope_theta"]  # the key that engines of the official code read
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+    def validate_architecture(self):
+        """Part of `@strict`'s validation: refuses what the modelling code does not implement."""
+        for name, implemented in _ONLY_VARIANT.items():
+            value = getattr(self, name, None)
+            if value not in (None, implemented):
+                raise ValueError(
+                    f"`{name}` must be {implemented!r} (got {value!r}): no released LLaDA uses another value, and it "
+                    "is not implemented. Remove the key from config.json if the checkpoint does not need it."
+                )
+        if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                "`d_model` must be a multiple of `n_heads`, and `n_heads` of `n_kv_heads` "
+                f"(got d_model={self.d_model}, n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}). "
+                "Correct config.json."
+            )
+
+
+__all__ = ["LLaDAConfig"]

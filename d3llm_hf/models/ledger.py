@@ -1,0 +1,128 @@
+"""What leaves the decoding loop: finished rows, their counts, streamed text, and rows that a criterion stops."""
+
+import torch
+from transformers.generation import StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from .canvas import Canvas
+from .decoding import State, first_true
+
+
+class Ledger:
+    """Collects the rows of a batch as they end, in the order in which they came.
+
+    Args:
+        canvas, state: of the whole batch, before the first forward.
+        shown (`(B, P')`): the prompt as the caller passed it; criteria see it before the answer.
+        stop_ids (`(S,)`, *optional*): the stop tokens.
+        criteria: transformers' stopping criteria. Length and stop tokens are the loop's own affair; all others are
+            asked row by row, token by token of the decided prefix, as if it had been written left to right.
+        streamer: gets `put` for the decided prefix, `put_draft` (where it has one) for the rest, `end`.
+    """
+
+    def __init__(
+        self,
+        canvas: Canvas,
+        state: State,
+        shown: torch.Tensor,
+        stop_ids: torch.Tensor | None,
+        criteria: StoppingCriteriaList,
+        streamer,
+    ):
+        self.shown, self.stop_ids, self.streamer = shown, stop_ids, streamer
+        self.fill_token_id = canvas.fill_token_id
+        self.criteria = StoppingCriteriaList(
+            c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))
+        )
+        if self.criteria and self.fill_token_id is None:
+            raise ValueError(
+                "`pad_token_id` must be set when a stopping criterion can end a row early (got None). Pass it to "
+                "`generate` or set it in the generation config."
+            )
+        if streamer is not None and canvas.batch > 1:
+            raise ValueError(
+                f"`streamer` needs a batch of one row (got {canvas.batch}). Generate row by row, or without it."
+            )
+        self.tokens = state.tokens.clone()
+        self.step_map = state.step_map.clone()
+        self.length = torch.full_like(state.rows, canvas.new_length)  # columns that a criterion leaves
+        self.forwards, self.reference, self.computed = (torch.zeros_like(state.rows) for _ in range(3))
+        self.prefix = [0] * canvas.batch
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Ends the stream whatever happened, so that nobody waits for more text."""
+        if self.streamer is not None:
+            self.streamer.end()
+
+    def leave(
+        self, state: State, canvas: Canvas, done: torch.Tensor, filled: torch.Tensor, broken: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Books a step and takes out the rows that ended in it.
+
+        Args:
+            done, filled, broken (`(B,)` bool): finished rows; rows with undecided positions before the fill behind a
+                stop token; rows whose logits were not finite.
+
+        Returns:
+            `(B',)` indices of the rows that go on, `None` where all do.
+
+        Raises:
+            ValueError: for logits that are not finite, naming the row of the batch and the forward.
+        """
+        self.tokens[state.rows], self.step_map[state.rows] = state.tokens, state.step_map
+        flags, wrong, rows = torch.stack([done.long(), broken.long(), state.rows]).tolist()  # a host sync
+        if any(wrong):
+            raise ValueError(
+                f"The model's logits must be finite (got NaN or inf for row {rows[wrong.index(1)]} of the batch in "
+                f"forward {state.step}). Check the weights and the dtype; other rows are not at fault."
+            )
+        if self.criteria or self.streamer is not None:
+            for index, row in enumerate(rows):
+                flags[index] |= self._advance(row)
+        if not any(flags):
+            return None
+        ended = torch.tensor([i for i, flag in enumerate(flags) if flag], device=done.device)
+        out = state.rows[ended]
+        self.forwards[out] = state.step
+        self.reference[out] = state.step + (filled & done)[ended].long()
+        self.computed[out] = canvas.computed[ended]
+        return torch.tensor([i for i, flag in enumerate(flags) if not flag], dtype=torch.long, device=done.device)
+
+    def _advance(self, row: int) -> bool:
+        """Follows a row's decided prefix: criteria first, then the stream. True where a criterion ends the row."""
+        tokens = self.tokens[row]
+        decided = self.step_map[row : row + 1] > 0
+        stop = len(tokens)
+        if self.stop_ids is not None:
+            stop = int(first_true(torch.isin(tokens, self.stop_ids)[None] & decided))
+        end = min(int(first_true(~decided)), stop + 1)
+        stopped = False
+        for length in range(self.prefix[row] + 1, end + 1) if end > self.prefix[row] else [end]:
+            text = torch.cat([self.shown[row], tokens[:length]])[None]
+            if self.criteria and bool(self.criteria(text, None).all()):
+                stopped, end = True, length
+                self.length[row] = length
+                break
+        if self.streamer is not None:
+            if end > self.prefix[row]:
+                self.streamer.put(tokens[self.prefix[row] : end].cpu())
+            if hasattr(self.streamer, "put_draft") and not stopped and end < min(len(tokens), stop + 1):
+                self.streamer.put_draft(value=tokens[end:].cpu())
+        self.prefix[row] = end
+        return stopped
+
+    def answers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The answers `(B, N)`, padded behind their end, and their tokens before the first stop token `(B,)`."""
+        column = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        is_stop = torch.zeros_like(self.tokens, dtype=torch.bool)
+        if self.stop_ids is not None:
+            is_stop = torch.isin(self.tokens, self.stop_ids) & (self.step_map > 0)
+        stop = first_true(is_stop)
+        end = torch.minimum(stop + 1, self.length)
+        answer = self.tokens
+        if self.fill_token_id is not None:
+            answer = torch.where(column < end[:, None], answer, self.fill_token_id)
+        return answer, torch.minimum(stop, self.length)

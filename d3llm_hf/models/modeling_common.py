@@ -1,0 +1,193 @@
+"""What all masked diffusion language models of this package share: backbone pass, head, loss, saving with the code."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, MaskedLMOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+
+def positions_of(attention_mask: torch.Tensor) -> torch.LongTensor:
+    """Position `(B, L)` of each token where padding (0) does not count: 0, 1, 2, ... from the first unpadded one."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def dense_mask(attention_mask: torch.Tensor, dtype: torch.dtype, attn_implementation: str) -> torch.Tensor:
+    """A 4-D mask as the attention backend takes it: transformers hands one through as it is, right or wrong.
+
+    Args:
+        attention_mask (`(B, 1, L, S)`): bool or integer, 0 where a key must not be seen; or floating point, then added
+            to the scores and returned unchanged.
+        dtype: of the scores.
+        attn_implementation: `config._attn_implementation`.
+
+    Raises:
+        ValueError: for flash-attention, which knows padding only.
+    """
+    if is_flash_attention_requested(requested_attention_implementation=attn_implementation):
+        raise ValueError(
+            f"`attention_mask` must be 2-D with attention implementation {attn_implementation!r} (got 4-D). Pass a "
+            '`(B, S)` padding mask, or load the model with `attn_implementation="sdpa"`.'
+        )
+    if attention_mask.is_floating_point():
+        return attention_mask
+    seen = attention_mask.bool()
+    if "sdpa" in attn_implementation:
+        return seen
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Keeps the positions whose logits are wanted, before the (large) head runs.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(B, L, D)`).
+        logits_to_keep: an `int` keeps the last positions (0: all); a 1-D index the same positions of every row; a 2-D
+            index `(B, K)` its own K positions per row; a bool mask `(B, L)` the marked ones, flattened to `(N, D)`.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]
+
+
+class BidirectionalBackboneMixin:
+    """The pass through a backbone's `embed_tokens`, `rotary_emb`, `layers` and `norm`; every token sees all others."""
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """See [`MaskedDiffusionLMMixin.forward`]; returns the last hidden states `(B, L, D)`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds` (got both or neither).")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        length = inputs_embeds.shape[1]
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            position_ids = positions_of(attention_mask)[:, -length:]
+        elif position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + seen)[None]
+
+        if attention_mask is not None and attention_mask.ndim == 4:
+            mask = dense_mask(attention_mask, inputs_embeds.dtype, self.config._attn_implementation)
+        else:
+            mask = create_bidirectional_mask(
+                self.config, inputs_embeds, attention_mask, past_key_values=past_key_values
+            )
+        kwargs["is_causal"] = False  # a missing mask must not make sdpa and flash-attention fall back to causal
+        # `position_ids` end here: flash-attention would take gaps between them for packed sequences.
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+@dataclass
+class MaskedDiffusionOutput(MaskedLMOutput):
+    """`MaskedLMOutput` that also hands back the cache it was given."""
+
+    past_key_values: Cache | None = None
+
+
+class MaskedDiffusionLMMixin:
+    """Head, loss and saving of a masked diffusion LM whose backbone is `self.model` and whose head is `self.lm_head`.
+
+    `labels` are *not* shifted: label i belongs to logits row i. For a model whose row i predicts token i + 1 (Dream)
+    the trainer shifts them, since the row before a window may lie outside of it.
+    """
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+    _pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
+    supports_position_mask = True  # `logits_to_keep` may be a bool mask: the decoding loop relies on it
+
+    # The entries that let `AutoModel.from_pretrained(folder, trust_remote_code=True)` find the code in the folder.
+    auto_classes = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedDiffusionOutput:
+        r"""Predicts every position of the canvas from all others.
+
+        Args:
+            input_ids (`(B, L)`), inputs_embeds (`(B, L, D)`): exactly one of them.
+            attention_mask (`(B, S)` or `(B, 1, L, S)`): 0 where a key must not be seen (padding); a floating-point 4-D
+                mask is added to the scores instead.
+            position_ids (`(B, L)`): position of each token; counted from the first unpadded one when unset.
+            past_key_values: a `transformers.Cache`; see `cache.SlotCache` for the one that decoding uses.
+            labels (`(B, L)`): target tokens, -100 where there is no loss; unshifted.
+            logits_to_keep: see [`select_positions`].
+
+        Returns:
+            [`MaskedDiffusionOutput`]: `logits` of shape `(B, K, V)`, or `(N, V)` for a bool mask.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedDiffusionOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Saves as transformers does, with *every* entry of `auto_map` (transformers alone writes one model class)."""
+        # The family's own class: FSDP2 and users' subclasses put theirs in front of it.
+        family = next(cls for cls in type(self).__mro__ if MaskedDiffusionLMMixin in cls.__bases__)
+        configuration, model = (
+            f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in (family.config_class, family)
+        )
+        entries = {"AutoConfig": configuration} | dict.fromkeys(self.auto_classes, model)
+        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | entries
+        return super().save_pretrained(save_directory, *args, **kwargs)

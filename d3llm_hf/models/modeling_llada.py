@@ -1,0 +1,198 @@
+"""LLaDA on today's transformers: official tensor names on disk, transformers' own structure in memory."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .configuration_llada import LLaDAConfig
+from .generation_d3llm import D3LLMGenerationMixin
+from .modeling_common import BidirectionalBackboneMixin, MaskedDiffusionLMMixin
+
+
+# Official name of each tensor's module -> ours. transformers applies it when loading and undoes it when saving; the
+# backbone alone has the same names without `model.`. The lookbehind keeps `input_layernorm.` out of the way back.
+_OFFICIAL_TOP = {
+    r"transformer\.wte\.": "embed_tokens.",
+    r"transformer\.ln_f\.": r"(?<![a-z_])norm.",
+    r"^model\.transformer\.ff_out\.": "lm_head.",
+}
+_OFFICIAL_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
+register_checkpoint_conversion_mapping(
+    LLaDAConfig.model_type,
+    [WeightRenaming(theirs, ours) for theirs, ours in _OFFICIAL_TOP.items()]
+    + [
+        WeightRenaming(rf"transformer\.blocks\.(\d+)\.{theirs}\.", rf"layers.\1.{ours}.")
+        for theirs, ours in _OFFICIAL_BLOCK.items()
+    ],
+    overwrite=True,
+)
+
+
+class LLaDARotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's cosines and sines, in float32 whatever the model's dtype (`rope_full_precision`)."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B, L)` positions to cosines and sines `(B, L, head_dim)`; of `x` only the device matters."""
+        return super().forward(x[..., :1].float(), position_ids)
+
+
+class LLaDAAttention(nn.Module):
+    """Multi-head attention that sees the whole canvas."""
+
+    def __init__(self, config: LLaDAConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.n_heads // config.n_kv_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        kv_width = config.n_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=config.include_qkv_bias)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=config.include_qkv_bias)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.include_qkv_bias)
+        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = hidden_states.shape[:-1]
+        heads = (*shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        # The rotation happens in float32, the dtype of the cosines.
+        query, key = (x.to(value.dtype) for x in apply_rotary_pos_emb(query, key, *position_embeddings))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+class LLaDAMLP(nn.Module):
+    """Gated MLP: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
+        self.down_proj = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class LLaDABlock(GradientCheckpointingLayer):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, config: LLaDAConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = LLaDAAttention(config, layer_idx)
+        self.mlp = LLaDAMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.d_model, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.d_model, config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LLaDAPreTrainedModel(PreTrainedModel):
+    """What transformers asks of a model family."""
+
+    config: LLaDAConfig
+    config_class = LLaDAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["LLaDABlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict[str, type[nn.Module]]] = {
+        "hidden_states": LLaDABlock,
+        "attentions": LLaDAAttention,
+    }
+
+
+class LLaDAModel(BidirectionalBackboneMixin, LLaDAPreTrainedModel):
+    """The backbone: embeddings, blocks and the final norm."""
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList([LLaDABlock(config, index) for index in range(config.n_layers)])
+        self.norm = LlamaRMSNorm(config.d_model, config.rms_norm_eps)
+        self.rotary_emb = LLaDARotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class LLaDAModelLM(MaskedDiffusionLMMixin, LLaDAPreTrainedModel, D3LLMGenerationMixin):
+    """LLaDA (8B, 1.5, d3LLM-LLaDA and every checkpoint of that format): logits row i predicts token i."""
+
+    logit_shift = 0
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        self.model = LLaDAModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.loss_type = "ForMaskedLM"  # unshifted; transformers would guess a shifted loss from the class name
+        self.post_init()
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As transformers', keeping the official key `embedding_size` equal to the new vocabulary."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.embedding_size is not None:
+            self.config.embedding_size = self.config.vocab_size
+        return embeddings
+
+
+__all__ = ["LLaDAConfig", "LLaDAModel", "LLaDAModelLM", "LLaDAPreTrainedModel"]

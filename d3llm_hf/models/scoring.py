@@ -1,0 +1,218 @@
+"""From logits to a token and a rank for every candidate position, in one float32 pass over the vocabulary."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .decoding import Rules, State
+from .processors import Processors
+
+
+# Vocabulary entries that are worked on at once; bounds the float32 copies, whatever the canvas and the batch.
+CHUNK_ELEMENTS = 1 << 24
+
+
+@dataclass
+class Scores:
+    """One entry per position of the answer region, `(B, N)`; meaningful at the candidates.
+
+    Attributes:
+        tokens: the token to commit (sampled when sampling).
+        best_tokens: the token of a forced commit.
+        cost: rank of the position; lower is committed earlier, inf where nothing was scored.
+        force_cost: rank for forced commits.
+        broken (`(B,)` bool): rows whose logits held NaN, +inf, or nothing but -inf.
+    """
+
+    tokens: torch.Tensor
+    best_tokens: torch.Tensor
+    cost: torch.Tensor
+    force_cost: torch.Tensor
+    broken: torch.Tensor
+
+
+@dataclass
+class Statistics:
+    """What the scores need of a distribution; `others` and `second` are relative to the reference logit `peak`."""
+
+    logits: torch.Tensor  # (n, V) float32, mask token excluded
+    peak: torch.Tensor  # (n,) the largest logit, the mask token's included
+    log_z: torch.Tensor  # (n,) log sum exp(logits - peak), exact near 0
+    others: torch.Tensor  # (n,) sum exp(logits - peak) over all tokens but the best
+    second: torch.Tensor  # (n,) exp(second best logit - peak)
+    entropy: torch.Tensor  # (n,) nats
+
+
+def entropy_cost(stats: Statistics, tokens: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    """Entropy in nats (d3LLM, dParallel, Dream's `entropy`)."""
+    return stats.entropy
+
+
+def confidence_cost(stats: Statistics, tokens: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    """Negative log-probability of the chosen token (LLaDA's low-confidence remasking, Dream's `maskgit_plus`).
+
+    It orders positions as the probability does, and still tells them apart where that rounds to 1 in float32.
+    """
+    return stats.log_z + (stats.peak - stats.logits.gather(1, tokens[:, None])[:, 0])
+
+
+def probability_cost(stats: Statistics, tokens: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    """Minus the probability of the chosen token, for the temperature that Dream puts on it (`alg_temp`)."""
+    return -torch.exp(-confidence_cost(stats, tokens, noise))
+
+
+def margin_cost(stats: Statistics, tokens: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    """One minus the difference of the two highest probabilities (Dream's `topk_margin`), exact near 0."""
+    return (stats.others + stats.second) / stats.log_z.exp()
+
+
+def noise_cost(stats: Statistics, tokens: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    """A uniform number (random remasking, Dream's `origin`)."""
+    return noise
+
+
+SCORES: dict[str, Callable[[Statistics, torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
+    "entropy": entropy_cost,
+    "confidence": confidence_cost,
+    "probability": probability_cost,
+    "margin": margin_cost,
+    "noise": noise_cost,
+}
+
+
+class Sampler:
+    """Counter-based random numbers: a function of (seed, row, step, position), whatever else is in the batch.
+
+    No generator is kept or advanced, so a row's numbers do not depend on which other rows are still running, and the
+    same seed gives the same text on every device.
+    """
+
+    TOKEN, POSITION = 0, 1  # streams: one draws tokens, the other ranks positions
+
+    def __init__(self, seed: int | None):
+        # torch's global generator is touched only when nobody gave a seed, and then `set_seed` makes calls repeatable.
+        self._seed = seed
+
+    @property
+    def seed(self) -> int:
+        """The seed of this call, drawn when first needed where none was given."""
+        if self._seed is None:
+            self._seed = int(torch.randint(2**62, ()))
+        return self._seed
+
+    def uniform(self, rows: torch.Tensor, step: int, columns: torch.Tensor, stream: int) -> torch.Tensor:
+        """Uniform numbers in [0, 1) for `(n,)` rows and columns, float64."""
+        counter = torch.full_like(rows, _signed(self.seed))
+        for part in (rows, columns, torch.full_like(rows, step * 2 + stream)):
+            counter = _mix(counter + _GOLDEN * (part + 1))
+        return (counter.bitwise_right_shift(11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+    def tokens(self, logits: torch.Tensor, rows: torch.Tensor, step: int, columns: torch.Tensor) -> torch.Tensor:
+        """Draws one token per `(n, V)` row of logits by inverting the cumulative distribution: `(n,)`."""
+        total = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+        level = self.uniform(rows, step, columns, self.TOKEN)[:, None] * total[:, -1:]
+        return torch.searchsorted(total, level, right=True).clamp_max(logits.shape[1] - 1)[:, 0]
+
+    def positions(self, cost: torch.Tensor, temperature: float, rows: torch.Tensor, step: int, columns: torch.Tensor):
+        """Perturbs costs so that taking the k lowest draws k positions from softmax(-cost / temperature): `(n,)`."""
+        uniform = self.uniform(rows, step, columns, self.POSITION).clamp_min(1e-300)
+        gumbel = -torch.log(-torch.log(uniform))
+        return (cost / temperature - gumbel).to(cost.dtype)
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same low 64 bits."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Finaliser of SplitMix64 (Steele, Lea, Flood 2014) on int64, whose arithmetic wraps as the unsigned one does."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x.bitwise_right_shift(shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return x ^ (x.bitwise_right_shift(31) & ((1 << 33) - 1))
+
+
+def statistics(logits: torch.Tensor, mask_token_id: int) -> tuple[Statistics, torch.Tensor, torch.Tensor]:
+    """Entropy and the like of `(n, V)` float32 logits, over all tokens; the best token is never the mask token.
+
+    Sums leave out the best token's 1 and use log1p, so that costs near 0 keep their order in float32.
+
+    Returns:
+        the statistics, the best tokens `(n,)`, and whether the logits were finite `(n,)`.
+    """
+    mask_logit = logits[:, mask_token_id].clone()
+    logits[:, mask_token_id] = float("-inf")
+    top, best = logits.max(-1)
+    peak = torch.maximum(top, mask_logit)
+    finite = top.isfinite() & peak.isfinite()
+
+    weight = (logits - peak[:, None]).exp_()  # (n, V), the one large temporary beside the entropy's
+    best_weight = weight.gather(1, best[:, None])[:, 0]
+    weight.scatter_(1, best[:, None], 0.0)
+    mask_weight = (mask_logit - peak).exp()
+    second = torch.maximum(weight.amax(-1), mask_weight)
+    others = weight.sum(-1) + mask_weight
+    spread = torch.special.entr(weight).sum(-1) + torch.special.entr(mask_weight) + torch.special.entr(best_weight)
+    z = others + best_weight
+    log_z = torch.log1p(others + torch.expm1(top - peak))
+    return Statistics(logits, peak, log_z, others, second, log_z + spread / z), best, finite
+
+
+class Scorer:
+    """Logits of the candidates to tables over the answer region, a chunk of candidates at a time.
+
+    Args:
+        rules: of the method.
+        mask_token_id: never chosen.
+        sampler: random numbers, asked only where the rules or `sampling` need them.
+        sampling: draw the tokens; otherwise take the best.
+        processors: transformers' logits processors, applied to each candidate.
+    """
+
+    def __init__(self, rules: Rules, mask_token_id: int, *, sampler: Sampler, sampling: bool, processors: Processors):
+        self.rules, self.mask_token_id = rules, mask_token_id
+        self.sampler, self.sampling, self.processors = sampler, sampling, processors
+
+    def __call__(self, logits: torch.Tensor, state: State, where: tuple[torch.Tensor, torch.Tensor]) -> Scores:
+        """`(n, V)` logits (overwritten) of the candidates at rows and columns `where`."""
+        rows, columns = state.rows[where[0]], where[1]
+        size = max(1, CHUNK_ELEMENTS // logits.shape[1])
+        chunks = [slice(start, start + size) for start in range(0, logits.shape[0], size)]
+        parts = [self._chunk(logits[chunk].float(), rows[chunk], columns[chunk], state.step) for chunk in chunks]
+        tokens, best, cost, entropy, finite = (torch.cat(part) for part in zip(*parts, strict=True))
+
+        rules = self.rules
+        if rules.alg_temp:
+            cost = self.sampler.positions(cost, rules.alg_temp, rows, state.step, columns)
+        table = torch.full(state.tokens.shape, float("inf"), device=logits.device)
+        costs = table.index_put(where, cost)
+        chosen = state.tokens.index_put(where, tokens)
+        return Scores(
+            tokens=chosen,
+            best_tokens=state.tokens.index_put(where, best) if rules.greedy_force else chosen,
+            cost=costs,
+            force_cost=table.index_put(where, entropy) if rules.score == "noise" else costs,
+            broken=torch.zeros_like(state.undecided).index_put(where, ~finite).any(1),
+        )
+
+    def _chunk(
+        self, raw: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, ...]:
+        """Tokens, best tokens, costs, entropies and finiteness of some candidates, `(m,)` each."""
+        processed = self.processors(raw.clone(), rows, columns) if self.processors else raw
+        if self.processors and self.rules.score_processed:
+            raw = processed.clone()
+        stats, best, finite = statistics(raw, self.mask_token_id)
+        if self.processors:
+            processed[:, self.mask_token_id] = float("-inf")
+            best = processed.argmax(-1)
+        tokens = self.sampler.tokens(processed, rows, step, columns) if self.sampling else best
+        noise = None
+        if self.rules.score == "noise":
+            noise = self.sampler.uniform(rows, step, columns, Sampler.POSITION).float()
+        return tokens, best, SCORES[self.rules.score](stats, tokens, noise), stats.entropy, finite
