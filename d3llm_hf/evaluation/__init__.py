@@ -1,0 +1,1 @@
+"""Evaluation: synthetic word problems, exact match, accuracy-parallelism sweeps."""

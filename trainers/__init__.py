@@ -1,0 +1,36 @@
+"""Training of masked diffusion language models with the Hugging Face `Trainer`.
+
+Names are imported on first use, so that a light one does not load the Trainer.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .muon import MuonWithAdamW
+    from .sft_collator import MaskedDiffusionSFTCollator
+    from .sft_config import MaskedDiffusionSFTConfig
+    from .sft_trainer import MaskedDiffusionSFTTrainer
+
+_MODULES = {
+    "MaskedDiffusionSFTCollator": "sft_collator",
+    "MaskedDiffusionSFTConfig": "sft_config",
+    "MaskedDiffusionSFTTrainer": "sft_trainer",
+    "MuonWithAdamW": "muon",
+}
+
+__all__ = [
+    "MaskedDiffusionSFTCollator",
+    "MaskedDiffusionSFTConfig",
+    "MaskedDiffusionSFTTrainer",
+    "MuonWithAdamW",
+]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value

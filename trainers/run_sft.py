@@ -1,0 +1,244 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["d3llm-hf", "accelerate", "datasets", "pyyaml"]
+# ///
+"""Masked-diffusion supervised fine-tuning (the objective of LLaDA).
+
+The embedded checkpoint, from scratch on two CPU cores (one process a core; hours, not minutes):
+
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 trainers/run_sft.py --config trainers/recipes/sft_llada_tiny.yaml
+
+A published model on your own data, with LoRA on one 80 GB GPU:
+
+    accelerate launch trainers/run_sft.py --model_name_or_path GSAI-ML/LLaDA-8B-Base --dataset_name train.jsonl \
+        --output_dir llada-sft --bf16 --gradient_checkpointing --use_peft --learning_rate 1e-4
+
+A data set has the columns `prompt` and `completion`, or `messages`.
+"""
+
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class SFTScriptArguments:
+    """What to train, and on what."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to start from. Without it, a new model of `model_config`."}
+    )
+    model_config: str | None = field(  # a mapping when it comes from a recipe
+        default=None,
+        metadata={
+            "help": "Shape of a new model: a JSON file or string, or a section of the recipe, with `model_type`. "
+            "Vocabulary and token ids come from the tokenizer."
+        },
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer; the checkpoint's, or for a new model a newly built one, if unset."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention backend. On a CPU `eager` trains twice as fast as `sdpa`."}
+    )
+    torch_dtype: str = field(default="float32", metadata={"help": "Data type of the weights while training."})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "A .json, .jsonl or .parquet file, or a data set of the Hub. Word problems if unset."},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    num_problems: int = field(default=10_000, metadata={"help": "Generated word problems to train on."})
+    num_eval_problems: int = field(default=256, metadata={"help": "Generated held-out problems to evaluate on."})
+    problem_seed: int = field(default=0, metadata={"help": "Seed of the generated problems."})
+    min_problem_steps: int = field(default=2, metadata={"help": "Fewest arithmetic steps of a generated problem."})
+    max_problem_steps: int = field(default=5, metadata={"help": "Most arithmetic steps of a generated problem."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=64, metadata={"help": "Scale of the adapter, relative to its rank."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Modules that get an adapter."}
+    )
+    save_dtype: str | None = field(
+        default=None, metadata={"help": "Data type of the final checkpoint, e.g. bfloat16. As trained if unset."}
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train as the arguments say and save model and tokenizer to `output_dir`."""
+    from transformers import set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from trainers.script_utils import parse_args_with_config
+    from trainers.sft_config import MaskedDiffusionSFTConfig
+    from trainers.sft_trainer import MaskedDiffusionSFTTrainer
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    script_args, args = parse_args_with_config(
+        (SFTScriptArguments, MaskedDiffusionSFTConfig), sys.argv[1:] if argv is None else argv
+    )
+    check_processes(args.world_size)
+    set_seed(args.seed)  # before the model: its initial weights are part of the run
+    tokenizer = load_tokenizer(script_args)
+    model = load_model(script_args, tokenizer)
+    with args.main_process_first(local=True, desc="loading the datasets"):
+        train_dataset, eval_dataset = load_datasets(script_args, evaluate=args.eval_strategy != "no")
+
+    trainer = MaskedDiffusionSFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=_peft_config(script_args),
+    )
+    resume = args.resume_from_checkpoint
+    if resume == "last":
+        resume = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=resume)
+    if script_args.save_dtype is not None:
+        trainer.model.to(_dtype("save_dtype", script_args.save_dtype))
+    trainer.save_model()
+
+
+def check_processes(world_size: int) -> None:
+    """Refuse processes that would each train a model of their own.
+
+    Without a GPU, accelerate joins the processes of a launcher only under `--use_cpu`; otherwise every one of them
+    trains alone, on its own part of the batch, and overwrites the others' checkpoints.
+
+    Raises:
+        ValueError: If the launcher started more processes than take part.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != world_size:
+        raise ValueError(
+            f"`use_cpu` must be set to train in several processes without a GPU (got {started} processes that would "
+            f"train {started} separate models). Add `--use_cpu`, or start one process."
+        )
+
+
+def load_tokenizer(script_args: SFTScriptArguments):
+    """The named tokenizer, the checkpoint's, or a new one of the word problems."""
+    from transformers import AutoTokenizer
+
+    from trainers.build_tokenizer import build_tokenizer
+
+    name = script_args.tokenizer_name_or_path or script_args.model_name_or_path
+    return build_tokenizer() if name is None else AutoTokenizer.from_pretrained(name)
+
+
+def load_model(script_args: SFTScriptArguments, tokenizer):
+    """The checkpoint, or a new model of the given shape with the tokenizer's vocabulary and token ids.
+
+    Raises:
+        ValueError: If neither or both are given, or the shape names no known family.
+    """
+    from transformers import AutoModelForMaskedLM
+
+    from d3llm_hf import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
+
+    dtype = _dtype("torch_dtype", script_args.torch_dtype)
+    if (script_args.model_name_or_path is None) == (script_args.model_config is None):
+        raise ValueError(
+            "Exactly one of `model_name_or_path` and `model_config` must be set (got both or neither). "
+            "Name a checkpoint to continue from, or the shape of a new model."
+        )
+    if script_args.model_name_or_path is not None:
+        return AutoModelForMaskedLM.from_pretrained(
+            script_args.model_name_or_path, dtype=dtype, attn_implementation=script_args.attn_implementation
+        )
+    shape = _model_shape(script_args.model_config)
+    families = {"llada": (LLaDAConfig, LLaDAModelLM), "Dream": (DreamConfig, DreamModel)}
+    family = shape.pop("model_type", None)
+    if family not in families:
+        raise ValueError(
+            f"`model_config` must name one of the model types {sorted(families)} (got {family!r}). Add `model_type`."
+        )
+    config_class, model_class = families[family]
+    config = config_class(
+        vocab_size=len(tokenizer),
+        mask_token_id=tokenizer.mask_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **shape,
+    )
+    config._attn_implementation = script_args.attn_implementation
+    return model_class(config).to(dtype)
+
+
+def _model_shape(value: str | dict) -> dict:
+    if isinstance(value, dict):
+        return dict(value)
+    return json.loads(Path(value).read_text(encoding="utf-8") if Path(value).suffix == ".json" else value)
+
+
+def _dtype(name: str, value: str):
+    import torch
+
+    dtype = getattr(torch, value, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"`{name}` must be a floating-point type of torch (got {value!r}). Pass float32 or bfloat16.")
+    return dtype
+
+
+def load_datasets(script_args: SFTScriptArguments, evaluate: bool):
+    """`(train, eval)` datasets; for a data set of your own the second is its `test` split, if it has one."""
+    from datasets import Dataset, load_dataset
+
+    name = script_args.dataset_name
+    if name is None:
+        sizes = {"train": script_args.num_problems, "test": script_args.num_eval_problems}
+        train, test = (
+            Dataset.from_generator(
+                word_problem_rows,
+                gen_kwargs={
+                    "count": count,
+                    "problem_split": split,
+                    "seed": script_args.problem_seed,
+                    "min_steps": script_args.min_problem_steps,
+                    "max_steps": script_args.max_problem_steps,
+                },
+            )
+            for split, count in sizes.items()
+        )
+        return train, test if evaluate else None
+    suffix = Path(name).suffix.removeprefix(".")
+    builders = {"json": "json", "jsonl": "json", "parquet": "parquet"}
+    if suffix in builders:
+        splits = load_dataset(builders[suffix], data_files={script_args.dataset_split: name})
+    else:
+        splits = load_dataset(name)
+    if evaluate and "test" not in splits:
+        raise ValueError(
+            f"`eval_strategy` must be `no` for a data set without a `test` split (got {sorted(splits)}). Unset it."
+        )
+    return splits[script_args.dataset_split], splits["test"] if evaluate else None
+
+
+def word_problem_rows(count: int, problem_split: str, seed: int, min_steps: int, max_steps: int):
+    """Rows `{"prompt", "completion"}` of generated word problems."""
+    from d3llm_hf.evaluation.word_problems import generate_problems
+
+    for problem in generate_problems(count, split=problem_split, seed=seed, min_steps=min_steps, max_steps=max_steps):
+        yield {"prompt": problem.question, "completion": problem.answer}
+
+
+def _peft_config(script_args: SFTScriptArguments):
+    if not script_args.use_peft:
+        return None
+    from peft import LoraConfig
+
+    targets = script_args.lora_target_modules
+    return LoraConfig(
+        r=script_args.lora_r,
+        lora_alpha=script_args.lora_alpha,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""Supervised fine-tuning of masked diffusion language models."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from .muon import MuonWithAdamW, split_parameters
+from .sft_collator import MaskedDiffusionSFTCollator, tokenize_conversations
+from .sft_config import MaskedDiffusionSFTConfig
+from .sft_masking import draw_answer_mask, generator_for
+from .weights import load_converted_weights
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+_TRAIN, _EVAL = 0, 1
+
+
+class MaskedDiffusionSFTTrainer(Trainer):
+    r"""Trainer of the masked-diffusion SFT objective of LLaDA (https://huggingface.co/papers/2502.09992, Algorithm 2).
+
+    The prompt is never masked. The answer, filled to a canvas of `response_length` tokens, is masked at random; the
+    loss is `sum(CE / p) / length` over its masked tokens, averaged over rows. Part of each batch can have suffix masks
+    instead, see [`MaskedDiffusionSFTConfig`].
+
+    Masks are drawn in `compute_loss` from a generator seeded by `(seed, optimizer step, micro-step, rank)`: a resumed
+    run repeats those of an unbroken one, whatever the number of data workers.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Any masked diffusion LM whose forward takes `input_ids`, a 2-D
+            `attention_mask` and `logits_to_keep`.
+        args ([`MaskedDiffusionSFTConfig`], *optional*): Training arguments.
+        train_dataset, eval_dataset ([`~datasets.Dataset`]): Columns `prompt` and `completion` (text or turns), or
+            `messages`, or ready `prompt_ids` and `response_ids`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
+        peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter of this kind instead of all weights.
+        kwargs: Further arguments of [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: If tokenizer and model disagree on the mask token, or no example fits the canvas.
+        FloatingPointError: While training, as soon as a loss is not finite.
+
+    Example:
+
+    ```python
+    from d3llm_hf import LLaDAModelLM
+    from datasets import load_dataset
+    from trainers import MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer
+    from transformers import AutoTokenizer
+
+    model = LLaDAModelLM.from_pretrained("GSAI-ML/LLaDA-8B-Base")
+    trainer = MaskedDiffusionSFTTrainer(
+        model=model,
+        args=MaskedDiffusionSFTConfig("llada-sft", response_length=256),
+        train_dataset=load_dataset("json", data_files="train.jsonl", split="train"),
+        processing_class=AutoTokenizer.from_pretrained("GSAI-ML/LLaDA-8B-Base"),
+    )
+    trainer.train()
+    ```
+    """
+
+    # Each micro-batch's loss is a mean over its rows, so the Trainer has to divide by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: MaskedDiffusionSFTConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            args = MaskedDiffusionSFTConfig("masked-diffusion-sft")
+        if processing_class is None:
+            raise ValueError(
+                "`processing_class` must be a tokenizer (got None): prompts and answers are tokenised here. "
+                "Pass the tokenizer of the model."
+            )
+        self.mask_token_id = _mask_token_id(model, processing_class)
+        self.label_shift = getattr(model, "logit_shift", 0) if args.label_shift is None else args.label_shift
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+
+        with args.main_process_first(local=True, desc="tokenising the datasets"):
+            train_dataset = _prepare_dataset(train_dataset, processing_class, args)
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {
+                    name: _prepare_dataset(dataset, processing_class, args) for name, dataset in eval_dataset.items()
+                }
+            else:
+                eval_dataset = _prepare_dataset(eval_dataset, processing_class, args)
+
+        eos_token_id = processing_class.eos_token_id
+        pad_token_id = processing_class.pad_token_id
+        kwargs.setdefault(
+            "data_collator",
+            MaskedDiffusionSFTCollator(
+                pad_token_id=eos_token_id if pad_token_id is None else pad_token_id,
+                eos_token_id=eos_token_id,
+                response_length=args.response_length,
+                supervise_eos_fill=args.supervise_eos_fill,
+                prompt_length=args.max_prompt_length if args.pad_prompt_to_max else None,
+            ),
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self._draw_key: tuple[int, int] | None = None
+        self._draws = 0
+        self._metric_sums: dict[int, torch.Tensor] = {}
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Mask the answers of a batch and return the mean of the rows' losses; see the class for the formula."""
+        labels = inputs["labels"]  # (B, R)
+        response_length = labels.shape[1]
+        mask = draw_answer_mask(
+            labels.ne(-100).cpu(),
+            inputs["content_lengths"].cpu(),
+            self._next_generator(model.training),
+            min_mask_ratio=self.args.min_mask_ratio,
+            eps=self.args.mask_ratio_eps,
+            stratified=self.args.stratified_mask_ratio,
+            suffix_fraction=self.args.suffix_mask_fraction,
+            suffix_window=self.args.suffix_window,
+        )
+        hidden, weights = mask.hidden.to(labels.device), mask.weights.to(labels.device)
+        input_ids = inputs["input_ids"].clone()
+        input_ids[:, -response_length:].masked_fill_(hidden, self.mask_token_id)
+
+        outputs = model(
+            input_ids=input_ids,
+            attention_mask=inputs["attention_mask"],
+            logits_to_keep=response_length + self.label_shift,
+        )
+        counted = weights > 0
+        logits = outputs.logits[:, :response_length][counted].float()  # (N, V)
+        token_loss = F.cross_entropy(logits, labels[counted], reduction="none") * weights[counted]
+        row_loss = torch.zeros_like(weights).masked_scatter(counted, token_loss).sum(1)  # (B,)
+        loss = row_loss.mean()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss must be finite (got {loss.item()} at step {self.state.global_step}). Lower "
+                "`learning_rate`, set `max_grad_norm`, or resume from an earlier checkpoint."
+            )
+        self._record(model.training, row_loss.detach(), mask, labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def _next_generator(self, training: bool) -> torch.Generator:
+        """The generator of this forward: counts micro-steps within an optimizer step, batches within an evaluation."""
+        key = (_TRAIN, self.state.global_step) if training else (_EVAL, 0)
+        if key != self._draw_key:
+            self._draw_key, self._draws = key, 0
+        self._draws += 1
+        return generator_for(self.args.seed, *key, self._draws, self.args.process_index)
+
+    def _record(self, training: bool, row_loss: torch.Tensor, mask: Any, labels: torch.Tensor) -> None:
+        is_suffix = mask.is_suffix.to(row_loss)
+        sums = torch.stack(
+            [
+                (row_loss * (1 - is_suffix)).sum(),
+                (1 - is_suffix).sum(),
+                (row_loss * is_suffix).sum(),
+                is_suffix.sum(),
+                mask.hidden.sum().to(row_loss),
+                labels.ne(-100).sum().to(row_loss),
+            ]
+        )
+        mode = _TRAIN if training else _EVAL
+        self._metric_sums[mode] = self._metric_sums[mode] + sums if mode in self._metric_sums else sums
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the uniform-mask loss, the suffix-mask loss and the masked fraction apart (all ranks together)."""
+        evaluating = any(name.startswith("eval_") for name in logs)
+        sums = self._metric_sums.pop(_EVAL if evaluating else _TRAIN, None)
+        if sums is not None:
+            uniform, uniform_rows, suffix, suffix_rows, masked, learnt = (
+                self.accelerator.gather(sums[None]).sum(0).tolist()
+            )
+            prefix = "eval_" if evaluating else ""
+            if uniform_rows:
+                logs[prefix + "uniform_loss"] = round(uniform / uniform_rows, 6)
+            if suffix_rows:
+                logs[prefix + "suffix_loss"] = round(suffix / suffix_rows, 6)
+            logs[prefix + "masked_fraction"] = round(masked / max(learnt, 1.0), 6)
+        super().log(logs, start_time)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Evaluate the loss alone: logits under a random mask are of no use to a metric."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As the Trainer's; every evaluation draws the same masks, so that losses can be compared over time."""
+        self._draw_key = None
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if not load_converted_weights(self.model if model is None else model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not load_converted_weights(self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Muon for hidden matrices and AdamW for the rest with `use_muon`; the Trainer's own choice otherwise."""
+        if not self.args.use_muon or self.optimizer is not None:
+            return super().create_optimizer(model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "`use_muon` must be False with FSDP or DeepSpeed (got True): Muon orthogonalises whole matrices, and "
+                "these hold shards. Unset it, or train with plain data parallelism."
+            )
+        hidden, others = split_parameters(self.model if model is None else model)
+        self.optimizer = MuonWithAdamW(
+            [
+                {
+                    "params": hidden,
+                    "use_muon": True,
+                    "lr": self.args.muon_learning_rate,
+                    "weight_decay": self.args.muon_weight_decay,
+                },
+                {"params": others, "weight_decay": self.args.weight_decay},
+            ],
+            lr=self.args.learning_rate,
+            momentum=self.args.muon_momentum,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+        )
+        return self.optimizer
+
+
+def _mask_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    of_model, of_tokenizer = getattr(model.config, "mask_token_id", None), tokenizer.mask_token_id
+    if of_model is None and of_tokenizer is None:
+        raise ValueError(
+            "The mask token must be known to the model's config or the tokenizer (got none in either). "
+            "Set `model.config.mask_token_id`."
+        )
+    if None not in (of_model, of_tokenizer) and of_model != of_tokenizer:
+        raise ValueError(
+            f"`mask_token_id` must be the same in config and tokenizer (got {of_model} and {of_tokenizer}). "
+            "Set `model.config.mask_token_id` or `tokenizer.mask_token`."
+        )
+    return of_tokenizer if of_model is None else of_model
+
+
+def _prepare_dataset(dataset, tokenizer: PreTrainedTokenizerBase, args: MaskedDiffusionSFTConfig):
+    """Tokenise unless that is done, and leave out what does not fit the canvas."""
+    if dataset is None:
+        return None
+    columns = dataset.column_names or list(next(iter(dataset)))
+    if not {"prompt_ids", "response_ids"} <= set(columns):
+        dataset = dataset.map(
+            tokenize_conversations, batched=True, fn_kwargs={"tokenizer": tokenizer}, remove_columns=columns
+        )
+    fitting = dataset.filter(
+        _fits,
+        input_columns=["prompt_ids", "response_ids"],
+        fn_kwargs={"prompt_length": args.max_prompt_length, "response_length": args.response_length},
+    )
+    if isinstance(fitting, Dataset) and len(fitting) < len(dataset):
+        if len(fitting) == 0:
+            raise ValueError(
+                f"At least one example must fit `max_prompt_length` and `response_length` (got "
+                f"{args.max_prompt_length} and {args.response_length}, and none of {len(dataset)} does). Raise them."
+            )
+        logger.warning(
+            "%d of %d examples do not fit max_prompt_length=%d and response_length=%d and are left out; raise these "
+            "to keep them.",
+            len(dataset) - len(fitting),
+            len(dataset),
+            args.max_prompt_length,
+            args.response_length,
+        )
+    return fitting
+
+
+def _fits(prompt_ids: list[int], response_ids: list[int], prompt_length: int, response_length: int) -> bool:
+    return len(prompt_ids) <= prompt_length and len(response_ids) <= response_length
