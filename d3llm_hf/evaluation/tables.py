@@ -51,16 +51,16 @@ def fill(document: Path) -> str:
         source = document.parent / match["file"]
         if not source.is_file():
             raise ValueError(
-                f"The marker in {document.name} must name a results file (got {match['file']!r}). Correct the marker, or "
-                "make the file with `python -m d3llm_hf.evaluation.measure`."
+                f"The marker in {document.name} must name a results file (got {match['file']!r}). Correct the marker, "
+                "or make the file with `python -m d3llm_hf.evaluation.measure`."
             )
         return match[1] + table(json.loads(source.read_text(encoding="utf-8"))) + match[3]
 
     text, count = _MARKED.subn(replacement, document.read_text(encoding="utf-8"))
     if not count:
         raise ValueError(
-            f"`document` must hold `<!-- results:begin FILE -->` and `<!-- results:end -->` (got {document.name} without "
-            "them). Add the markers where the table belongs."
+            f"`document` must hold `<!-- results:begin FILE -->` and `<!-- results:end -->` (got {document.name} "
+            "without them). Add the markers where the table belongs."
         )
     return text
 

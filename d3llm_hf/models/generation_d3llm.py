@@ -21,7 +21,7 @@ from .decoding import (
     plan_cache,
     stop_position,
 )
-from .generation_config_d3llm import METHODS, REFUSED, D3LLMGenerationConfig, unknown_field
+from .generation_config_d3llm import METHODS, D3LLMGenerationConfig, unknown_field
 from .ledger import Ledger
 from .processors import Processors
 from .scoring import Sampler, Scorer
@@ -79,6 +79,8 @@ class D3LLMGenerationMixin(GenerationMixin):
         if not isinstance(given, D3LLMGenerationConfig):
             given = D3LLMGenerationConfig.coerce(given)
         own = self.generation_config
+        if not isinstance(own, D3LLMGenerationConfig):  # transformers made it, for a model built from its config
+            own = D3LLMGenerationConfig.coerce(own)
         default = next(iter(METHODS))
         own_method = getattr(own, "decoding_method", None) or default
         method = kwargs.get("decoding_method") or given.decoding_method or own_method
@@ -92,8 +94,6 @@ class D3LLMGenerationMixin(GenerationMixin):
         if given.top_k is None:
             given.top_k = 0  # no hidden truncation: transformers would sample from the 50 best tokens
         given.update(**given._get_default_generation_params(), defaults_only=True)
-        for name in REFUSED:
-            model_kwargs.pop(name, None)
         return given, model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs):
@@ -103,16 +103,6 @@ class D3LLMGenerationMixin(GenerationMixin):
         except ValueError as error:
             known = [name for name in model_kwargs if f"'{name}'" in str(error)]
             raise ValueError(" ".join(unknown_field(name) for name in known) or str(error)) from error
-
-    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
-        """As transformers', and refuses a canvas longer than the model's positions before anything is allocated."""
-        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-        longest = getattr(self.config, "max_position_embeddings", None)
-        if longest is not None and generation_config.max_length > longest:
-            raise ValueError(
-                f"Prompt and `max_new_tokens` must fit into the model's {longest} positions (got {input_ids_length} "
-                f"+ {generation_config.max_length - input_ids_length} = {generation_config.max_length}). Shorten one."
-            )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """The cache is the decoding loop's own; it depends on the method."""
@@ -201,7 +191,7 @@ class D3LLMGenerationMixin(GenerationMixin):
                 commit(state, commits, torch.where(forced, scores.best_tokens, scores.tokens))
                 stop = stop_position(state, stop_ids)
                 filled = torch.zeros_like(scores.broken)
-                if rules.eos_fill:
+                if rules.eos_fill and stop_ids is not None:
                     filled = state.undecided.any(1)
                     fill_after_stop(state, stop, canvas.fill_token_id)
                 done = finished(state, rules, stop)

@@ -1,11 +1,15 @@
 """Dream on today's transformers: Qwen2's layers, every token seeing all others."""
 
 from torch import nn
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrainedModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrainedModel, Qwen2RotaryEmbedding
 
 from .configuration_dream import DreamConfig
 from .generation_d3llm import D3LLMGenerationMixin
-from .modeling_common import BidirectionalBackboneMixin, MaskedDiffusionLMMixin
+from .modeling_common import BidirectionalBackboneMixin, Float32RotaryMixin, MaskedDiffusionLMMixin
+
+
+class DreamRotaryEmbedding(Float32RotaryMixin, Qwen2RotaryEmbedding):
+    """Qwen2's cosines and sines, computed in float32 and cast to the model's dtype."""
 
 
 class DreamPreTrainedModel(Qwen2PreTrainedModel):
@@ -20,6 +24,7 @@ class DreamBaseModel(BidirectionalBackboneMixin, DreamPreTrainedModel, Qwen2Mode
 
     def __init__(self, config: DreamConfig):
         super().__init__(config)
+        self.rotary_emb = DreamRotaryEmbedding(config)
         for layer in self.layers:
             layer.self_attn.is_causal = False
 

@@ -21,7 +21,7 @@ from transformers.utils import TransformersKwargs
 
 from .configuration_llada import LLaDAConfig
 from .generation_d3llm import D3LLMGenerationMixin
-from .modeling_common import BidirectionalBackboneMixin, MaskedDiffusionLMMixin
+from .modeling_common import BidirectionalBackboneMixin, Float32RotaryMixin, MaskedDiffusionLMMixin
 
 
 # Official name of each tensor's module -> ours. transformers applies it when loading and undoes it when saving; the
@@ -53,7 +53,7 @@ register_checkpoint_conversion_mapping(
 )
 
 
-class LLaDARotaryEmbedding(LlamaRotaryEmbedding):
+class LLaDARotaryEmbedding(Float32RotaryMixin, LlamaRotaryEmbedding):
     """Llama's cosines and sines, in float32 whatever the model's dtype (`rope_full_precision`)."""
 
     def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,77 @@
+"""Diffusion language models (d3LLM, LLaDA, Dream) on today's Hugging Face transformers.
+
+    import d3llm_hf
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained("d3LLM/d3LLM_LLaDA")  # loads through this package, without remote code
+
+Importing the package loads neither torch nor transformers and touches no network: the model families are registered
+with the Auto classes when transformers loads these, and the names below are imported when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from ._registration import register_families
+
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "D3LLMGenerationConfig": "models.generation_config_d3llm",
+    "D3LLMGenerationMixin": "models.generation_d3llm",
+    "D3LLMGenerationOutput": "models.generation_d3llm",
+    "DreamConfig": "models.configuration_dream",
+    "DreamModel": "models.modeling_dream",
+    "LLaDAConfig": "models.configuration_llada",
+    "LLaDAModel": "models.modeling_llada",
+    "LLaDAModelLM": "models.modeling_llada",
+    "SlotCache": "models.cache",
+    "encode_chat": "text",
+    "encode_text": "text",
+    "export_checkpoint": "hub",
+    "init_checkpoint": "hub",
+}
+
+__all__ = [
+    "D3LLMGenerationConfig",
+    "D3LLMGenerationMixin",
+    "D3LLMGenerationOutput",
+    "DreamConfig",
+    "DreamModel",
+    "LLaDAConfig",
+    "LLaDAModel",
+    "LLaDAModelLM",
+    "SlotCache",
+    "__version__",
+    "encode_chat",
+    "encode_text",
+    "export_checkpoint",
+    "init_checkpoint",
+]
+
+register_families()
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if TYPE_CHECKING:
+    from .hub import export_checkpoint, init_checkpoint
+    from .models.cache import SlotCache
+    from .models.configuration_dream import DreamConfig
+    from .models.configuration_llada import LLaDAConfig
+    from .models.generation_config_d3llm import D3LLMGenerationConfig
+    from .models.generation_d3llm import D3LLMGenerationMixin, D3LLMGenerationOutput
+    from .models.modeling_dream import DreamModel
+    from .models.modeling_llada import LLaDAModel, LLaDAModelLM
+    from .text import encode_chat, encode_text

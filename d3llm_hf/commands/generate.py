@@ -1,0 +1,152 @@
+"""`d3llm generate`: answer a prompt, and say what it took."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from ..terminal import CanvasStreamer, printable
+from .common import new_parser, tell
+
+
+# Setting of `D3LLMGenerationConfig` -> type and help. A setting that is not given keeps the checkpoint's value.
+SETTINGS: dict[str, tuple[type, str]] = {
+    "decoding_method": (str, "d3llm, dparallel, llada or dream"),
+    "block_length": (int, "positions of a block"),
+    "steps": (int, "forwards that the answer is spread over (llada, dream)"),
+    "remasking": (str, "what ranks positions: entropy, low_confidence, maskgit_plus, topk_margin, random, origin"),
+    "entropy_threshold": (float, "nats under which a position is decided; higher is faster and less accurate"),
+    "confidence_threshold": (float, "probability from which a position is decided (dream)"),
+    "block_add_threshold": (float, "decided fraction of a block at which the next one opens (d3llm)"),
+    "block_activation_threshold": (float, "decided fraction at which the next block must advance (d3llm)"),
+    "early_stop": (bool, "end once everything up to the first stop token is decided"),
+    "kv_cache": (str, "none or delayed (d3llm)"),
+    "cache_delay": (int, "forwards between the end of a block and its caching"),
+    "cache_refresh_interval": (int, "recompute cached positions every so many forwards"),
+    "cfg_scale": (float, "classifier-free guidance; 0 is off"),
+    "alg_temp": (float, "temperature of the choice of positions (dream)"),
+    "seed": (int, "makes sampling repeatable"),
+}
+DEFAULT_NEW_TOKENS = 128
+
+
+def add_parser(subparsers) -> None:
+    parser = new_parser(subparsers, "generate", run, "Answer a prompt")
+    parser.add_argument("model", help="a checkpoint folder, an id on the Hub, or the name of an embedded checkpoint")
+    parser.add_argument("prompt", nargs="?", default="-", help='the prompt; "-" (the default) reads it from stdin')
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the checkpoint's chat template")
+    parser.add_argument("--system", help="system message, with --chat")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"length of the canvas ({DEFAULT_NEW_TOKENS})")
+    parser.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature; 0 does not sample")
+    parser.add_argument("--watch", action="store_true", help="show the canvas being decided (on a terminal)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    group = parser.add_argument_group("decoding", "What is not given keeps the checkpoint's value.")
+    for name, (kind, text) in SETTINGS.items():
+        flag = f"--{name.replace('_', '-')}"
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.system is not None and not args.chat:
+        raise ValueError(f"`--system` needs `--chat` (got {args.system!r} without it). Add `--chat`.")
+    prompt = _read_prompt(args.prompt)
+    model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
+    inputs = _encode(tokenizer, prompt, args).to(model.device)
+    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    if args.temperature is not None:
+        settings |= {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    limits = (model.generation_config.max_new_tokens, model.generation_config.max_length)
+    if args.max_new_tokens is not None or limits == (None, None):
+        settings["max_new_tokens"] = DEFAULT_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
+
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs, **settings, streamer=_watcher(tokenizer, args.watch), return_dict_in_generate=True
+    )
+    seconds = time.perf_counter() - start
+    answer = output.sequences[0, inputs["input_ids"].shape[1] :]
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    sys.stdout.write((printable(text) if sys.stdout.isatty() else text) + "\n")
+    sys.stdout.flush()
+    tell(statistics(output, seconds))
+
+
+def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None):
+    """Model and tokenizer of a folder, a Hub id or an embedded checkpoint. Never runs a checkpoint's own code.
+
+    Raises:
+        ValueError: for an unknown device or dtype, or a model that cannot decode by diffusion.
+        OSError: when there is no such checkpoint.
+    """
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    from ..hub import embedded_checkpoints
+    from ..models.generation_d3llm import D3LLMGenerationMixin
+
+    logging.disable_progress_bar()  # a progress bar between the prompt and its answer helps nobody
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"`--dtype` must be a floating point type of torch (got {dtype!r}). Try float32 or bfloat16.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"`--device` must be a device of torch (got {device!r}). Try cpu or cuda.") from error
+    source = name if Path(name).exists() else embedded_checkpoints().get(name, name)
+    model = AutoModel.from_pretrained(source, dtype=dtype, revision=revision, trust_remote_code=False)
+    if not isinstance(model, D3LLMGenerationMixin):
+        raise ValueError(
+            f"`model` must be a LLaDA, Dream or d3LLM checkpoint (got {type(model).__name__} from {name!r})."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    return model.to(target).eval(), tokenizer
+
+
+def statistics(output, seconds: float) -> str:
+    """One line about a generation of one row: tokens before the stop token, forwards, their ratio, and time."""
+    forwards = int(output.num_forwards[0])
+    per_forward = float(output.tokens_per_forward[0])
+    tokens = round(per_forward * forwards)
+    return (
+        f"{tokens} tokens in {forwards} forwards ({per_forward:.2f} tokens per forward), {seconds:.2f} s "
+        f"({tokens / max(seconds, 1e-9):.1f} tokens/s)"
+    )
+
+
+def _read_prompt(prompt: str) -> str:
+    if prompt != "-":
+        return prompt
+    if sys.stdin is None or sys.stdin.isatty():
+        tell("reading the prompt from the terminal, end it with Ctrl-D")
+    try:
+        text = sys.stdin.read() if sys.stdin is not None else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`prompt` must be text (got {error} on stdin). Convert it to UTF-8.") from error
+    if not text.strip():
+        raise ValueError("`prompt` must not be empty (got nothing on stdin). Pass it as an argument or pipe it in.")
+    return text.rstrip("\n")
+
+
+def _encode(tokenizer, prompt: str, args: argparse.Namespace):
+    from ..text import encode_chat, encode_text
+
+    if not args.chat:
+        return encode_text(tokenizer, prompt)
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    return encode_chat(tokenizer, [*system, {"role": "user", "content": prompt}])
+
+
+def _watcher(tokenizer, watch: bool):
+    if not watch:
+        return None
+    if not sys.stdout.isatty():
+        tell("--watch needs a terminal, the answer follows when it is complete")
+        return None
+    return CanvasStreamer(tokenizer)

@@ -1,0 +1,326 @@
+"""Checkpoint folders that carry their own code: from the Hub, from disk, or from the ones embedded in this package."""
+
+import difflib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+
+from .model_card import render_card
+
+
+MODEL_FILES = {
+    "llada": ("configuration_llada.LLaDAConfig", "modeling_llada.LLaDAModelLM"),
+    "Dream": ("configuration_dream.DreamConfig", "modeling_dream.DreamModel"),
+}
+"""Family (`model_type` of config.json) -> where its config and its model lie."""
+
+AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+
+# Everything that is copied from the source. No code: the source's own would shadow ours, and was not asked for.
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+DOCUMENTS = ("LICENSE*", "NOTICE*")
+
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
+
+
+def init_checkpoint(name: str, destination: str | os.PathLike | None = None, *, overwrite: bool = False) -> Path:
+    """Writes a checkpoint that is embedded in this package, with its code, tokenizer and card. Needs no network.
+
+    Args:
+        name (`str`): name of the checkpoint, for example `"d3llm-llada"`.
+        destination (path, *optional*): folder to write; `name` in the working directory when unset.
+        overwrite (`bool`): replace a checkpoint folder that is there already.
+
+    Returns:
+        `Path`: the folder written.
+
+    Raises:
+        ValueError: for a name that does not exist.
+        FileExistsError: when `destination` exists and is not empty.
+    """
+    known = embedded_checkpoints()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"`name` must be an embedded checkpoint, one of {sorted(known)} (got {name!r}).{hint}")
+    return export_checkpoint(known[name], destination or name, name=name, overwrite=overwrite)
+
+
+def embedded_checkpoints() -> dict[str, Path]:
+    """Name and folder of each checkpoint that travels in this package."""
+    root = Path(str(resources.files(__package__))) / "checkpoints"
+    return {folder.parent.name: folder.parent for folder in sorted(root.glob("*/config.json"))}
+
+
+def export_checkpoint(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    decoding_method: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Makes a self-contained folder of a LLaDA, Dream or d3LLM checkpoint: `AutoModel` loads it without this package.
+
+    Weights are copied as they are, never loaded: official tensor names stay, and the size of the model does not
+    matter. The folder appears whole or not at all.
+
+    Args:
+        source (`str` or path): a checkpoint folder, or an id on the Hugging Face Hub.
+        destination (path): folder to write.
+        name (`str`, *optional*): name in the model card; that of `destination` when unset.
+        revision (`str`, *optional*): branch, tag or commit of a `source` on the Hub.
+        decoding_method (`str`, *optional*): default of the folder's `generate`; the source's stays when unset.
+        overwrite (`bool`): replace a checkpoint folder that is there already. A folder that holds anything but a
+            checkpoint is never replaced.
+
+    Returns:
+        `Path`: the folder written.
+
+    Raises:
+        FileNotFoundError: when `source` is no checkpoint folder, or lacks a shard that its index names.
+        FileExistsError: when `destination` exists and may not be replaced.
+        ValueError: for an architecture that is not ours, settings that it does not have, or pickled weights.
+    """
+    destination = Path(destination).expanduser().absolute()
+    _check_destination(destination, overwrite)
+    folder, hub_id = _resolve_source(source, revision)
+    if destination.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise ValueError(
+            f"`destination` must not be `source`, nor hold it (got {str(destination)!r} for {str(folder)!r}). Choose "
+            "another folder."
+        )
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") not in MODEL_FILES:
+        raise ValueError(
+            f"`source` must be a checkpoint of model_type {list(MODEL_FILES)} (got {config.get('model_type')!r} in "
+            f"{str(source)!r}). Other architectures are not supported."
+        )
+    shards = _weight_files(folder, source)
+    generation = _generation_config(folder, config, decoding_method)
+    embedded = folder in embedded_checkpoints().values()
+    if not embedded:  # those are validated by our tests; `init` need not wait for torch
+        generation = _validated(config, generation)
+
+    with _appearing(destination) as target:
+        for file in [*shards, *_matching(folder, TOKENIZER_FILES), *_matching(folder, DOCUMENTS)]:
+            shutil.copyfile(file, target / file.name)
+        _make_tokenizer_standard(target)
+        _write_json(target / "config.json", with_auto_map(config))
+        _write_json(target / "generation_config.json", generation)
+        for file in code_files(config["model_type"]):
+            shutil.copyfile(file, target / file.name)
+        card = folder / "README.md"
+        if card.is_file() and embedded:
+            shutil.copyfile(card, target / "README.md")
+        else:
+            text = render_card(
+                target,
+                name or destination.name,
+                base_model=hub_id,
+                source_card=card,
+                license="apache-2.0" if embedded else None,
+            )
+            (target / "README.md").write_text(text, encoding="utf-8")
+    return destination
+
+
+def with_auto_map(config: dict) -> dict:
+    """A copy of `config` (the content of config.json) that names our code for every Auto class."""
+    configuration, model = MODEL_FILES[config["model_type"]]
+    return config | {
+        "architectures": [model.split(".")[1]],
+        "auto_map": {"AutoConfig": configuration} | dict.fromkeys(AUTO_CLASSES, model),
+    }
+
+
+def code_files(model_type: str) -> list[Path]:
+    """The files that the model of a family needs: its own, and what they import from one another."""
+    root = Path(str(resources.files(__package__))) / "models"
+    found: list[Path] = []
+    pending = [reference.split(".")[0] for reference in MODEL_FILES[model_type]]
+    while pending:
+        file = root / f"{pending.pop()}.py"
+        if file not in found:
+            found.append(file)
+            pending += _RELATIVE_IMPORT.findall(file.read_text(encoding="utf-8"))
+    return sorted(found)
+
+
+# ---- reading the source ------------------------------------------------------------------------------------------
+
+
+def _resolve_source(source: str | os.PathLike, revision: str | None) -> tuple[Path, str | None]:
+    """The folder to read, and the Hub id if it came from there."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"`revision` applies to a `source` on the Hub (got {revision!r} with a folder). Leave it out."
+            )
+        if not (folder / "config.json").is_file():
+            hint = " It holds an adapter: merge it first." if (folder / "adapter_config.json").is_file() else ""
+            raise FileNotFoundError(f"`source` must hold a config.json (got {str(source)!r}).{hint}")
+        return folder.absolute(), None
+    if not _REPO_ID.fullmatch(str(source)) or str(source).startswith("."):
+        raise FileNotFoundError(
+            f"`source` must be a checkpoint folder or a Hub id such as 'owner/name' (got {str(source)!r}). "
+            "For an embedded checkpoint use `d3llm init`."
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = [*WEIGHTS, *TOKENIZER_FILES, *DOCUMENTS, "config.json", "generation_config.json", "README.md"]
+    return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns)), str(source)
+
+
+def _weight_files(folder: Path, source: str | os.PathLike) -> list[Path]:
+    """The safetensors files of a checkpoint and their index, complete."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read_json(index)["weight_map"].values()))
+        missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"`source` must hold every shard that its index names (got {str(source)!r} without {missing[:3]}). "
+                "Fetch the checkpoint again."
+            )
+        return [index, *(folder / name for name in names)]
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    pickled = _matching(folder, ("*.bin", "*.pt", "*.pth"))
+    found = f"only {pickled[0].name}, which is a pickle and can run code" if pickled else "no weights"
+    raise ValueError(
+        f"`source` must hold model.safetensors or its shards (got {str(source)!r} with {found}). Convert it first "
+        "with `model.save_pretrained` where you trust it."
+    )
+
+
+def _generation_config(folder: Path, config: dict, decoding_method: str | None) -> dict:
+    """The source's generation_config.json, made explicit about what would otherwise be guessed.
+
+    Pipelines sample unless the file says that they should not; and where the file exists, transformers no longer looks
+    for special tokens in config.json.
+    """
+    file = folder / "generation_config.json"
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
+    settings = {"do_sample": False} | {name: config[name] for name in names if config.get(name) is not None}
+    settings |= _read_json(file) if file.is_file() else {}
+    settings.pop("_from_model_config", None)  # transformers would drop our fields when it reads the file
+    if decoding_method is not None:
+        settings["decoding_method"] = decoding_method
+    return settings
+
+
+def _validated(config: dict, generation: dict) -> dict:
+    """Builds both configs, which refuses what our code lacks; returns the settings that have a meaning."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import GenerationConfig
+
+    from .models.configuration_dream import DreamConfig
+    from .models.configuration_llada import LLaDAConfig
+    from .models.generation_config_d3llm import D3LLMGenerationConfig
+
+    try:
+        {"llada": LLaDAConfig, "Dream": DreamConfig}[config["model_type"]].from_dict(config)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
+    settings = D3LLMGenerationConfig.coerce(GenerationConfig.from_dict(generation))
+    settings.validate()
+    return {name: value for name, value in generation.items() if hasattr(settings, name)}
+
+
+def _make_tokenizer_standard(folder: Path) -> None:
+    """Replaces a tokenizer class that would need the source's code (Dream's is Qwen2's under another name)."""
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return
+    config = _read_json(file)
+    references = config.pop("auto_map", None)
+    if references is None:
+        return
+    if config.get("tokenizer_class") == "DreamTokenizer":
+        config["tokenizer_class"] = "Qwen2Tokenizer"
+    elif (folder / "tokenizer.json").is_file():
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    else:
+        raise ValueError(
+            "`source` must have a tokenizer.json or a tokenizer class of transformers (got the custom class "
+            f"{config.get('tokenizer_class')!r}). Convert the tokenizer first."
+        )
+    _write_json(file, config)
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+
+
+# ---- writing the destination -------------------------------------------------------------------------------------
+
+
+def _check_destination(destination: Path, overwrite: bool) -> None:
+    if destination.is_dir() and not any(destination.iterdir()):
+        return
+    if not destination.exists():
+        return
+    if overwrite and (destination / "config.json").is_file() and not (destination / ".git").exists():
+        return
+    if overwrite:
+        raise FileExistsError(
+            f"`overwrite` replaces checkpoint folders only (got {str(destination)!r}, which is none, or is a git "
+            "repository). Choose another `destination`, or empty it yourself."
+        )
+    raise FileExistsError(
+        f"`destination` must not exist or be empty (got {str(destination)!r}). Choose another folder, or pass "
+        "`overwrite=True` (`--overwrite`)."
+    )
+
+
+@contextmanager
+def _appearing(destination: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `destination` when the block ends without an error, and vanishes otherwise."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the destination, so that the last step is a rename on one file system.
+    work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        fresh, old = work / "new", work / "old"
+        fresh.mkdir()
+        yield fresh
+        if destination.exists():
+            os.rename(destination, old)
+        try:
+            os.rename(fresh, destination)
+        except OSError:
+            if old.exists():
+                os.rename(old, destination)
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"`{file.name}` must be JSON (got {error} in {str(file)!r}). Fetch the file again."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`{file.name}` must hold a JSON object (got {type(content).__name__} in {str(file)!r}).")
+    return content
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,151 @@
+"""Text to token ids where what a user wrote can never become a control token.
+
+Tokenizers read `<|eot_id|>` in a text as the control token of that name, wherever it came from. A message could so end
+its own turn, open another one, or plant mask tokens for the model to fill in. Here the special tokens of the chat
+template are control tokens, and those in a message are the characters they are written with.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+
+def encode_text(tokenizer, text: str):
+    """Encodes plain text, as one row.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        text (`str`): the text; special tokens in it are encoded as ordinary characters.
+
+    Returns:
+        `BatchEncoding` with `input_ids` and `attention_mask` of shape `(1, P)`.
+
+    Raises:
+        TypeError: when `text` is no string.
+        ValueError: when it encodes to nothing, or this tokenizer cannot keep the special tokens out.
+    """
+    _check_text(text, "text")
+    return _encoding(tokenizer, _plain_ids(tokenizer, text, add_special_tokens=True))
+
+
+def encode_chat(
+    tokenizer, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True, **template_kwargs
+):
+    """Encodes a conversation with the tokenizer's chat template, as one row.
+
+    Where no message holds a special token, the ids are those of `tokenizer.apply_chat_template`.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers, with a chat template.
+        messages: the turns, each `{"role": ..., "content": ...}` with string values.
+        add_generation_prompt (`bool`): end with the header of the answer.
+        template_kwargs: further variables of the template.
+
+    Returns:
+        `BatchEncoding` with `input_ids` and `attention_mask` of shape `(1, P)`.
+
+    Raises:
+        TypeError: when a role or content is no string.
+        ValueError: without messages or template, when a role holds a special token, or when a message that holds one
+            is rewritten by the template, so that it cannot be told from the template's own text.
+    """
+    if not messages:
+        raise ValueError("`messages` must hold at least one turn (got none). Pass [{'role': 'user', 'content': ...}].")
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "`tokenizer` must have a chat template (got one without). Set `tokenizer.chat_template`, or encode a "
+            "plain prompt with `encode_text` (no `--chat`)."
+        )
+    special = _special_tokens(tokenizer)
+    for turn in messages:
+        _check_text(turn.get("role"), "role")
+        _check_text(turn.get("content"), "content")
+        if special.search(turn["role"]):
+            raise ValueError(
+                f"`role` must not hold a special token (got {turn['role']!r}). Use 'user' or 'assistant'."
+            )
+
+    def render(turns) -> str:
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
+        )
+
+    rendered = render(messages)
+    if not any(special.search(turn["content"]) for turn in messages):
+        return _encoding(tokenizer, tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    ids: list[int] = []
+    for piece, is_control in _split(rendered, _content_spans(messages, rendered, render), special):
+        ids += [tokenizer.convert_tokens_to_ids(piece)] if is_control else _plain_ids(tokenizer, piece)
+    return _encoding(tokenizer, ids)
+
+
+def _content_spans(messages: Sequence[dict[str, str]], rendered: str, render) -> list[tuple[int, int]]:
+    """Where each content lies in the rendered conversation: rendered again with placeholders, the rest must agree."""
+    placeholders = [f"\ue000{index}\ue001" for index in range(len(messages))]  # private-use characters: in no template
+    outline = render([turn | {"content": mark} for turn, mark in zip(messages, placeholders, strict=True)])
+    spans, read, seen = [], 0, 0
+    for turn, mark in zip(messages, placeholders, strict=True):
+        at = outline.find(mark, seen)
+        start = read + at - seen
+        # Templates often trim a message; other changes to it cannot be followed.
+        content = next((c for c in (turn["content"], turn["content"].strip()) if rendered.startswith(c, start)), None)
+        if at < 0 or content is None or rendered[read:start] != outline[seen:at]:
+            raise _cannot_separate(turn["content"])
+        spans.append((start, start + len(content)))
+        read, seen = start + len(content), at + len(mark)
+    if rendered[read:] != outline[seen:]:
+        raise _cannot_separate(messages[-1]["content"])
+    return spans
+
+
+def _cannot_separate(content: str) -> ValueError:
+    return ValueError(
+        f"`content` must not hold special tokens with this chat template, which rewrites it (got {content[:80]!r}). "
+        "Remove the special tokens from the message."
+    )
+
+
+def _split(text: str, spans: list[tuple[int, int]], special: re.Pattern):
+    """Cuts `text` at the special tokens outside of `spans`: `(piece, is a control token)` in order."""
+    read = 0
+    for match in special.finditer(text):
+        if any(match.start() < end and start < match.end() for start, end in spans):
+            continue
+        if match.start() > read:
+            yield text[read : match.start()], False
+        yield match.group(), True
+        read = match.end()
+    if read < len(text):
+        yield text[read:], False
+
+
+def _special_tokens(tokenizer) -> re.Pattern:
+    """Finds every control token of the tokenizer in a text, the longest first."""
+    names = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names |= set(tokenizer.all_special_tokens)
+    # A pattern of nothing would match everywhere; `(?!)` matches nowhere.
+    return re.compile("|".join(map(re.escape, sorted(filter(None, names), key=len, reverse=True))) or "(?!)")
+
+
+def _plain_ids(tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """Ids of `text` with special tokens taken as ordinary characters."""
+    around = tokenizer("", add_special_tokens=add_special_tokens)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
+    control = set(tokenizer.convert_tokens_to_ids(sorted(set(_special_tokens(tokenizer).findall(text)))))
+    if control.intersection(ids) - set(around):
+        raise ValueError(
+            f"`text` must not hold special tokens with this tokenizer, which cannot split them (got {text[:80]!r}). "
+            "Remove them, or use a fast tokenizer."
+        )
+    return ids
+
+
+def _encoding(tokenizer, ids: list[int]):
+    if not ids:
+        raise ValueError("`text` must not be empty (got nothing to encode). Write a prompt.")
+    return tokenizer.pad([{"input_ids": ids, "attention_mask": [1] * len(ids)}], return_tensors="pt")
+
+
+def _check_text(value: Any, name: str) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must be a string (got {type(value).__name__}). Pass text only.")

@@ -1,0 +1,32 @@
+"""Shared fixtures: no test reads from the network, and tiny checkpoint folders in the official format."""
+
+import os
+import sys
+from pathlib import Path
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+TESTS = Path(__file__).parent
+sys.path.append(str(TESTS))  # makes the helper modules importable, whichever import mode pytest runs in
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def official(tmp_path_factory) -> dict[str, Path]:
+    """A tiny checkpoint of each family as it is published, with a tokenizer: `{"llada": folder, "Dream": folder}`."""
+    from official import write_official
+
+    root = tmp_path_factory.mktemp("official")
+    return {model_type: write_official(model_type, root / model_type) for model_type in ("llada", "Dream")}
+
+
+@pytest.fixture(scope="session")
+def exported(official, tmp_path_factory) -> dict[str, Path]:
+    """The same checkpoints as `export_checkpoint` writes them."""
+    from d3llm_hf import export_checkpoint
+
+    root = tmp_path_factory.mktemp("exported")
+    return {family: export_checkpoint(folder, root / f"tiny-{family.lower()}") for family, folder in official.items()}
