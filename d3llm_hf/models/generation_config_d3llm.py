@@ -145,7 +145,7 @@ class D3LLMGenerationConfig(GenerationConfig):
         """The same settings as this class; entries of a file that nothing here knows are left out, with a warning."""
         values = config.to_dict()
         if values.pop("_from_model_config", None):  # (kept, it would make the constructor drop every field of ours)
-            values["use_cache"] = None  # official configs say False, of an autoregressive cache that no one meant
+            values["use_cache"] = None  # of a model's config: never meant for this cache
         unknown = [n for n in values if n not in FIELDS and n not in _INHERITED and not n.startswith("_")]
         for name in unknown:
             logger.warning_once(f"{unknown_field(name)} It is ignored; delete it from generation_config.json.")

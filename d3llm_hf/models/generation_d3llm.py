@@ -89,9 +89,10 @@ class D3LLMGenerationMixin(GenerationMixin):
             belongs = METHODS.get(own_method, {})
             inherited = {name: value for name, value in inherited.items() if name not in belongs}
             inherited.pop("decoding_method", None)
+        inherited.pop("use_cache", None)  # official configs say False of a cache that is not ours; a call may say so
         model_kwargs = given.update(**kwargs)
         given.update(**inherited, defaults_only=True, allow_custom_entries=True)
-        if given.top_k is None:
+        if given.do_sample and given.top_k is None:
             given.top_k = 0  # no hidden truncation: transformers would sample from the 50 best tokens
         given.update(**given._get_default_generation_params(), defaults_only=True)
         return given, model_kwargs

@@ -16,7 +16,7 @@ class Ledger:
         shown (`(B, P')`): the prompt as the caller passed it; criteria see it before the answer.
         stop_ids (`(S,)`, *optional*): the stop tokens.
         criteria: transformers' stopping criteria. Length and stop tokens are the loop's own affair; all others are
-            asked row by row, token by token of the decided prefix, as if it had been written left to right.
+            asked token by token of the decided prefixes, as if these had been written left to right.
         streamer: gets `put` for the decided prefix, `put_draft` (where it has one) for the rest, `end`.
     """
 
@@ -80,8 +80,8 @@ class Ledger:
                 f"forward {state.step}). Check the weights and the dtype; other rows are not at fault."
             )
         if self.criteria or self.streamer is not None:
-            for index, row in enumerate(rows):
-                flags[index] |= self._advance(row)
+            stopped = self._advance(rows)
+            flags = [flag or row in stopped for flag, row in zip(flags, rows, strict=True)]
         if not any(flags):
             return None
         ended = torch.tensor([i for i, flag in enumerate(flags) if flag], device=done.device)
@@ -91,36 +91,50 @@ class Ledger:
         self.computed[out] = canvas.computed[ended]
         return torch.tensor([i for i, flag in enumerate(flags) if not flag], dtype=torch.long, device=done.device)
 
-    def _advance(self, row: int) -> bool:
-        """Follows a row's decided prefix: criteria first, then the stream. True where a criterion ends the row."""
-        tokens = self.tokens[row]
-        decided = self.step_map[row : row + 1] > 0
-        stop = len(tokens)
-        if self.stop_ids is not None:
-            stop = int(first_true(torch.isin(tokens, self.stop_ids)[None] & decided))
-        end = min(int(first_true(~decided)), stop + 1)
-        stopped = False
-        for length in range(self.prefix[row] + 1, end + 1) if end > self.prefix[row] else [end]:
-            text = torch.cat([self.shown[row], tokens[:length]])[None]
-            if self.criteria and bool(self.criteria(text, None).all()):
-                stopped, end = True, length
-                self.length[row] = length
-                break
+    def _advance(self, rows: list[int]) -> set[int]:
+        """Follows the decided prefixes: criteria first, then the stream. Returns the rows that a criterion ends."""
+        decided = self.step_map > 0
+        stop = self._stop_position(decided)
+        ends = torch.minimum(first_true(~decided), stop + 1).clamp_max(self.tokens.shape[1]).tolist()
+        stopped = self._ask_criteria(rows, ends) if self.criteria else set()
         if self.streamer is not None:
-            if end > self.prefix[row]:
-                self.streamer.put(tokens[self.prefix[row] : end].cpu())
-            if hasattr(self.streamer, "put_draft") and not stopped and end < min(len(tokens), stop + 1):
+            end, tokens = ends[0], self.tokens[0]
+            if end > self.prefix[0]:
+                self.streamer.put(tokens[self.prefix[0] : end].cpu())
+            if hasattr(self.streamer, "put_draft") and not stopped and end < min(len(tokens), int(stop[0]) + 1):
                 self.streamer.put_draft(value=tokens[end:].cpu())
-        self.prefix[row] = end
+        self.prefix = ends
         return stopped
+
+    def _ask_criteria(self, rows: list[int], ends: list[int]) -> set[int]:
+        """Asks at every length that some row has reached since; `ends` of rows that stop is set to where they do.
+
+        Criteria may keep a state for each row, so they are always shown the whole batch. What they say of a row counts
+        at the lengths that the row has just reached; where none has moved, it counts if it is the same for all (time).
+        """
+        stopped: set[int] = set()
+        lengths = sorted({length for row in rows for length in range(self.prefix[row] + 1, ends[row] + 1)})
+        for length in lengths or [max(ends[row] for row in rows)]:
+            text = torch.cat([self.shown, self.tokens[:, :length]], dim=1)
+            verdict = self.criteria(text, None).tolist()
+            for row in rows:
+                reached = self.prefix[row] < length <= ends[row] if lengths else all(verdict)
+                if verdict[row] and reached and row not in stopped:
+                    stopped.add(row)
+                    ends[row] = min(length, ends[row])
+                    self.length[row] = ends[row]
+        return stopped
+
+    def _stop_position(self, decided: torch.Tensor) -> torch.Tensor:
+        """Column of the first decided stop token of each row, N where there is none: `(B,)`."""
+        if self.stop_ids is None:
+            return torch.full_like(self.length, self.tokens.shape[1])
+        return first_true(torch.isin(self.tokens, self.stop_ids) & decided)
 
     def answers(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The answers `(B, N)`, padded behind their end, and their tokens before the first stop token `(B,)`."""
         column = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        is_stop = torch.zeros_like(self.tokens, dtype=torch.bool)
-        if self.stop_ids is not None:
-            is_stop = torch.isin(self.tokens, self.stop_ids) & (self.step_map > 0)
-        stop = first_true(is_stop)
+        stop = self._stop_position(self.step_map > 0)
         end = torch.minimum(stop + 1, self.length)
         answer = self.tokens
         if self.fill_token_id is not None:
