@@ -1,6 +1,6 @@
 """Accuracy and tokens per forward of decoding settings on held-out word problems, written to one results file.
 
-    python -m d3llm_hf.evaluation.measure d3llm-llada -o model_cards/results/d3llm-llada.json
+    python -m d3llm_hf.evaluation.measure d3llm-llada -o d3llm_hf/checkpoints/d3llm-llada/results.json
 
 The problems are generated from a seed, so the same command measures the same thing everywhere. A setting is a dict of
 arguments of `generate`; a row of the results file is a setting with what it gave.
@@ -22,6 +22,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
+from ..hub import embedded_checkpoints
 from .word_problems import WordProblem, exact_match, generate_problems
 
 
@@ -122,17 +123,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of the checkpoint (see `d3llm init`)")
+    parser.add_argument("model", help="folder of a checkpoint, or the name of an embedded one")
     parser.add_argument("-o", "--output", type=Path, required=True, help="results file (JSON)")
     parser.add_argument("--num-problems", type=int, default=500)
     parser.add_argument("--seed", type=int, default=4242, help="of the held-out problems")
     args = parser.parse_args(argv)
-    if not (args.model / "model.safetensors").is_file():
-        parser.error(f"MODEL must be a checkpoint folder with model.safetensors (got {args.model}). Try `d3llm init`.")
+    folder = embedded_checkpoints().get(args.model, Path(args.model))
+    if not (folder / "model.safetensors").is_file():
+        parser.error(
+            f"MODEL must be a folder with model.safetensors, or one of {sorted(embedded_checkpoints())} (got "
+            f"{args.model!r}). Correct the path."
+        )
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     # float32: the batch that a row is in must not change its tokens
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     problems = generate_problems(args.num_problems, split="test", seed=args.seed)
     rows = [{"name": n, "settings": s, **measure(model, tokenizer, problems, s)} for n, s in SETTINGS.items()]
     write_json(
@@ -142,9 +147,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "task": "held-out word problems, 2-5 steps, exact match",
             "problems": len(problems),
             "seed": args.seed,
-            "command": f"python -m d3llm_hf.evaluation.measure {args.model.name} -o {args.output.as_posix()}",
+            "command": f"python -m d3llm_hf.evaluation.measure {folder.name} -o {args.output.as_posix()}",
             "parameters": sum(p.numel() for p in model.parameters()),
-            "provenance": provenance(args.model),
+            "provenance": provenance(folder),
             "rows": rows,
         },
     )

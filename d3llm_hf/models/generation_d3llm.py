@@ -91,6 +91,8 @@ class D3LLMGenerationMixin(GenerationMixin):
             inherited.pop("decoding_method", None)
         inherited.pop("use_cache", None)  # official configs say False of a cache that is not ours; a call may say so
         model_kwargs = given.update(**kwargs)
+        if given.max_length is not None:  # the caller's length, in whichever form, beats the checkpoint's
+            inherited.pop("max_new_tokens", None)
         given.update(**inherited, defaults_only=True, allow_custom_entries=True)
         if given.do_sample and given.top_k is None:
             given.top_k = 0  # no hidden truncation: transformers would sample from the 50 best tokens
