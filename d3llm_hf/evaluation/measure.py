@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{args.model!r}). Correct the path."
         )
 
+    torch.set_num_threads(1)  # tensors this small are slower on several, many times so on a busy machine
     tokenizer = AutoTokenizer.from_pretrained(folder)
     # float32: the batch that a row is in must not change its tokens
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,0 +1,136 @@
+"""Every recorded run of the original d3LLM, dParallel, LLaDA and Dream code that rests on none of its defects.
+
+Tokens, the forward that decided each of them, and both counts of forwards must be equal. Runs that sampled are
+replayed with the reference's own random numbers, drawn in its order.
+"""
+
+from typing import ClassVar
+
+import pytest
+import torch
+from oracle import decode_with_model
+from recorded import Recorded, as_returned, checkpoint, corrected_cases, left_pad, limited, recorded_cases
+
+from d3llm_hf.models.scoring import Sampler
+
+
+# Once top-p leaves one token, entropies are exactly 0, and `torch.topk` picks among equals as it pleases.
+TIES = {"GP019"}
+CASES = [case for case in recorded_cases() if case.id not in corrected_cases() and case.id not in TIES]
+GREEDY = [case for case in CASES if case.torch_seed is None]
+SAMPLED = [case for case in CASES if case.torch_seed is not None]
+
+
+def generate(case: Recorded, model=None, **more):
+    model = model or (checkpoint(case.model) if case.top_k is None else limited(case.model, case.top_k))
+    settings = {"pad_token_id": case.eos_token_id} | case.settings | more
+    return model.generate(**left_pad(case), return_dict_in_generate=True, **settings)
+
+
+def assert_matches(case: Recorded, output) -> None:
+    eos = case.eos_token_id
+    assert output.sequences[0, case.padding :].tolist() == as_returned(
+        case.sequence, len(case.prompt), eos, case.eos_token_id
+    )
+    assert int(output.num_forwards) == case.forwards
+    if case.reference_forwards is not None:
+        assert int(output.num_forwards_reference) == case.reference_forwards
+    answer = case.sequence[len(case.prompt) :]
+    end = answer.index(eos) + 1 if eos in answer else len(answer)
+    steps = output.step_map[0].tolist()
+    assert steps[:end] == case.unmask_step[:end]
+    # Behind an EOS the recording counts a fill as deciding; the library reports that no forward committed it.
+    assert all(step in (-1, recorded) for step, recorded in zip(steps[end:], case.unmask_step[end:], strict=True))
+
+
+@pytest.mark.parametrize("case", GREEDY, ids=lambda case: case.id)
+def test_a_recorded_run_is_reproduced_token_for_token_and_forward_for_forward(case):
+    assert_matches(case, generate(case))
+
+
+@pytest.mark.parametrize("case", GREEDY, ids=lambda case: case.id)
+def test_the_oracle_reproduces_the_recorded_run_too(case):
+    decoded = decode_with_model(checkpoint(case.model), list(case.prompt), case.rules())
+    assert decoded.canvas == case.sequence
+    assert decoded.decided_after == case.unmask_step
+    assert decoded.forwards == case.forwards
+    assert case.reference_forwards in (None, decoded.reference_forwards)
+
+
+def test_no_recorded_run_is_left_out_by_accident():
+    assert len(GREEDY) == 95 and len(SAMPLED) == 11
+
+
+class LLaDADraws(Sampler):
+    """LLaDA's draws: Gumbel noise for the tokens of the whole canvas, or one uniform number per position."""
+
+    def __init__(self, case: Recorded):
+        super().__init__(case.torch_seed)
+        self.case, self.step = case, -1
+        self.generator = torch.Generator().manual_seed(case.torch_seed)
+
+    def draw(self, step: int, *shape: int, dtype=torch.float32) -> torch.Tensor:
+        """The numbers of a forward, drawn once."""
+        if step != self.step:
+            self.step, self.drawn = step, torch.rand(shape, generator=self.generator, dtype=dtype)
+        return self.drawn
+
+    def uniform(self, rows, step, columns, stream):
+        drawn = self.draw(step, len(self.case.sequence))[len(self.case.prompt) + columns].double()
+        # As a confidence the highest goes first, as an entropy the lowest.
+        return 1 - drawn if self.case.settings["decoding_method"] == "llada" else drawn
+
+    def tokens(self, logits, rows, step, columns):
+        uniform = self.draw(step, len(self.case.sequence), logits.shape[1], dtype=torch.float64)
+        gumbel = -torch.log(-torch.log(uniform))
+        return (logits.double() + gumbel[len(self.case.prompt) + columns]).argmax(-1)
+
+
+class DreamDraws(LLaDADraws):
+    """Dream's draws: `torch.multinomial` over the forwarded positions (d3LLM), or over those that may be decided."""
+
+    # Positions that each recorded forward was given where that is not the canvas.
+    FORWARDED: ClassVar = {"DR002": (84, 64, 64, 64, 64, 84)}
+
+    def exponential(self, *shape: int) -> torch.Tensor:
+        """The numbers behind `torch.multinomial`, whose result is the largest of p / q."""
+        return torch.empty(shape).exponential_(generator=self.generator)
+
+    def uniform(self, rows, step, columns, stream):
+        return torch.rand(len(columns), generator=self.generator).double()
+
+    def tokens(self, logits, rows, step, columns):
+        if self.case.settings["decoding_method"] != "d3llm":
+            index, width = torch.arange(len(columns)), len(columns)
+        else:
+            width = self.FORWARDED.get(self.case.id, [len(self.case.sequence)] * (step + 1))[step]
+            index = columns - (self.case.settings["max_new_tokens"] - width)
+        return (logits.softmax(-1) / self.exponential(width, logits.shape[1])[index]).argmax(-1)
+
+    def positions(self, cost, temperature, rows, step, columns):
+        steps, length = self.case.settings["steps"], len(self.case.sequence)
+        times = torch.linspace(1, 1e-3, steps + 1)
+        if step < steps - 1 and int(len(cost) * (1 - times[step + 1] / times[step])) == 0:
+            return cost
+        return cost / temperature + self.exponential(length)[len(self.case.prompt) + columns].log()
+
+
+# What the recorded call was given beside its settings.
+SAMPLING = {
+    "LR000": {"do_sample": True, "temperature": 0.5},
+    "LR001": {"do_sample": True, "temperature": 0.3},
+    "LR003": {"do_sample": True, "temperature": 0.5},
+    "LR004": {"do_sample": True, "temperature": 0.5},
+    "DR000": {"do_sample": True, "temperature": 0.5},
+    "DR001": {"do_sample": True, "temperature": 0.5},
+    "DR002": {"do_sample": True, "temperature": 0.5},
+    "GP020": {"alg_temp": 0.1},
+}
+
+
+@pytest.mark.parametrize("case", SAMPLED, ids=lambda case: case.id)
+def test_a_recorded_run_that_sampled_is_reproduced_from_the_same_random_numbers(case, monkeypatch):
+    draws = (LLaDADraws if case.model.startswith("llada") else DreamDraws)(case)
+    model = checkpoint(case.model) if case.top_k is None else limited(case.model, case.top_k)
+    monkeypatch.setattr(type(model), "_sampler", lambda self, config: draws)
+    assert_matches(case, generate(case, model, **SAMPLING.get(case.id, {})))
