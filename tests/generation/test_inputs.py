@@ -5,6 +5,7 @@ import torch
 from official import tiny_tokenizer
 from tiny import (
     EOS,
+    MASK,
     PAD,
     ScriptedModel,
     answer,
@@ -45,17 +46,32 @@ def test_embeddings_of_a_prompt_give_the_answer_of_its_token_ids(family, method)
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_empty_prompt_is_answered(family, method):
-    output = trained_like(family).generate(
+def test_a_row_without_a_prompt_is_answered_alone_and_beside_others(family, method):
+    model, chosen = trained_like(family), {"max_new_tokens": 9, "early_stop": False, **METHODS[method]}
+    alone = model.generate(
         torch.zeros(1, 0, dtype=torch.long),
         attention_mask=torch.zeros(1, 0, dtype=torch.long),
-        max_new_tokens=9,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
         return_dict_in_generate=True,
-        early_stop=False,
-        **METHODS[method],
+        **chosen,
     )
-    assert output.sequences.shape == (1, 9)
-    assert (output.step_map > 0).all()
+    assert alone.sequences.shape == (1, 9) and (alone.step_map > 0).all()
+    together = model.generate(**left_padded([[1, 2, 3], []]), eos_token_id=EOS, pad_token_id=PAD, **chosen)
+    assert not (together == MASK).any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_a_shift_the_first_position_of_an_empty_prompt_is_predicted_by_its_own_row(family):
+    shift = int(family == "dream")
+    table = tables(1, 8).expand(1, -1, -1)
+    model = ScriptedModel(lambda ids: table[:, : ids.shape[1]], shift=shift)
+    chosen = {"decoding_method": "dparallel", "entropy_threshold": float("inf"), "early_stop": False}
+    output = model.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=8, eos_token_id=EOS, **chosen)
+    allowed = table[0].clone()
+    allowed[:, MASK] = -float("inf")
+    best = allowed.argmax(-1).tolist()
+    assert output[0].tolist() == (best if not shift else [best[0], *best[:-1]])
 
 
 class StopsAfter(StoppingCriteria):

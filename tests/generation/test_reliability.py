@@ -79,6 +79,20 @@ def test_a_model_that_prefers_the_mask_token_never_commits_it(shift):
     assert int(output.num_forwards) <= 20 and not (output.sequences == MASK).any()
 
 
+@pytest.mark.parametrize("remasking, first", [("topk_margin", 1), ("maskgit_plus", 0), ("entropy", 0)])
+def test_the_mask_tokens_probability_counts_though_it_is_never_chosen(remasking, first):
+    # Of three positions the sure one, 0.6 against a mask token of 0.35, has the smaller margin than 0.5 against 0.2.
+    probabilities = torch.full((3, VOCABULARY), 1e-9)
+    probabilities[0, [4, MASK, 5]] = torch.tensor([0.6, 0.35, 0.05])
+    probabilities[1, [6, 7, 8, 9]] = torch.tensor([0.5, 0.2, 0.2, 0.1])
+    probabilities[2, :20] = 0.05
+    script = torch.cat([torch.zeros(1, VOCABULARY), probabilities.log()])
+    model = ScriptedModel(lambda ids: script.expand(len(ids), -1, -1))
+    chosen = {"decoding_method": "dream", "remasking": remasking, "steps": 2, "max_new_tokens": 3}
+    output = answer(model, [1], **chosen, **WHOLE)
+    assert output.step_map[0].argmin() == first and output.sequences[0, 1:3].tolist() == [4, 6]
+
+
 # ---- D-02: the state machine on written-down logits ---------------------------------------------------------------
 
 
