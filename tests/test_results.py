@@ -31,7 +31,7 @@ ROW = "| multi-block | `decoding_method='d3llm'`, `entropy_threshold=0.3` | 91.2
 def document(tmp_path: Path) -> Path:
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     path = tmp_path / "README.md"
-    path.write_text("before\n<!-- results:begin results.json -->\nold\n<!-- results:end -->\nafter\n")
+    path.write_text("before\n<!-- results:begin results.json -->\nstale\n<!-- results:end -->\nafter\n")
     return path
 
 
@@ -39,7 +39,7 @@ def test_a_marked_table_is_made_from_the_results_file_and_then_passes_the_check(
     assert tables.main(["--check", str(document)]) == 1
     assert tables.main([str(document)]) == 0
     text = document.read_text()
-    assert ROW in text and "old" not in text and text.startswith("before\n") and text.endswith("after\n")
+    assert ROW in text and "stale" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert tables.main(["--check", str(document)]) == 0
 
 
