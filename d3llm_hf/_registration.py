@@ -43,7 +43,7 @@ _FAMILIES = (
     _Family("llada", f"{_MODELS}.configuration_llada", "LLaDAConfig", f"{_MODELS}.modeling_llada", "LLaDAModelLM"),
     _Family("Dream", f"{_MODELS}.configuration_dream", "DreamConfig", f"{_MODELS}.modeling_dream", "DreamModel"),
 )
-_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
 
 
 class _StandIn(type):
@@ -95,7 +95,7 @@ def _register_model(family: _Family) -> None:
 def _register_in_auto_models(config: type, model: type) -> None:
     from transformers.models.auto import modeling_auto
 
-    for name in _AUTO_CLASSES:
+    for name in AUTO_CLASSES:
         getattr(modeling_auto, name).register(config, model, exist_ok=True)
 
 

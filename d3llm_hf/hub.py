@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
+from ._registration import AUTO_CLASSES
 from .model_card import render_card
 
 
@@ -19,8 +20,6 @@ MODEL_FILES = {
     "Dream": ("configuration_dream.DreamConfig", "modeling_dream.DreamModel"),
 }
 """Family (`model_type` of config.json) -> where its config and its model lie."""
-
-AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
 
 # Everything that is copied from the source. No code: the source's own would shadow ours, and was not asked for.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

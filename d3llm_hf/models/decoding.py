@@ -148,11 +148,11 @@ def most_left(size: int, fraction: float) -> int:
     return max((left for left in range(size + 1) if 1 - left / size >= fraction), default=-1)
 
 
-def stop_position(state: State, stop_ids: torch.Tensor | None) -> torch.Tensor:
-    """Column of the first decided stop token, N where there is none: `(B,)`."""
+def stop_position(tokens: torch.Tensor, decided: torch.Tensor, stop_ids: torch.Tensor | None) -> torch.Tensor:
+    """Column of the first decided stop token of each row of `(B, N)` tokens, N where there is none: `(B,)`."""
     if stop_ids is None:
-        return torch.full_like(state.rows, state.tokens.shape[1])
-    return first_true(torch.isin(state.tokens, stop_ids) & ~state.undecided)
+        return torch.full(tokens.shape[:1], tokens.shape[1], device=tokens.device)
+    return first_true(torch.isin(tokens, stop_ids) & decided)
 
 
 def open_blocks(state: State, rules: Rules, stop: torch.Tensor) -> None:

@@ -174,7 +174,7 @@ class D3LLMGenerationMixin(GenerationMixin):
                     continue
 
                 # 2. Open blocks and plan the window of the next forward
-                open_blocks(state, rules, stop_position(state, stop_ids))
+                open_blocks(state, rules, stop_position(state.tokens, ~state.undecided, stop_ids))
                 start, cached = torch.zeros_like(state.rows), state.cached
                 if cache is not None:
                     start, cached = plan_cache(state, rules, canvas.prompt_length)
@@ -192,7 +192,7 @@ class D3LLMGenerationMixin(GenerationMixin):
                 commits, forced = choose(scores.cost, scores.force_cost, among, state, rules)
                 state.step += 1
                 commit(state, commits, torch.where(forced, scores.best_tokens, scores.tokens))
-                stop = stop_position(state, stop_ids)
+                stop = stop_position(state.tokens, ~state.undecided, stop_ids)
                 filled = torch.zeros_like(scores.broken)
                 if rules.eos_fill and stop_ids is not None:
                     filled = state.undecided.any(1)

@@ -5,7 +5,7 @@ from transformers.generation import StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .canvas import Canvas
-from .decoding import State, first_true
+from .decoding import State, first_true, stop_position
 
 
 class Ledger:
@@ -94,7 +94,7 @@ class Ledger:
     def _advance(self, rows: list[int]) -> set[int]:
         """Follows the decided prefixes: criteria first, then the stream. Returns the rows that a criterion ends."""
         decided = self.step_map > 0
-        stop = self._stop_position(decided)
+        stop = stop_position(self.tokens, decided, self.stop_ids)
         ends = torch.minimum(first_true(~decided), stop + 1).clamp_max(self.tokens.shape[1]).tolist()
         stopped = self._ask_criteria(rows, ends) if self.criteria else set()
         if self.streamer is not None:
@@ -125,16 +125,10 @@ class Ledger:
                     self.length[row] = ends[row]
         return stopped
 
-    def _stop_position(self, decided: torch.Tensor) -> torch.Tensor:
-        """Column of the first decided stop token of each row, N where there is none: `(B,)`."""
-        if self.stop_ids is None:
-            return torch.full_like(self.length, self.tokens.shape[1])
-        return first_true(torch.isin(self.tokens, self.stop_ids) & decided)
-
     def answers(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The answers `(B, N)`, padded behind their end, and their tokens before the first stop token `(B,)`."""
         column = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        stop = self._stop_position(self.step_map > 0)
+        stop = stop_position(self.tokens, self.step_map > 0, self.stop_ids)
         end = torch.minimum(stop + 1, self.length)
         answer = self.tokens
         if self.fill_token_id is not None:
