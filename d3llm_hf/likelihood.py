@@ -20,8 +20,8 @@ class LogLikelihood:
     """Estimated log-likelihoods of B completions, on the CPU.
 
     Attributes:
-        mean (`(B,)` float64): nats; estimate of a lower bound of the completion's log-probability. 0 where it is empty,
-            -inf where a token has probability 0.
+        mean (`(B,)` float64): nats; estimate of a lower bound of the completion's log-probability. 0 where it is
+            empty, -inf where a token has probability 0.
         standard_error (`(B,)` float64): of `mean`, as if the draws were independent. They are stratified, so that it
             is rather too large than too small. 0 for a completion of at most one token, where nothing is random; NaN
             where it cannot be told, with a single draw or infinite values.

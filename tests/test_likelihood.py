@@ -1,4 +1,4 @@
-"""The Monte-Carlo likelihood is the bound it claims to be, whatever is beside a text; greedy agreement is decoding's."""
+"""The Monte-Carlo likelihood is the bound it claims to be, in any batch; greedy agreement is that of decoding."""
 
 import math
 import re
@@ -42,7 +42,7 @@ def batch(texts, side: str = "right", extra: int = 0) -> dict[str, torch.Tensor]
     return {"input_ids": ids, "completion_mask": completion, "attention_mask": seen}
 
 
-# ---- a slow oracle: one canvas a forward, random numbers in Python's integers ---------------------------------------
+# ---- a slow oracle: one canvas a forward, random numbers in Python's integers --------------------------------------
 
 
 def hidden_log_probability(model, tokens, positions, hidden, cfg_scale=0.0) -> float:
@@ -98,7 +98,7 @@ def slow_log_likelihood(model, tokens, positions, *, num_samples, seed, cfg_scal
     return mean, math.sqrt(variance / num_samples)
 
 
-# ---- the estimate ----------------------------------------------------------------------------------------------------
+# ---- the estimate --------------------------------------------------------------------------------------------------
 
 
 @families
@@ -124,7 +124,7 @@ def test_estimates_lie_around_the_bound_of_all_subsets(family, cfg_scale, text):
 
 
 def test_the_mean_over_seeds_converges_to_the_bound_faster_than_the_standard_error_says():
-    text, seeds = TEXTS[0], range(400)
+    text, seeds = TEXTS[0], range(200)
     found = [log_likelihood(MODELS["llada"], **batch([text]), num_samples=6, seed=seed) for seed in seeds]
     means = torch.cat([each.mean for each in found])
     claimed = torch.cat([each.standard_error for each in found]).square().mean().sqrt()
@@ -214,7 +214,7 @@ def test_a_single_draw_of_several_tokens_has_no_known_error():
     assert found.standard_error[0].isnan() and found.standard_error[1] == 0
 
 
-# ---- what a value depends on -------------------------------------------------------------------------------------------
+# ---- what a value depends on ---------------------------------------------------------------------------------------
 
 
 @families
@@ -270,7 +270,7 @@ def test_the_inputs_are_left_alone_and_no_gradient_is_kept():
     assert all(torch.equal(table, before[name]) for name, table in inputs.items())
 
 
-# ---- greedy agreement --------------------------------------------------------------------------------------------------
+# ---- greedy agreement ----------------------------------------------------------------------------------------------
 
 
 @families
@@ -317,7 +317,7 @@ def test_the_mask_token_is_never_decided():
     assert is_greedy(model, **batch([([1, 4, 4], [1, 2]), ([1, 4, 5], [1, 2])])).tolist() == [True, False]
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------------------------
 
 
 GOOD = batch([([1, 2, 3, 4], [2, 3]), ([1, 2, 3], [1, 2])])
@@ -328,14 +328,14 @@ BAD = {
     "ids 1-D": ({"input_ids": torch.tensor([1])}, ValueError, r"`input_ids` must have the shape \(B, L\)"),
     "completion long": ({"completion_mask": GOOD["attention_mask"]}, TypeError, "`completion_mask` must be a tensor"),
     "completion list": ({"completion_mask": [[True]], "attention_mask": None}, TypeError, "`completion_mask` must"),
-    "completion shape": ({"completion_mask": torch.ones(2, 3).bool()}, ValueError, r"`completion_mask` .*got \(2, 3\)"),
+    "completion shape": ({"completion_mask": torch.ones(2, 3).bool()}, ValueError, "`completion_mask` .*got .2, 3."),
     "attention list": ({"attention_mask": [[1]]}, TypeError, "`attention_mask` must be a tensor .got list"),
     "attention shape": ({"attention_mask": torch.ones(2, 3)}, ValueError, r"`attention_mask` must have the shape"),
     "on padding": (
-        {"completion_mask": torch.ones(2, 4).bool()}, ValueError, "`completion_mask` must be False on padding .*row 1",
+        {"completion_mask": torch.ones(2, 4).bool()}, ValueError, "`completion_mask` must be False on padding .*row 1"
     ),
     "hole": (
-        {"attention_mask": HOLE, "completion_mask": HOLE.bool()}, ValueError, "`attention_mask` must have its zeros at",
+        {"attention_mask": HOLE, "completion_mask": HOLE.bool()}, ValueError, "`attention_mask` must have its zeros"
     ),
     "mask token": (
         {"input_ids": torch.full((2, 4), MASK)}, ValueError, "`input_ids` must not hold the mask token .*row 0",
@@ -368,10 +368,10 @@ def test_bad_draws_are_refused(given, kind, message):
 
 
 def test_models_that_cannot_be_asked_are_refused():
-    with pytest.raises(TypeError, match="`model` must be a masked diffusion language model .got Linear"):
+    with pytest.raises(TypeError, match=r"`model` must be a masked diffusion language model .got Linear"):
         log_likelihood(torch.nn.Linear(1, 1), **GOOD)
     model = ScriptedModel(lambda ids: torch.zeros(*ids.shape, 32), mask_token_id=None)
-    with pytest.raises(ValueError, match="`mask_token_id` must name the token of a masked position"):
+    with pytest.raises(ValueError, match="`mask_token_id` must name the token of a masked"):
         is_greedy(model, **GOOD)
     assert is_greedy(model, **GOOD, mask_token_id=MASK).shape == (2,)
 
@@ -379,7 +379,7 @@ def test_models_that_cannot_be_asked_are_refused():
 def test_only_what_is_no_padding_must_fit_into_the_models_positions():
     model = ScriptedModel(lambda ids: torch.zeros(*ids.shape, 32), max_sequence_length=4)
     assert log_likelihood(model, **batch([TEXTS[3]], extra=9)).mean.isfinite().all()
-    with pytest.raises(ValueError, match="`input_ids` must fit into the model's 4 positions .*row 1"):
+    with pytest.raises(ValueError, match=r"`input_ids` must fit into the model's 4 positions .*row 1"):
         log_likelihood(model, **batch([TEXTS[3], TEXTS[2]]))
 
 
@@ -392,11 +392,11 @@ def test_logits_that_are_not_finite_name_their_row(function, value):
         return logits
 
     texts = [([1, 2, 3], [1, 2]), ([1, 2, 3, 4], [3]), ([11, 2, 3], [1, 2])]
-    with pytest.raises(ValueError, match="logits must be finite .got NaN or inf for row 2"):
+    with pytest.raises(ValueError, match=r"logits must be finite .got NaN or inf for row 2"):
         function(ScriptedModel(script), **batch(texts))
 
 
-# ---- a trained model ---------------------------------------------------------------------------------------------------
+# ---- a trained model -----------------------------------------------------------------------------------------------
 
 
 def test_the_embedded_checkpoint_prefers_right_answers():
