@@ -26,11 +26,14 @@ _MODULE_OF = {
     "LLaDAConfig": "models.configuration_llada",
     "LLaDAModel": "models.modeling_llada",
     "LLaDAModelLM": "models.modeling_llada",
+    "LogLikelihood": "likelihood",
     "SlotCache": "models.cache",
     "encode_chat": "text",
     "encode_text": "text",
     "export_checkpoint": "hub",
     "init_checkpoint": "hub",
+    "is_greedy": "likelihood",
+    "log_likelihood": "likelihood",
 }
 
 __all__ = [
@@ -42,12 +45,15 @@ __all__ = [
     "LLaDAConfig",
     "LLaDAModel",
     "LLaDAModelLM",
+    "LogLikelihood",
     "SlotCache",
     "__version__",
     "encode_chat",
     "encode_text",
     "export_checkpoint",
     "init_checkpoint",
+    "is_greedy",
+    "log_likelihood",
 ]
 
 register_families()
@@ -67,6 +73,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from .hub import export_checkpoint, init_checkpoint
+    from .likelihood import LogLikelihood, is_greedy, log_likelihood
     from .models.cache import SlotCache
     from .models.configuration_dream import DreamConfig
     from .models.configuration_llada import LLaDAConfig
