@@ -1,6 +1,6 @@
-"""The canvas of a batch (left-padded prompts, then the answer region) and how the model is run over it."""
+"""The canvas of a batch (left-padded text with positions to decide) and how the model is run over it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,53 +12,55 @@ from .modeling_common import positions_of
 
 @dataclass
 class Canvas:
-    """What stays the same while the answer is decoded. B rows, P prompt slots, N new tokens, L = P + N slots.
+    """What stays the same while the answer is decoded. B rows, L slots, N positions to decide in the longest row.
 
     Attributes:
-        prompt (`(B, P)` long): token ids; mask tokens stand in where the prompt came as embeddings.
-        prompt_embeds (`(B, P, D)`, *optional*): embeddings of the prompt.
-        new_length: N.
+        base (`(B, L)` long): token ids; the mask token where a position is to be decided, or came as an embedding.
+        slots (`(B, N)` long): the slot of each position to decide, ascending; L behind a row's last one.
+        prompt_length: P, slots before the new tokens, padding included.
         mask (`(B, L)` bool, *optional*): False on padding; `None` where there is none, which keeps fast kernels.
         positions (`(B, L)` long): rotary position of each slot, counted from the first unpadded one.
         first (`(B,)` long): first unpadded slot.
         mask_token_id, fill_token_id: of an undecided position, and of what follows a stop token.
+        prompt_embeds (`(B, P, D)`, *optional*): embeddings of the prompt.
         model_kwargs: further arguments of the model's forward.
-        computed (`(B,)` long): positions pushed through the model so far.
     """
 
-    prompt: torch.Tensor
-    new_length: int
+    base: torch.Tensor
+    slots: torch.Tensor
+    prompt_length: int
     mask: torch.Tensor | None
     positions: torch.Tensor
     first: torch.Tensor
     mask_token_id: int
     fill_token_id: int | None
-    computed: torch.Tensor
     prompt_embeds: torch.Tensor | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
         """Rows still being decoded."""
-        return self.prompt.shape[0]
-
-    @property
-    def prompt_length(self) -> int:
-        """P, padding included."""
-        return self.prompt.shape[1]
+        return self.base.shape[0]
 
     @property
     def length(self) -> int:
-        """L = P + N."""
-        return self.prompt_length + self.new_length
+        """L."""
+        return self.base.shape[1]
+
+    @property
+    def is_infilling(self) -> bool:
+        """Whether positions of the prompt are to be decided."""
+        return self.slots.shape[1] != self.length - self.prompt_length
 
     @classmethod
     def of_prompt(cls, model, input_ids: torch.Tensor, generation_config, model_kwargs: dict[str, Any]) -> "Canvas":
         """The canvas of what `GenerationMixin.generate` prepared.
 
         Raises:
-            ValueError: without a mask token, for a right-padded prompt, or beyond the model's positions.
+            ValueError: without a mask token, for a right-padded prompt, beyond the model's positions, or for an
+                `infill_mask` that does not fit the prompt.
         """
+        # 1. Text and length
         mask_token_id = generation_config.mask_token_id
         if mask_token_id is None:
             mask_token_id = getattr(model.config, "mask_token_id", None)
@@ -68,6 +70,7 @@ class Canvas:
                 "or pass it to `generate`; a model without a mask token cannot be decoded this way."
             )
         known = {"attention_mask", "position_ids", "inputs_embeds", "past_key_values", "use_cache", "logits_to_keep"}
+        known.add("infill_mask")
         extra = {name: value for name, value in model_kwargs.items() if name not in known and value is not None}
 
         new_length = generation_config.max_length - input_ids.shape[1]
@@ -82,6 +85,7 @@ class Canvas:
                 f"{new_length} = {length}). Shorten one of them."
             )
 
+        # 2. Padding
         mask = model_kwargs.get("attention_mask")
         seen = torch.ones_like(prompt) if mask is None else mask.to(prompt.device)
         if mask is not None and prompt.shape[1] and ((seen[:, -1] == 0) & seen.any(1)).any():
@@ -89,27 +93,55 @@ class Canvas:
                 "`attention_mask` must be left-padded: the answer continues the last column (got zeros at the end of "
                 'a row that has a prompt). Tokenize with `padding_side="left"`.'
             )
+        holes = holes_of(input_ids, seen, mask_token_id, generation_config, model_kwargs)
         seen = torch.cat([seen, seen.new_ones(prompt.shape[0], new_length)], dim=1)
+
+        # 3. Positions to decide
+        base = torch.cat([prompt, prompt.new_full((prompt.shape[0], new_length), mask_token_id)], dim=1)
+        if holes is None:
+            slots = torch.arange(prompt.shape[1], length, device=prompt.device).expand(prompt.shape[0], -1)
+        else:
+            base = base.index_put((torch.nn.functional.pad(holes, (0, new_length)),), base.new_tensor(mask_token_id))
+            wanted = torch.nn.functional.pad(holes, (0, new_length), value=True)
+            count = wanted.sum(1)
+            slots = wanted.long().argsort(dim=1, descending=True, stable=True)[:, : int(count.max())]
+            column = torch.arange(slots.shape[1], device=slots.device)
+            slots = slots.masked_fill(column >= count[:, None], length)
         fill = generation_config._pad_token_tensor
         return cls(
-            prompt=prompt,
-            new_length=new_length,
+            base=base,
+            slots=slots,
+            prompt_length=prompt.shape[1],
             mask=None if mask is None else seen.bool(),
             positions=positions_of(seen),
             first=seen.bool().long().argmax(1),
             mask_token_id=mask_token_id,
             fill_token_id=None if fill is None else int(fill),
-            computed=torch.zeros_like(prompt[:, :1].sum(1)),
             prompt_embeds=embeds,
             model_kwargs=extra,
         )
 
-    def select(self, keep: torch.Tensor) -> None:
-        """Keeps the rows with the `(B',)` indices `keep`."""
-        for name in ("prompt", "mask", "positions", "first", "computed", "prompt_embeds"):
-            value = getattr(self, name)
-            if value is not None:
-                setattr(self, name, value[keep])
+    def start(self, rules: Rules) -> State:
+        """The state before the first forward: every position to decide is undecided."""
+        tokens = torch.full_like(self.slots, self.mask_token_id)
+        return State.start(tokens, self.slots < self.length, rules)
+
+    @property
+    def may_stop(self) -> torch.Tensor:
+        """Positions `(B, N)` at which a stop token ends the row: new tokens, not those between given text."""
+        return (self.slots >= self.prompt_length) & (self.slots < self.length)
+
+    def fill(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The whole text `(B, L)` with `(B, N)` tokens at the positions to decide."""
+        if not self.is_infilling:
+            return torch.cat([self.base[:, : self.prompt_length], tokens], dim=1)
+        return torch.nn.functional.pad(self.base, (0, 1)).scatter(1, self.slots, tokens)[:, :-1]
+
+    def select(self, index: torch.Tensor) -> "Canvas":
+        """The canvas of the rows with the `(B',)` indices `index`; a row may be taken several times."""
+        names = ("base", "slots", "mask", "positions", "first", "prompt_embeds")
+        taken = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **taken)
 
     def idle_inputs(self) -> dict[str, Any]:
         """Inputs of a forward whose result nobody needs, for a process that only keeps collectives going."""
@@ -122,40 +154,37 @@ class Canvas:
         state: State,
         rules: Rules,
         cache: SlotCache | None,
-        start: torch.Tensor,
+        recompute: torch.Tensor | None,
         where: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the model once and returns the logits of the candidates.
 
         Args:
             cache: the keys of the slots that are not recomputed; without one the whole canvas is.
-            start (`(B,)`): first slot of each row's window; a window ends with the canvas.
+            recompute (`(B, L)` bool, *optional*): slots whose keys and values are computed anew.
             where: rows and columns `(n,)` of the candidates.
 
         Returns:
-            `(n, V)` logits, those of the slot that predicts each candidate.
+            `(n, V)` logits, those of the slot that predicts each candidate, and `(B,)` positions computed.
         """
-        row, column = where
         # 1. The slot that predicts a candidate; where nothing precedes it, its own.
-        slot = torch.maximum(self.prompt_length + column - rules.shift, self.first[row])
+        row, column = where
+        slot = torch.maximum(self.slots[row, column] - rules.shift, self.first[row])
 
-        # 2. The window: one slot earlier under a shift, never padding. Rows with a shorter window repeat its first
-        #    slot: the same token at the same position gives the same key, and the window stays the canvas's end.
-        low, slots = 0, slice(None)
-        if cache is not None:
-            start = torch.maximum(start - rules.shift, self.first)
-            low, high = (int(edge) for edge in torch.stack(start.aminmax()).tolist())
-            slots = slice(low, self.length)
-            if low != high:
-                slots = torch.arange(low, self.length, device=start.device).maximum(start[:, None])
-            cache.at(slots)
-            self.computed += self.length - start
+        # 2. The window: never padding, always what predicts a candidate.
+        if cache is None:
+            slots, index, width = slice(None), slot, self.length
+            computed = (self.length - self.first) * (2 if rules.cfg_scale else 1)
         else:
-            self.computed += (self.length - self.first) * (2 if rules.cfg_scale else 1)
+            recompute = recompute & (torch.arange(self.length, device=slot.device) >= self.first[:, None])
+            recompute = recompute.index_put((row, slot), recompute.new_tensor(True))
+            slots, index, width = window_of(recompute, row, slot)
+            computed = recompute.sum(1)
+            cache.at(slots)
 
         # 3. The forward, and the head only where a candidate is decided.
-        wanted = torch.zeros(self.batch, self.length - low, dtype=torch.bool, device=slot.device)
-        wanted[row, slot - low] = True
+        wanted = torch.zeros(self.batch, width, dtype=torch.bool, device=slot.device)
+        wanted[row, index] = True
         inputs = self._inputs(model, state, slots)
         if rules.cfg_scale:
             inputs, wanted = self._with_unprompted(model, state, inputs), torch.cat([wanted, wanted])
@@ -171,8 +200,8 @@ class Canvas:
         # 4. Two candidates may share a slot: the first two of an empty prompt under a shift.
         if logits.shape[0] != row.shape[0]:
             wanted = wanted[: self.batch]
-            logits = logits[wanted.flatten().cumsum(0)[row * wanted.shape[1] + slot - low] - 1]
-        return logits
+            logits = logits[wanted.flatten().cumsum(0)[row * wanted.shape[1] + index] - 1]
+        return logits, computed
 
     def _inputs(self, model, state: State, slots: slice | torch.Tensor) -> dict[str, Any]:
         """Tokens (or embeddings), positions and mask of a forward over `slots`."""
@@ -183,7 +212,7 @@ class Canvas:
             return table.take_along_dim(slots if table.ndim == 2 else slots[..., None], dim=1)
 
         inputs = {"position_ids": pick(self.positions), "attention_mask": self.mask}
-        ids = torch.cat([self.prompt, state.tokens], dim=1)
+        ids = self.fill(state.tokens)
         if self.prompt_embeds is None:
             return inputs | {"input_ids": pick(ids)}
         embeds = model.get_input_embeddings()(ids)
@@ -191,11 +220,82 @@ class Canvas:
         return inputs | {"inputs_embeds": pick(embeds)}
 
     def _with_unprompted(self, model, state: State, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch twice: as it is, and with every prompt token masked (classifier-free guidance, LLaDA)."""
-        hidden = torch.cat([torch.full_like(self.prompt, self.mask_token_id), state.tokens], dim=1)
+        """The batch twice: as it is, and with everything that was given masked (classifier-free guidance, LLaDA)."""
+        blank = replace(self, base=torch.full_like(self.base, self.mask_token_id))
+        hidden = blank.fill(state.tokens)
         both = {name: None if value is None else torch.cat([value, value]) for name, value in inputs.items()}
         if self.prompt_embeds is None:
             both["input_ids"] = torch.cat([inputs["input_ids"], hidden])
         else:
             both["inputs_embeds"] = torch.cat([inputs["inputs_embeds"], model.get_input_embeddings()(hidden)])
         return both
+
+
+def holes_of(
+    input_ids: torch.Tensor,
+    seen: torch.Tensor,
+    mask_token_id: int,
+    generation_config,
+    model_kwargs: dict[str, Any],
+) -> torch.Tensor | None:
+    """Positions `(B, P)` of the prompt that are to be decided, `None` where nobody asked for infilling.
+
+    Raises:
+        ValueError, TypeError: for an `infill_mask` of another shape or type, on padding, or that leaves nothing to do.
+    """
+    holes = model_kwargs.get("infill_mask")
+    if holes is None and not generation_config.infill:
+        return None
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError(
+            "`infill_mask` and `infill` need `input_ids` (got `inputs_embeds`). Pass token ids to fill holes in them."
+        )
+    if holes is None:
+        holes = (input_ids == mask_token_id) & seen.bool()
+        way_out = f"Put the mask token ({mask_token_id}) where text is missing, or pass `infill_mask`."
+    else:
+        way_out = "Mark the tokens to be replaced with True."
+        if not isinstance(holes, torch.Tensor) or holes.is_floating_point():
+            raise TypeError(f"`infill_mask` must be a bool tensor (got {_kind(holes)}). {way_out}")
+        holes = holes.to(input_ids.device).bool()
+        if holes.shape != input_ids.shape:
+            raise ValueError(
+                f"`infill_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)} (got "
+                f"{tuple(holes.shape)}). {way_out}"
+            )
+        if (holes & ~seen.bool()).any():
+            raise ValueError(f"`infill_mask` must not mark padding (got marks where `attention_mask` is 0). {way_out}")
+    if generation_config.max_length == input_ids.shape[1] and not holes.any(1).all():
+        raise ValueError(
+            f"Every row must have something to decide (got row {int((~holes.any(1)).long().argmax())} without a hole "
+            f"and no `max_new_tokens`). {way_out}"
+        )
+    return holes
+
+
+def _kind(value: Any) -> str:
+    return f"dtype {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def window_of(
+    recompute: torch.Tensor, row: torch.Tensor, slot: torch.Tensor
+) -> tuple[slice | torch.Tensor, torch.Tensor, int]:
+    """The tokens of a forward over the marked slots `(B, L)`.
+
+    Rows with fewer marks repeat their first one: the same token at the same position gives the same key.
+
+    Returns:
+        the slots, a slice where all rows share one, else `(B, Q)`; the places `(n,)` of `slot` among them; and Q.
+    """
+    length = recompute.shape[1]
+    low, count = recompute.long().argmax(1), recompute.sum(1)
+    high = length - recompute.flip(1).long().argmax(1)
+    rows = torch.stack([low, high, count], dim=1).tolist()  # a host sync: a slice keeps views and fast kernels
+    start, end, width = rows[0]
+    if end - start == width and all(entry == rows[0] for entry in rows):
+        return slice(start, end), slot - start, width
+    width = max(entry[2] for entry in rows)
+    slots = (~recompute).long().argsort(dim=1, stable=True)[:, :width]
+    behind = torch.arange(width, device=low.device) >= count[:, None]
+    slots = torch.where(behind, low[:, None], slots)
+    return slots, (recompute.long().cumsum(1) - 1)[row, slot], width

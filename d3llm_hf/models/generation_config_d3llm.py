@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.generation import GenerationConfig
 from transformers.utils import logging
@@ -21,15 +21,29 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "steps": ((int,), "a positive integer", lambda v: v > 0),
     "remasking": ((str,), "one of {remasking}", lambda v: v in REMASKING),
     "entropy_threshold": (NUMBER, "a number (nats), inf to commit everything", lambda v: not math.isnan(v)),
+    "entropy_bound": (NUMBER, "a non-negative number (nats)", lambda v: v >= 0),
     "confidence_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
+    "relaxed_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
+    "low_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
+    "leap_radius": ((int,), "a non-negative integer (positions)", lambda v: v >= 0),
+    "factor": (NUMBER, "a positive number", lambda v: 0 < v < math.inf),
+    "decoder": ((str,), "one of {decoders}", lambda v: v in DECODERS),
+    "credit_decay": (NUMBER, "a fraction in [0, 1]", lambda v: 0 <= v <= 1),
+    "credit_exponent": (NUMBER, "a non-negative number", lambda v: 0 <= v < math.inf),
+    "credit_weight": (NUMBER, "a non-negative number", lambda v: 0 <= v < math.inf),
     "block_add_threshold": (NUMBER, "a fraction in [0, 1]", lambda v: 0 <= v <= 1),
     "block_activation_threshold": (NUMBER, "a non-negative fraction", lambda v: v >= 0),
     "early_stop": ((bool,), "True or False", lambda v: True),
     "kv_cache": ((str,), "one of {caches}", lambda v: v in CACHES),
     "cache_delay": ((int,), "a non-negative integer (forwards)", lambda v: v >= 0),
     "cache_refresh_interval": ((int,), "a positive integer (forwards); leave it unset for never", lambda v: v > 0),
+    "cache_window": ((int,), "a non-negative integer (positions)", lambda v: v >= 0),
+    "cache_warmup": ((int,), "a non-negative integer (forwards)", lambda v: v >= 0),
     "cfg_scale": (NUMBER, "a non-negative number", lambda v: v >= 0 and math.isfinite(v)),
     "alg_temp": (NUMBER, "a non-negative number", lambda v: v >= 0 and math.isfinite(v)),
+    "lossless": ((bool,), "True or False", lambda v: True),
+    "draft_length": ((int,), "a positive integer (canvases)", lambda v: v > 0),
+    "infill": ((bool,), "True or False", lambda v: True),
     "seed": ((int,), "a non-negative integer", lambda v: v >= 0),
     "mask_token_id": ((int,), "a token id", lambda v: v >= 0),
 }
@@ -43,9 +57,24 @@ REMASKING = {
     "random": "noise",
     "origin": "noise",
 }
-CACHES = ("none", "delayed")
+DECODERS = {"threshold": "near_best", "hierarchy": "hierarchy", "credit": "near_best"}
 
-# Method -> its settings where nothing else is said; then what models with shifted logits (Dream) use instead.
+# Kind of cache -> its settings where nothing else is said.
+CACHES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "prefix": {"cache_refresh_interval": None},
+    "dual": {"cache_refresh_interval": None},
+    "delayed": {"cache_delay": 2, "cache_refresh_interval": None},
+    "dkv": {"cache_delay": 1, "cache_refresh_interval": 8},
+    "dkv_greedy": {"cache_delay": 1, "cache_refresh_interval": 2, "cache_window": 4},
+    "vicinity": {"cache_window": 16, "cache_warmup": 4, "cache_refresh_interval": None},
+}
+CACHE_FIELDS = {name for settings in CACHES.values() for name in settings}
+
+# What every method has: field -> value where nothing else is said.
+COMMON: dict[str, Any] = {"early_stop": True, "cfg_scale": 0.0, "kv_cache": "none"}
+
+# Method -> its own settings where nothing else is said; then what models with shifted logits (Dream) use instead.
 METHODS: dict[str, dict[str, Any]] = {
     "d3llm": {
         "block_length": 32,
@@ -53,37 +82,54 @@ METHODS: dict[str, dict[str, Any]] = {
         "entropy_threshold": 0.5,
         "block_add_threshold": 0.1,
         "block_activation_threshold": 0.95,
-        "early_stop": True,
-        "kv_cache": "none",
-        "cache_delay": 2,
-        "cache_refresh_interval": None,
-        "cfg_scale": 0.0,
     },
-    "dparallel": {
+    "dparallel": {"block_length": 32, "remasking": "entropy", "entropy_threshold": 0.5},
+    "fast_dllm": {"block_length": 32, "confidence_threshold": 0.9, "factor": None},
+    "dinfer": {
         "block_length": 32,
-        "remasking": "entropy",
-        "entropy_threshold": 0.5,
-        "early_stop": True,
-        "cfg_scale": 0.0,
+        "decoder": "threshold",
+        "confidence_threshold": 0.9,
+        "low_threshold": 0.6,
+        "credit_decay": 0.8,
+        "credit_exponent": 0.2,
+        "credit_weight": 0.7,
+        "kv_cache": "vicinity",
     },
-    "llada": {"block_length": 32, "remasking": "low_confidence", "steps": None, "early_stop": True, "cfg_scale": 0.0},
+    "dkv": {"block_length": 32, "remasking": "low_confidence", "steps": None, "kv_cache": "dkv"},
+    "entropy_bound": {"block_length": 32, "entropy_bound": 0.1},
+    "local_leap": {
+        "block_length": 32,
+        "confidence_threshold": 0.9,
+        "relaxed_threshold": 0.75,
+        "leap_radius": 4,
+    },
+    "llada": {
+        "block_length": 32,
+        "remasking": "low_confidence",
+        "steps": None,
+        "lossless": False,
+        "draft_length": 4,
+    },
     "dream": {
+        "block_length": None,
         "remasking": "entropy",
         "steps": None,
         "confidence_threshold": None,
         "alg_temp": 0.0,
-        "early_stop": True,
-        "cfg_scale": 0.0,
+        "lossless": False,
+        "draft_length": 4,
     },
 }
 SHIFTED_METHODS = {"d3llm": {"entropy_threshold": 0.4}, "dparallel": {"entropy_threshold": 0.45}}
+RANKED = ("low_confidence", "maskgit_plus", "entropy", "topk_margin", "random")
 ALLOWED_REMASKING = {
     "d3llm": ("entropy", "random"),
     "dparallel": ("entropy", "random"),
-    "llada": ("low_confidence", "random"),
-    "dream": ("entropy", "maskgit_plus", "topk_margin", "origin"),
+    "dkv": RANKED,
+    "llada": RANKED,
+    "dream": (*RANKED, "origin"),
 }
-COMMON_FIELDS = ("decoding_method", "seed", "mask_token_id")
+CALL_FIELDS = ("decoding_method", "infill", "seed", "mask_token_id")
 
 # Options of `generate` that belong to autoregressive decoding. They are refused, not ignored.
 REFUSED = {
@@ -105,24 +151,43 @@ class D3LLMGenerationConfig(GenerationConfig):
     config passed to it, then the checkpoint's (only where it describes the same `decoding_method`), then the method's.
 
     Args:
-        decoding_method (`str`): `"d3llm"` (several blocks at once, by entropy; d3LLM), `"dparallel"` (block by
-            block, by entropy; dParallel), `"llada"` (fixed quota; LLaDA) or `"dream"` (schedule over the answer).
-        block_length (`int`): positions of a block.
+        decoding_method (`str`): `"d3llm"` (several blocks at once, by entropy), `"dparallel"` (block by block, by
+            entropy), `"fast_dllm"` (by confidence or factor), `"dinfer"` (its threshold, hierarchy and credit
+            decoders), `"dkv"` (a fixed quota over a cache by token), `"entropy_bound"` (EB-Sampler), `"local_leap"`
+            (LocalLeap), `"llada"` (a fixed quota) or `"dream"` (a schedule).
+        block_length (`int`): positions of a block; the whole answer when unset with `"dream"`.
         steps (`int`): forwards that a quota or schedule spreads the answer over; one a token when unset.
-        remasking (`str`): what ranks positions: `"low_confidence"`, `"random"` (LLaDA), `"entropy"`, `"maskgit_plus"`,
-            `"topk_margin"`, `"origin"` (Dream).
+        remasking (`str`): what ranks positions: `"low_confidence"` (`"maskgit_plus"`), `"entropy"`, `"topk_margin"`,
+            `"random"`, and with `"dream"` also `"origin"`.
         entropy_threshold (`float`): nats under which a position is committed.
+        entropy_bound (`float`): nats that the committed positions may sum to, the least certain one left out.
         confidence_threshold (`float`): probability from which a position is committed.
+        factor (`float`): Fast-dLLM's factor in place of its threshold: the n surest positions are committed while the
+            n-th has a probability of at least `1 - factor / (n + 1)`.
+        decoder (`str`): of `"dinfer"`: `"threshold"`, `"hierarchy"` or `"credit"`.
+        low_threshold (`float`): probability above which the hierarchy commits the surest of a run of neighbours.
+        credit_decay, credit_exponent, credit_weight (`float`): of dInfer's credit.
+        relaxed_threshold (`float`), leap_radius (`int`): probability that suffices within so many positions of one
+            that reaches `confidence_threshold` (LocalLeap).
         block_add_threshold (`float`): decided fraction of the last open block at which the next one opens.
         block_activation_threshold (`float`): decided fraction of a block at which its successor must advance in every
             step (the reference's `decoded_token_threshold`).
         early_stop (`bool`): end a row once everything up to its first stop token is decided. With `"d3llm"` also fill
             what follows a stop token at once.
-        kv_cache (`str`): `"none"`, or `"delayed"`: keep keys and values of finished blocks, with `"d3llm"`.
-        cache_delay (`int`): forwards between the end of a block and its caching.
+        kv_cache (`str`): which keys and values are kept between forwards: `"none"`, `"prefix"`, `"dual"` (Fast-dLLM),
+            `"delayed"` (d3LLM), `"dkv"`, `"dkv_greedy"` (dKV-Cache; the latter with `remasking="random"`),
+            `"vicinity"` (dInfer).
+        cache_delay (`int`): forwards between the end of a block (`"delayed"`) or a commit (`"dkv"`) and its caching.
         cache_refresh_interval (`int`): recompute everything every so many forwards; never when unset.
+        cache_window (`int`): positions around the decoded ones that are recomputed with them.
+        cache_warmup (`int`): forwards at the start that recompute everything (`"vicinity"`).
         cfg_scale (`float`): classifier-free guidance, 0 is off.
         alg_temp (`float`): temperature of Dream's choice of positions, 0 takes the highest ranked.
+        lossless (`bool`): exactly the tokens of the method without it, in fewer forwards: drafted canvases are
+            verified together. With `"llada"` (which it stands for where no method is named) and `"dream"`.
+        draft_length (`int`): canvases drafted for each forward of `lossless`.
+        infill (`bool`): also decide the mask tokens between the text of `input_ids`; `infill_mask` marks positions
+            instead. Nothing is appended unless `max_new_tokens` is given as well.
         seed (`int`): makes sampling a function of this call alone; drawn from torch's global generator when unset.
         mask_token_id (`int`): the model config's when unset.
 
@@ -170,7 +235,9 @@ class D3LLMGenerationConfig(GenerationConfig):
             if value is None:
                 continue
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or not holds(value):
-                rule = rule.format(methods=list(METHODS), remasking=list(REMASKING), caches=list(CACHES))
+                rule = rule.format(
+                    methods=list(METHODS), remasking=list(REMASKING), caches=list(CACHES), decoders=list(DECODERS)
+                )
                 kind = ValueError if isinstance(value, types) else TypeError
                 raise kind(
                     f"`{name}` must be {rule} (got {value!r}). Set it in `D3LLMGenerationConfig` or pass it to "
@@ -178,101 +245,206 @@ class D3LLMGenerationConfig(GenerationConfig):
                 )
         super().validate(*args, **kwargs)
 
+    # Whether new tokens follow the prompt; infilling alone appends none.
+    appends: ClassVar[bool] = True
+
+    def inherit(self, own: "D3LLMGenerationConfig", chosen: dict[str, Any]) -> dict[str, Any]:
+        """Takes the arguments of a call, then fills what is unset from a checkpoint's config.
+
+        The checkpoint's settings count as far as they speak of the same method and cache.
+
+        Args:
+            own: the checkpoint's.
+            chosen: the arguments.
+
+        Returns:
+            arguments that are no settings.
+        """
+        wanted = {n: chosen.get(n, getattr(self, n)) for n in ("decoding_method", "lossless", "kv_cache")}
+        inherited = {name: value for name, value in own.to_dict().items() if not name.startswith("_")}
+        own_method = own.decoding_method or next(iter(METHODS))
+        if wanted["lossless"] and wanted["decoding_method"] is None and "lossless" not in METHODS[own_method]:
+            wanted["decoding_method"] = self.decoding_method = "llada"
+        if (wanted["decoding_method"] or own_method) != own_method:  # its thresholds belong to its method
+            inherited = {n: v for n, v in inherited.items() if n not in METHODS[own_method] and n not in COMMON}
+            inherited = {n: v for n, v in inherited.items() if n != "decoding_method" and n not in CACHE_FIELDS}
+        elif wanted["kv_cache"] not in (None, own.kv_cache):  # and its delays to its cache
+            inherited = {n: v for n, v in inherited.items() if n not in CACHE_FIELDS}
+        inherited.pop("use_cache", None)  # official configs say False of a cache that is not ours; a call may say so
+        unused = self.update(**chosen)
+        infills = self.infill or unused.get("infill_mask") is not None
+        if infills and self.max_length is None and self.max_new_tokens is None:
+            self.appends = False
+        if self.max_length is not None or infills:  # the caller's length, in whichever form, beats the checkpoint's
+            inherited.pop("max_new_tokens", None)
+        self.update(**inherited, defaults_only=True, allow_custom_entries=True)
+        return unused
+
     def rules(self, length: int, logit_shift: int) -> Rules:
         """The loop's rules for an answer of `length` positions, with the method's values where a field is unset.
 
         Raises:
             ValueError: for a field that the method does not use, or fields that exclude each other.
         """
-        method = self.decoding_method or "d3llm"
-        known = METHODS[method]
-        values = known | (SHIFTED_METHODS.get(method, {}) if logit_shift else {})
-        for name in FIELDS:
-            value = getattr(self, name)
-            if value is None or name in COMMON_FIELDS:
-                continue
-            if name not in known and not (name == "kv_cache" and value == "none"):
-                raise ValueError(
-                    f'`{name}` is not used by decoding_method="{method}" (got {value!r}). Leave it unset, or choose '
-                    f"another method; this one knows {sorted(known)}."
-                )
-            values = values | {name: value}
         for name, reason in REFUSED.items():
             if getattr(self, name, None):
                 raise ValueError(f"`{name}` does not apply to diffusion decoding: {reason}. Leave it unset.")
-        if values["remasking"] not in ALLOWED_REMASKING[method]:
+        values = self._values(logit_shift)
+        rules = _BUILDERS[self.decoding_method or "d3llm"](values, bool(logit_shift))
+        rules |= {
+            "block_length": min(values["block_length"] or length, length),
+            "early_stop": values["early_stop"],
+            "shift": logit_shift,
+            "cfg_scale": values["cfg_scale"],
+            "kv_cache": values["kv_cache"],
+            # Dream stamps the end of a block when it comes, LLaDA when the block before is cached.
+            "serial_stamps": not logit_shift,
+        }
+        rules |= {name: values[name] or 0 for name in CACHES[values["kv_cache"]]}
+        if values.get("lossless"):
+            rules["draft_length"] = values["draft_length"]
+        return Rules(**rules)
+
+    def _values(self, logit_shift: int) -> dict[str, Any]:
+        """The method's settings, those of its cache, and what is set in their place; checked together."""
+        method = self.decoding_method or "d3llm"
+        known = COMMON | METHODS[method]
+        values = known | (SHIFTED_METHODS.get(method, {}) if logit_shift else {})
+        cache = self.kv_cache or values["kv_cache"]
+        if self.use_cache is False:
+            cache = "none"
+        values |= CACHES[cache]
+        for name in FIELDS:
+            value = getattr(self, name)
+            if value is None or name in CALL_FIELDS:
+                continue
+            if name in CACHE_FIELDS and name not in CACHES[cache]:
+                if self.use_cache is False:  # turned off for this call: its settings wait
+                    continue
+                raise ValueError(
+                    f'`{name}` is not used by kv_cache="{cache}" (got {value!r}). Leave it unset, or choose one of '
+                    f"{[kind for kind, known in CACHES.items() if name in known]}."
+                )
+            if name not in values:
+                raise ValueError(
+                    f'`{name}` is not used by decoding_method="{method}" (got {value!r}). Leave it unset, or choose '
+                    f"another method; this one knows {sorted(values)}."
+                )
+            values[name] = value
+        values["kv_cache"] = cache
+        self._check(method, values)
+        return values
+
+    def _check(self, method: str, values: dict[str, Any]) -> None:
+        """Fields that exclude each other."""
+        cache = values["kv_cache"]
+        remasking = values.get("remasking")
+        if remasking is not None and remasking not in ALLOWED_REMASKING[method]:
             raise ValueError(
                 f'`remasking` must be one of {list(ALLOWED_REMASKING[method])} with decoding_method="{method}" '
-                f"(got {values['remasking']!r})."
+                f"(got {remasking!r})."
             )
-        delayed = values.get("kv_cache") == "delayed" and self.use_cache is not False
-        if delayed and values["cfg_scale"]:
+        if cache != "none" and values["cfg_scale"]:
             raise ValueError(
-                f'`cfg_scale` needs kv_cache="none" (got cfg_scale={values["cfg_scale"]}, kv_cache="delayed"): the '
+                f'`cfg_scale` needs kv_cache="none" (got cfg_scale={values["cfg_scale"]}, kv_cache="{cache}"): the '
                 "guiding canvas has no cache. Unset one of them."
             )
-        return _BUILDERS[method](values, length, logit_shift, delayed)
+        if cache != "none" and values.get("lossless"):
+            raise ValueError(
+                f'`lossless` needs kv_cache="none" (got kv_cache="{cache}"): kept keys are approximations, and drafts '
+                "would share them. Unset one of them."
+            )
+        if cache == "dkv_greedy" and (remasking not in ("random", "origin") or "steps" not in values):
+            raise ValueError(
+                f'kv_cache="dkv_greedy" needs remasking="random" (got {remasking!r} with decoding_method="{method}"): '
+                'it recomputes what will be decided next, which only chance can tell beforehand. Use `kv_cache="dkv"`.'
+            )
+        if method == "fast_dllm" and self.factor is not None and self.confidence_threshold is not None:
+            raise ValueError(
+                f"`factor` takes the place of `confidence_threshold` (got {self.factor} and "
+                f"{self.confidence_threshold}). Set one of them."
+            )
 
 
-def _threshold_rules(values: dict, length: int, logit_shift: int, delayed: bool) -> Rules:
-    return Rules(
-        block_length=min(values["block_length"], length),
-        score=REMASKING[values["remasking"]],
-        select="threshold",
-        threshold=values["entropy_threshold"],
+def _cost(probability: float | None) -> float:
+    """The cost of a position with that probability; none is reached by every position."""
+    return float("inf") if probability is None else -math.log(probability)
+
+
+def _threshold_rules(values: dict, shifted: bool) -> dict[str, Any]:
+    return {
+        "score": REMASKING[values["remasking"]],
+        "select": "threshold",
+        "threshold": values["entropy_threshold"],
         # The published rules of the two families differ: LLaDA commits `H <= threshold` and always the surest
         # candidate of the row; Dream commits `H < threshold`, and only a block that must advance is helped.
-        inclusive=not logit_shift,
-        force_best=not logit_shift,
-        greedy_force=not logit_shift,
-        block_add_threshold=values.get("block_add_threshold", 1.0),
-        block_activation_threshold=values.get("block_activation_threshold", 1.0),
-        early_stop=values["early_stop"],
-        eos_fill=values["early_stop"] and "block_add_threshold" in values,
-        shift=logit_shift,
-        delayed_cache=delayed,
-        cache_delay=values.get("cache_delay", 0),
-        cache_refresh_interval=values.get("cache_refresh_interval") or 0,
-        serial_stamps=not logit_shift,
-        cfg_scale=values["cfg_scale"],
-    )
+        "inclusive": not shifted,
+        "force_best": not shifted,
+        "greedy_force": not shifted,
+        "block_add_threshold": values.get("block_add_threshold", 1.0),
+        "block_activation_threshold": values.get("block_activation_threshold", 1.0),
+        "eos_fill": values["early_stop"] and "block_add_threshold" in values,
+    }
 
 
-def _llada_rules(values: dict, length: int, logit_shift: int, delayed: bool) -> Rules:
-    return Rules(
-        block_length=min(values["block_length"], length),
-        score=REMASKING[values["remasking"]],
-        select="quota",
-        steps=values["steps"] or length,
-        early_stop=values["early_stop"],
-        shift=logit_shift,
-        cfg_scale=values["cfg_scale"],
-    )
+def _fast_dllm_rules(values: dict, shifted: bool) -> dict[str, Any]:
+    if values["factor"] is not None:
+        return {"score": "confidence", "select": "factor", "factor": values["factor"]}
+    threshold = _cost(values["confidence_threshold"])
+    return {"score": "confidence", "select": "threshold", "threshold": threshold, "force_best": True}
 
 
-def _dream_rules(values: dict, length: int, logit_shift: int, delayed: bool) -> Rules:
-    threshold = values["confidence_threshold"]
-    if threshold is not None:
-        score, select = "confidence", "quota_and_threshold"
-    else:
-        score, select = REMASKING[values["remasking"]], "coin" if values["remasking"] == "origin" else "schedule"
-        if values["alg_temp"] and score == "confidence":
-            score = "probability"
-    return Rules(
-        block_length=length,
-        score=score,
-        select=select,
-        threshold=-math.log(threshold) if threshold is not None else float("inf"),
-        steps=values["steps"] or length,
-        early_stop=values["early_stop"],
-        shift=logit_shift,
-        cfg_scale=values["cfg_scale"],
-        alg_temp=values["alg_temp"],
-        score_processed=True,
-    )
+def _dinfer_rules(values: dict, shifted: bool) -> dict[str, Any]:
+    credit = tuple(values[f"credit_{name}"] for name in ("decay", "exponent", "weight"))
+    return {
+        "score": "confidence",
+        "select": DECODERS[values["decoder"]],
+        "threshold": _cost(values["confidence_threshold"]),
+        "relaxed_threshold": _cost(values["low_threshold"]),
+        "credit": credit if values["decoder"] == "credit" else None,
+    }
 
 
-_BUILDERS = {"d3llm": _threshold_rules, "dparallel": _threshold_rules, "llada": _llada_rules, "dream": _dream_rules}
+def _entropy_bound_rules(values: dict, shifted: bool) -> dict[str, Any]:
+    return {"score": "entropy", "select": "entropy_bound", "threshold": values["entropy_bound"]}
+
+
+def _local_leap_rules(values: dict, shifted: bool) -> dict[str, Any]:
+    return {
+        "score": "confidence",
+        "select": "neighbourhood",
+        "threshold": _cost(values["confidence_threshold"]),
+        "relaxed_threshold": _cost(values["relaxed_threshold"]),
+        "radius": values["leap_radius"],
+    }
+
+
+def _quota_rules(values: dict, shifted: bool) -> dict[str, Any]:
+    return {"score": REMASKING[values["remasking"]], "select": "quota", "steps": values["steps"] or 0}
+
+
+def _dream_rules(values: dict, shifted: bool) -> dict[str, Any]:
+    rules = {"steps": values["steps"] or 0, "alg_temp": values["alg_temp"], "score_processed": True}
+    if values["confidence_threshold"] is not None:
+        threshold = _cost(values["confidence_threshold"])
+        return rules | {"score": "confidence", "select": "quota_and_threshold", "threshold": threshold}
+    score = REMASKING[values["remasking"]]
+    if values["alg_temp"] and score == "confidence":
+        score = "probability"
+    return rules | {"score": score, "select": "coin" if values["remasking"] == "origin" else "schedule"}
+
+
+_BUILDERS = {
+    "d3llm": _threshold_rules,
+    "dparallel": _threshold_rules,
+    "fast_dllm": _fast_dllm_rules,
+    "dinfer": _dinfer_rules,
+    "dkv": _quota_rules,
+    "entropy_bound": _entropy_bound_rules,
+    "local_leap": _local_leap_rules,
+    "llada": _quota_rules,
+    "dream": _dream_rules,
+}
 
 _INHERITED = frozenset(GenerationConfig().to_dict()) | {"generation_kwargs"}
 

@@ -9,22 +9,23 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import ModelOutput
 
 from .cache import SlotCache
+from .caching import PLANS, Plan, wasted_by_reference
 from .canvas import Canvas
 from .decoding import (
     State,
     candidates,
-    choose,
     commit,
     fill_after_stop,
     finished,
     open_blocks,
-    plan_cache,
     stop_position,
 )
-from .generation_config_d3llm import METHODS, D3LLMGenerationConfig, unknown_field
+from .generation_config_d3llm import D3LLMGenerationConfig, unknown_field
 from .ledger import Ledger
 from .processors import Processors
 from .scoring import Sampler, Scorer
+from .selection import choose
+from .speculation import Speculation
 
 
 @dataclass
@@ -35,12 +36,13 @@ class D3LLMGenerationOutput(ModelOutput):
         sequences (`(B, P + N)` long): prompt and answer; pad tokens behind the first stop token.
         tokens_per_forward (`(B,)` float): answer tokens before the first stop token, over `num_forwards`.
         num_forwards (`(B,)` long): forwards that the row took part in, until it was finished. The cache is filled by
-            the same forwards.
+            the same forwards, and drafts are verified by them.
         num_forwards_reference (`(B,)` long): the same by the d3LLM code's count, which adds one when the fill after a
-            stop token ends the row.
-        step_map (`(B, N)` long): the forward, from 1, that committed each new token; -1 where none did.
+            stop token ends the row, and one for each block that Fast-dLLM's caches find finished by its first forward.
+        step_map (`(B, N)` long): the forward, from 1, that committed each new token; -1 where none did. With infilling
+            `(B, P + N)`, and -1 on the given text as well.
         positions_computed (`(B,)` long): positions pushed through the model, summed over the row's forwards (twice
-            with guidance): the cost that tokens per forward hide.
+            with guidance, and over all drafted canvases): the cost that tokens per forward hide.
         past_key_values (`SlotCache`, *optional*): always `None`; cached keys hold approximations that only this
             decoding may read.
     """
@@ -81,28 +83,27 @@ class D3LLMGenerationMixin(GenerationMixin):
         own = self.generation_config
         if not isinstance(own, D3LLMGenerationConfig):  # transformers made it, for a model built from its config
             own = D3LLMGenerationConfig.coerce(own)
-        default = next(iter(METHODS))
-        own_method = getattr(own, "decoding_method", None) or default
-        method = kwargs.get("decoding_method") or given.decoding_method or own_method
-        inherited = {name: value for name, value in own.to_dict().items() if not name.startswith("_")}
-        if method != own_method:  # a checkpoint's thresholds belong to the method that it names
-            belongs = METHODS.get(own_method, {})
-            inherited = {name: value for name, value in inherited.items() if name not in belongs}
-            inherited.pop("decoding_method", None)
-        inherited.pop("use_cache", None)  # official configs say False of a cache that is not ours; a call may say so
-        model_kwargs = given.update(**kwargs)
-        if given.max_length is not None:  # the caller's length, in whichever form, beats the checkpoint's
-            inherited.pop("max_new_tokens", None)
-        given.update(**inherited, defaults_only=True, allow_custom_entries=True)
+        model_kwargs = given.inherit(own, kwargs)
         if given.do_sample and given.top_k is None:
             given.top_k = 0  # no hidden truncation: transformers would sample from the 50 best tokens
         given.update(**given._get_default_generation_params(), defaults_only=True)
         return given, model_kwargs
 
+    def _prepare_generated_length(self, generation_config, *args, **kwargs):
+        """Infilling appends nothing unless the call says how much."""
+        if generation_config.appends:
+            return super()._prepare_generated_length(generation_config, *args, **kwargs)
+        generation_config.max_length = kwargs["input_ids_length"]
+        return generation_config
+
+    def _validate_generated_length(self, generation_config, *args, **kwargs):
+        if generation_config.appends:
+            super()._validate_generated_length(generation_config, *args, **kwargs)
+
     def _validate_model_kwargs(self, model_kwargs):
         """As transformers', but a misspelt setting is answered with the nearest one."""
         try:
-            super()._validate_model_kwargs(dict(model_kwargs))
+            super()._validate_model_kwargs({n: v for n, v in model_kwargs.items() if n != "infill_mask"})
         except ValueError as error:
             known = [name for name in model_kwargs if f"'{name}'" in str(error)]
             raise ValueError(" ".join(unknown_field(name) for name in known) or str(error)) from error
@@ -142,30 +143,36 @@ class D3LLMGenerationMixin(GenerationMixin):
         r"""Decodes a batch of canvases, each until its own end.
 
         1. Settings become rules, the prompt becomes a canvas.
-        2. Open blocks and plan the window of the next forward.
-        3. Forward the window; logits of the candidates only.
-        4. Score the candidates: a token and a cost each.
-        5. Commit what the rules choose; fill after a stop token.
-        6. Rows that are finished, or that a criterion stops, leave the batch.
-        7. Pad behind the stop tokens and count.
+        2. Draft canvases beyond the decided ones, where the rules ask for it.
+        3. Open blocks and plan which slots the next forward recomputes.
+        4. Forward them; logits of the candidates only.
+        5. Score the candidates: a token and a cost each.
+        6. Commit what the rules choose, keep the drafts that came true; fill after a stop token.
+        7. Rows that are finished, or that a criterion stops, leave the batch.
+        8. Pad behind the stop tokens and count.
         """
         # 1. Settings become rules, the prompt becomes a canvas
         device = input_ids.device
         canvas = Canvas.of_prompt(self, input_ids, generation_config, model_kwargs)
-        rules = generation_config.rules(canvas.new_length, self.logit_shift)
-        state = State.start(canvas.batch, canvas.new_length, rules, canvas.mask_token_id, device)
+        rules = generation_config.rules(canvas.slots.shape[1], self.logit_shift)
+        state = canvas.start(rules)
         stop_ids = generation_config._eos_token_tensor
+        sampler = self._sampler(generation_config)
         ledger = Ledger(canvas, state, input_ids, stop_ids, stopping_criteria, streamer)
         scorer = Scorer(
             rules,
             canvas.mask_token_id,
-            sampler=self._sampler(generation_config),
+            sampler=sampler,
             sampling=bool(generation_config.do_sample),
             processors=Processors(logits_processor, input_ids, ledger.tokens),
         )
+        speculation = Speculation(rules, stop_ids)
         cache = None
-        if rules.delayed_cache:
+        if rules.kv_cache != "none":
             cache = SlotCache(self.config.get_text_config().num_hidden_layers, canvas.length)
+
+        def stops(state: State, canvas: Canvas) -> torch.Tensor:
+            return stop_position(state.tokens, ~state.undecided & canvas.may_stop, stop_ids)
 
         with ledger:
             while self._has_unfinished_sequences(state.rows.numel() == 0, synced_gpus, device):
@@ -173,43 +180,48 @@ class D3LLMGenerationMixin(GenerationMixin):
                     self(**canvas.idle_inputs())
                     continue
 
-                # 2. Open blocks and plan the window of the next forward
-                open_blocks(state, rules, stop_position(state.tokens, ~state.undecided, stop_ids))
-                start, cached = torch.zeros_like(state.rows), state.cached
+                # 2. Draft canvases beyond the decided ones, where the rules ask for it
+                trial, drawn = speculation.extend(state, canvas)
+
+                # 3. Open blocks and plan which slots the next forward recomputes
+                open_blocks(trial, rules, stops(trial, drawn))
+                among, recompute = candidates(trial, rules), None
                 if cache is not None:
-                    start, cached = plan_cache(state, rules, canvas.prompt_length)
-                among = candidates(state, rules)
+                    plan = Plan(trial, rules, among, drawn.slots, drawn.length, sampler)
+                    recompute, among = PLANS[rules.kv_cache](plan), plan.among
 
-                # 3. Forward the window; logits of the candidates only
-                where = among.nonzero(as_tuple=True)  # rows and columns, (n,) each
-                logits = canvas.forward(self, state, rules, cache, start, where)
-                state.cached = cached
+                # 4. Forward them; logits of the candidates only
+                scored = candidates(trial, rules, ahead=1) if rules.draft_length else among
+                where = scored.nonzero(as_tuple=True)  # rows and columns, (n,) each
+                logits, computed = drawn.forward(self, trial, rules, cache, recompute, where)
+                ledger.computed.index_add_(0, trial.rows, computed)
 
-                # 4. Score the candidates: a token and a cost each
-                scores = scorer(logits, state, where)
+                # 5. Score the candidates: a token and a cost each
+                scores = scorer(logits, trial, where)
 
-                # 5. Commit what the rules choose; fill after a stop token
-                commits, forced = choose(scores.cost, scores.force_cost, among, state, rules)
-                state.step += 1
-                commit(state, commits, torch.where(forced, scores.best_tokens, scores.tokens))
-                stop = stop_position(state.tokens, ~state.undecided, stop_ids)
+                # 6. Commit what the rules choose, keep the drafts that came true; fill after a stop token
+                commits, forced = choose(scores.cost, scores.force_cost, among, trial, rules)
+                trial.forward += 1
+                commit(trial, commits, torch.where(forced, scores.best_tokens, scores.tokens))
+                state, scores = speculation.settle(trial, scores)
+                stop = stops(state, canvas)
+                wasted = wasted_by_reference(state, rules)
                 filled = torch.zeros_like(scores.broken)
                 if rules.eos_fill and stop_ids is not None:
                     filled = state.undecided.any(1)
                     fill_after_stop(state, stop, canvas.fill_token_id)
                 done = finished(state, rules, stop)
 
-                # 6. Rows that are finished, or that a criterion stops, leave the batch
-                keep = ledger.leave(state, canvas, done, filled, scores.broken)
+                # 7. Rows that are finished, or that a criterion stops, leave the batch
+                keep = ledger.leave(state, done, filled, wasted, scores.broken)
                 if keep is not None:
-                    state = state.select(keep)
-                    canvas.select(keep)
+                    state, canvas = state.select(keep), canvas.select(keep)
+                    speculation.select(keep)
                     if cache is not None:
                         cache.select_rows(keep)
 
-        # 7. Pad behind the stop tokens and count
-        answers, lengths = ledger.answers()
-        sequences = torch.cat([input_ids, answers], dim=1)
+        # 8. Pad behind the stop tokens and count
+        sequences, step_map, lengths = ledger.answers()
         if not generation_config.return_dict_in_generate:
             return sequences
         return D3LLMGenerationOutput(
@@ -217,7 +229,7 @@ class D3LLMGenerationMixin(GenerationMixin):
             tokens_per_forward=lengths / ledger.forwards.clamp_min(1),
             num_forwards=ledger.forwards,
             num_forwards_reference=ledger.reference,
-            step_map=ledger.step_map,
+            step_map=step_map,
             positions_computed=ledger.computed,
         )
 

@@ -1,5 +1,7 @@
 """What leaves the decoding loop: finished rows, their counts, streamed text, and rows that a criterion stops."""
 
+from dataclasses import replace
+
 import torch
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
@@ -30,6 +32,7 @@ class Ledger:
         streamer,
     ):
         self.shown, self.stop_ids, self.streamer = shown, stop_ids, streamer
+        self.may_stop = canvas.may_stop
         self.fill_token_id = canvas.fill_token_id
         self.criteria = StoppingCriteriaList(
             c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))
@@ -39,13 +42,20 @@ class Ledger:
                 "`pad_token_id` must be set when a stopping criterion can end a row early (got None). Pass it to "
                 "`generate` or set it in the generation config."
             )
+        if self.criteria and canvas.is_infilling:
+            names = sorted({type(criterion).__name__ for criterion in self.criteria})
+            raise ValueError(
+                f"Stopping criteria read a text from left to right, which infilling does not write (got {names}). "
+                "Leave them out, or give `max_new_tokens` without `infill_mask`."
+            )
         if streamer is not None and canvas.batch > 1:
             raise ValueError(
                 f"`streamer` needs a batch of one row (got {canvas.batch}). Generate row by row, or without it."
             )
+        self.canvas = canvas
         self.tokens = state.tokens.clone()
         self.step_map = state.step_map.clone()
-        self.length = torch.full_like(state.rows, canvas.new_length)  # columns that a criterion leaves
+        self.length = state.length.clone()  # columns of the row, fewer where a criterion ends it
         self.forwards, self.reference, self.computed = (torch.zeros_like(state.rows) for _ in range(3))
         self.prefix = [0] * canvas.batch
 
@@ -58,13 +68,14 @@ class Ledger:
             self.streamer.end()
 
     def leave(
-        self, state: State, canvas: Canvas, done: torch.Tensor, filled: torch.Tensor, broken: torch.Tensor
+        self, state: State, done: torch.Tensor, filled: torch.Tensor, wasted: torch.Tensor, broken: torch.Tensor
     ) -> torch.Tensor | None:
-        """Books a step and takes out the rows that ended in it.
+        """Books a forward and takes out the rows that ended in it.
 
         Args:
             done, filled, broken (`(B,)` bool): finished rows; rows with undecided positions before the fill behind a
                 stop token; rows whose logits were not finite.
+            wasted (`(B,)` bool): rows that the reference would give a forward more, for a block that is finished.
 
         Returns:
             `(B',)` indices of the rows that go on, `None` where all do.
@@ -77,24 +88,21 @@ class Ledger:
         if any(wrong):
             raise ValueError(
                 f"The model's logits must be finite (got NaN or inf for row {rows[wrong.index(1)]} of the batch in "
-                f"forward {state.step}). Check the weights and the dtype; other rows are not at fault."
+                f"forward {state.forward}). Check the weights and the dtype; other rows are not at fault."
             )
+        self.forwards[state.rows] = state.forward
+        self.reference[state.rows] += 1 + wasted.long() + (filled & done).long()
         if self.criteria or self.streamer is not None:
             stopped = self._advance(rows)
             flags = [flag or row in stopped for flag, row in zip(flags, rows, strict=True)]
         if not any(flags):
             return None
-        ended = torch.tensor([i for i, flag in enumerate(flags) if flag], device=done.device)
-        out = state.rows[ended]
-        self.forwards[out] = state.step
-        self.reference[out] = state.step + (filled & done)[ended].long()
-        self.computed[out] = canvas.computed[ended]
         return torch.tensor([i for i, flag in enumerate(flags) if not flag], dtype=torch.long, device=done.device)
 
     def _advance(self, rows: list[int]) -> set[int]:
         """Follows the decided prefixes: criteria first, then the stream. Returns the rows that a criterion ends."""
         decided = self.step_map > 0
-        stop = stop_position(self.tokens, decided, self.stop_ids)
+        stop = stop_position(self.tokens, decided & self.may_stop, self.stop_ids)
         ends = torch.minimum(first_true(~decided), stop + 1).clamp_max(self.tokens.shape[1]).tolist()
         stopped = self._ask_criteria(rows, ends) if self.criteria else set()
         if self.streamer is not None:
@@ -125,12 +133,19 @@ class Ledger:
                     self.length[row] = ends[row]
         return stopped
 
-    def answers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The answers `(B, N)`, padded behind their end, and their tokens before the first stop token `(B,)`."""
+    def answers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The text `(B, L)`, padded behind its end; the step map; and tokens before the first stop token `(B,)`.
+
+        The step map is `(B, N)` for the new tokens, and `(B, L)` where positions of the prompt were decided.
+        """
         column = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        stop = stop_position(self.tokens, self.step_map > 0, self.stop_ids)
+        stop = stop_position(self.tokens, (self.step_map > 0) & self.may_stop, self.stop_ids)
         end = torch.minimum(stop + 1, self.length)
-        answer = self.tokens
+        answer, steps = self.tokens, self.step_map
         if self.fill_token_id is not None:
             answer = torch.where(column < end[:, None], answer, self.fill_token_id)
-        return answer, torch.minimum(stop, self.length)
+        tokens = torch.minimum(stop, self.length)
+        if not self.canvas.is_infilling:
+            return torch.cat([self.shown, answer], dim=1), steps, tokens
+        nowhere = replace(self.canvas, base=torch.full_like(self.canvas.base, -1))
+        return self.canvas.fill(answer), nowhere.fill(steps), tokens

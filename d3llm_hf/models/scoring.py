@@ -1,10 +1,11 @@
 """From logits to a token and a rank for every candidate position, in one float32 pass over the vocabulary."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
+from .credit import Credit
 from .decoding import Rules, State
 from .processors import Processors
 
@@ -30,6 +31,10 @@ class Scores:
     cost: torch.Tensor
     force_cost: torch.Tensor
     broken: torch.Tensor
+
+    def select(self, index: torch.Tensor) -> "Scores":
+        """The scores of the rows with the `(B',)` indices `index`."""
+        return Scores(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
 @dataclass
@@ -101,20 +106,31 @@ class Sampler:
             self._seed = int(torch.randint(2**62, ()))
         return self._seed
 
-    def uniform(self, rows: torch.Tensor, step: int, columns: torch.Tensor, stream: int) -> torch.Tensor:
-        """Uniform numbers in [0, 1) for `(n,)` rows and columns, float64."""
+    def uniform(
+        self, rows: torch.Tensor, step: torch.Tensor | int, columns: torch.Tensor, stream: int
+    ) -> torch.Tensor:
+        """Uniform numbers in [0, 1) for `(n,)` rows, steps and columns, float64."""
+        step = torch.as_tensor(step, device=rows.device)  # arithmetic that wraps
         counter = torch.full_like(rows, _signed(self.seed))
-        for part in (rows, columns, torch.full_like(rows, step * 2 + stream)):
+        for part in (rows, columns, step * 2 + stream):
             counter = _mix(counter + _GOLDEN * (part + 1))
         return (counter.bitwise_right_shift(11) & ((1 << 53) - 1)).double() * 2.0**-53
 
-    def tokens(self, logits: torch.Tensor, rows: torch.Tensor, step: int, columns: torch.Tensor) -> torch.Tensor:
+    def noise(self, rows: torch.Tensor, step: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """The costs of remasking at random, known before the forward: uniform numbers `(n,)` float32."""
+        return self.uniform(rows, step, columns, self.POSITION).float()
+
+    def tokens(
+        self, logits: torch.Tensor, rows: torch.Tensor, step: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor:
         """Draws one token per `(n, V)` row of logits by inverting the cumulative distribution: `(n,)`."""
         total = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
         level = self.uniform(rows, step, columns, self.TOKEN)[:, None] * total[:, -1:]
         return torch.searchsorted(total, level, right=True).clamp_max(logits.shape[1] - 1)[:, 0]
 
-    def positions(self, cost: torch.Tensor, temperature: float, rows: torch.Tensor, step: int, columns: torch.Tensor):
+    def positions(
+        self, cost: torch.Tensor, temperature: float, rows: torch.Tensor, step: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor:
         """Perturbs costs so that taking the k lowest draws k positions from softmax(-cost / temperature): `(n,)`."""
         uniform = self.uniform(rows, step, columns, self.POSITION).clamp_min(1e-300)
         gumbel = -torch.log(-torch.log(uniform))
@@ -177,18 +193,19 @@ class Scorer:
     def __init__(self, rules: Rules, mask_token_id: int, *, sampler: Sampler, sampling: bool, processors: Processors):
         self.rules, self.mask_token_id = rules, mask_token_id
         self.sampler, self.sampling, self.processors = sampler, sampling, processors
+        self.credit = Credit(*rules.credit) if rules.credit else None
 
     def __call__(self, logits: torch.Tensor, state: State, where: tuple[torch.Tensor, torch.Tensor]) -> Scores:
         """`(n, V)` logits (overwritten) of the candidates at rows and columns `where`."""
-        rows, columns = state.rows[where[0]], where[1]
+        rows, steps, columns = state.rows[where[0]], state.step[where[0]], where[1]
         size = max(1, CHUNK_ELEMENTS // logits.shape[1])
         chunks = [slice(start, start + size) for start in range(0, logits.shape[0], size)]
-        parts = [self._chunk(logits[chunk].float(), rows[chunk], columns[chunk], state.step) for chunk in chunks]
+        parts = [self._chunk(logits[chunk].float(), rows[chunk], steps[chunk], columns[chunk]) for chunk in chunks]
         tokens, best, cost, entropy, finite = (torch.cat(part) for part in zip(*parts, strict=True))
 
         rules = self.rules
         if rules.alg_temp:
-            cost = self.sampler.positions(cost, rules.alg_temp, rows, state.step, columns)
+            cost = self.sampler.positions(cost, rules.alg_temp, rows, steps, columns)
         table = torch.full(state.tokens.shape, float("inf"), device=logits.device)
         costs = table.index_put(where, cost)
         chosen = state.tokens.index_put(where, tokens)
@@ -201,9 +218,11 @@ class Scorer:
         )
 
     def _chunk(
-        self, raw: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, step: int
+        self, raw: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor, columns: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Tokens, best tokens, costs, entropies and finiteness of some candidates, `(m,)` each."""
+        if self.credit is not None:
+            raw = self.credit(raw, self.mask_token_id, rows, steps, columns)
         processed = self.processors(raw.clone(), rows, columns) if self.processors else raw
         if self.processors and self.rules.score_processed:
             raw = processed.clone()
@@ -211,8 +230,6 @@ class Scorer:
         if self.processors:
             processed[:, self.mask_token_id] = float("-inf")
             best = processed.argmax(-1)
-        tokens = self.sampler.tokens(processed, rows, step, columns) if self.sampling else best
-        noise = None
-        if self.rules.score == "noise":
-            noise = self.sampler.uniform(rows, step, columns, Sampler.POSITION).float()
+        tokens = self.sampler.tokens(processed, rows, steps, columns) if self.sampling else best
+        noise = self.sampler.noise(rows, steps, columns) if self.rules.score == "noise" else None
         return tokens, best, SCORES[self.rules.score](stats, tokens, noise), stats.entropy, finite

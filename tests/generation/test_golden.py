@@ -69,8 +69,9 @@ class LLaDADraws(Sampler):
         self.case, self.step = case, -1
         self.generator = torch.Generator().manual_seed(case.torch_seed)
 
-    def draw(self, step: int, *shape: int, dtype=torch.float32) -> torch.Tensor:
+    def draw(self, steps: torch.Tensor, *shape: int, dtype=torch.float32) -> torch.Tensor:
         """The numbers of a forward, drawn once."""
+        step = int(steps[0])
         if step != self.step:
             self.step, self.drawn = step, torch.rand(shape, generator=self.generator, dtype=dtype)
         return self.drawn
@@ -103,12 +104,12 @@ class DreamDraws(LLaDADraws):
         if self.case.settings["decoding_method"] != "d3llm":
             index, width = torch.arange(len(columns)), len(columns)
         else:
-            width = self.FORWARDED.get(self.case.id, [len(self.case.sequence)] * (step + 1))[step]
+            width = self.FORWARDED.get(self.case.id, [len(self.case.sequence)] * (int(step[0]) + 1))[int(step[0])]
             index = columns - (self.case.settings["max_new_tokens"] - width)
         return (logits.softmax(-1) / self.exponential(width, logits.shape[1])[index]).argmax(-1)
 
     def positions(self, cost, temperature, rows, step, columns):
-        steps, length = self.case.settings["steps"], len(self.case.sequence)
+        steps, length, step = self.case.settings["steps"], len(self.case.sequence), int(step[0])
         times = torch.linspace(1, 1e-3, steps + 1)
         if step < steps - 1 and int(len(cost) * (1 - times[step + 1] / times[step])) == 0:
             return cost

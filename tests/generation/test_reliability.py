@@ -124,8 +124,15 @@ def test_a_thousand_logit_tables_are_decoded_as_the_oracle_does(add, activation)
 def test_progress_is_compared_as_the_reference_does_for_every_block_length():
     for size in range(1, 65):
         for fraction in (0.0, 0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 1.0, 1.1):
-            reached = [left for left in range(size + 1) if 1 - left / size >= fraction]
-            assert decoding.most_left(size, fraction) == max(reached, default=-1)
+            left = torch.arange(size + 1)
+            # `left` positions of the first block, all of the second
+            undecided = (torch.arange(2 * size) < left[:, None]) | (torch.arange(2 * size) >= size)
+            rules = decoding.Rules(size, "entropy", "threshold", block_add_threshold=fraction)
+            state = decoding.State.start(torch.zeros_like(undecided, dtype=torch.long), undecided, rules)
+            state.length = torch.full_like(state.length, 2 * size)
+            decoding.open_blocks(state, rules, torch.full_like(left, 2 * size))
+            reached = [1 - n / size >= fraction or n == 0 for n in range(size + 1)]
+            assert (state.open_count == 2).tolist() == reached
 
 
 @pytest.mark.parametrize("decoding_method", ["d3llm", "dparallel"])

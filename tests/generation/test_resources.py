@@ -21,9 +21,10 @@ from tiny import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper
 
-from d3llm_hf.models.decoding import Rules, State, candidates, choose, commit, open_blocks
+from d3llm_hf.models.decoding import Rules, State, candidates, commit, open_blocks
 from d3llm_hf.models.processors import Processors
 from d3llm_hf.models.scoring import Sampler, Scorer
+from d3llm_hf.models.selection import choose
 
 
 class Meter(TorchDispatchMode):
@@ -88,11 +89,17 @@ def test_an_absurd_length_is_refused_at_once_and_without_memory():
 # ---- D-13: memory --------------------------------------------------------------------------------------------------
 
 
+def blank_state(rows: int, columns: int, rules: Rules, mask_token_id: int) -> State:
+    """Nothing is decided yet."""
+    tokens = torch.full((rows, columns), mask_token_id)
+    return State.start(tokens, torch.ones_like(tokens, dtype=torch.bool), rules)
+
+
 def scored(logits: torch.Tensor, sampling: bool = False) -> Meter:
     """Scores `(n, V)` logits, all of them candidates of one row, and returns what that took."""
     count = logits.shape[0]
     rules = Rules(block_length=count, score="entropy", select="threshold", threshold=0.5)
-    state = State.start(1, count, rules, logits.shape[1] - 1, torch.device("cpu"))
+    state = blank_state(1, count, rules, logits.shape[1] - 1)
     processors = LogitsProcessorList([TemperatureLogitsWarper(0.7)] if sampling else [])
     scorer = Scorer(
         rules,
@@ -202,7 +209,7 @@ def test_deciding_takes_at_most_half_again_the_time_of_a_bare_entropy_and_argmax
         logits.argmax(-1)
 
     def step() -> None:
-        state = State.start(rows, columns, rules, vocabulary - 1, torch.device("cpu"))
+        state = blank_state(rows, columns, rules, vocabulary - 1)
         state.open_count.fill_(columns // 32)
         tokens = state.tokens
         scorer = Scorer(

@@ -1,0 +1,186 @@
+"""Which slots of the canvas a forward recomputes: one plan for each way in which the field caches keys and values.
+
+A forward overwrites the keys and values of the slots that it recomputes and attends to all (`cache.SlotCache`). In a
+bidirectional model every kept key is an approximation: it was computed before something else was decided.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from .decoding import UNSTAMPED, Rules, State, per_block
+from .scoring import Sampler
+from .selection import choose
+
+
+class Plan:
+    """What a plan may look at, and what it may narrow. B rows, N positions to decide, L slots of the canvas.
+
+    Args:
+        state, rules: before the forward, its blocks opened.
+        among (`(B, N)` bool): the candidates of the forward; a plan may take some out.
+        slots (`(B, N)` long): the slot of each position to decide, ascending.
+        length: L.
+        sampler: gives the costs of random remasking, which are known before the forward.
+    """
+
+    def __init__(
+        self, state: State, rules: Rules, among: torch.Tensor, slots: torch.Tensor, length: int, sampler: Sampler
+    ):
+        self.state, self.rules, self.among, self.slots, self.sampler = state, rules, among, slots, sampler
+        self.slot = torch.arange(length, device=slots.device)  # (L,)
+        self.left = per_block(state.undecided, rules.block_length)  # (B, K)
+        self.is_open = torch.arange(self.left.shape[1], device=slots.device) < state.open_count[:, None]
+
+    def edge(self, block: torch.Tensor, *, end: bool) -> torch.Tensor:
+        """First slot of a block `(B,)`, or with `end` the slot behind it."""
+        column = block * self.rules.block_length + (self.rules.block_length - 1 if end else 0)
+        column = torch.minimum(column, self.state.length - 1).clamp_min(0)
+        return self.slots.gather(1, column[:, None])[:, 0] + int(end)
+
+    @property
+    def start(self) -> torch.Tensor:
+        """First slot `(B,)` of the first open block with something undecided."""
+        return self.edge(((self.left > 0) & self.is_open).long().argmax(1), end=False)
+
+    @property
+    def end(self) -> torch.Tensor:
+        """Slot `(B,)` behind the last open block."""
+        return self.edge(self.state.open_count - 1, end=True)
+
+    @property
+    def opened(self) -> torch.Tensor:
+        """Forwards `(B,)` that had been made when the last block was opened."""
+        return self.state.opened_step.masked_fill(~self.is_open, 0).amax(1)
+
+    @property
+    def fresh(self) -> torch.Tensor:
+        """Rows `(B, 1)` whose forward recomputes everything: the first of a block, and every so many after it."""
+        done = self.state.step - self.opened
+        every = self.rules.cache_refresh_interval
+        return (done % every == 0 if every else done == 0)[:, None]
+
+    def window(self, start: torch.Tensor, end: torch.Tensor | None = None) -> torch.Tensor:
+        """Slots `(B, L)` from `start` to before `end` (the canvas's), with the one that predicts the first of them."""
+        inside = self.slot >= (start - self.rules.shift)[:, None]
+        return inside if end is None else inside & (self.slot < end[:, None])
+
+    @property
+    def changed(self) -> torch.Tensor:
+        """Slots `(B, L)` that were decided since the last forward: what is kept of them belongs to the mask token."""
+        changed = torch.zeros(len(self.slots), len(self.slot) + 1, dtype=torch.bool, device=self.slot.device)
+        return changed.scatter(1, self.slots, self.state.changed)[:, :-1]
+
+    def decided_in(self) -> torch.Tensor:
+        """Forward `(B, L)` that decided the slot, at the earliest the first of the last block; inf where undecided."""
+        first = (self.opened + 1).float()[:, None]
+        decided = first.expand(-1, len(self.slot) + 1)
+        steps = torch.maximum(self.state.step_map.float(), first).masked_fill(self.state.undecided, float("inf"))
+        return decided.scatter(1, self.slots, steps)[:, :-1]
+
+
+def prefix(plan: Plan) -> torch.Tensor:
+    """Fast-dLLM's prefix cache: while a block is decoded, what lies before it is kept."""
+    return plan.window(plan.start) | plan.changed | plan.fresh
+
+
+def dual(plan: Plan) -> torch.Tensor:
+    """Fast-dLLM's dual cache: while a block is decoded, what lies before and behind it is kept."""
+    return plan.window(plan.start, plan.end) | plan.changed | plan.fresh
+
+
+def vicinity(plan: Plan) -> torch.Tensor:
+    """dInfer's vicinity refresh: the dual cache with a margin, after some forwards that recompute everything."""
+    width = plan.rules.cache_window
+    warm = (plan.state.step < plan.rules.cache_warmup)[:, None]
+    return plan.window(plan.start - width, plan.end + width) | plan.changed | plan.fresh | warm
+
+
+def dkv(plan: Plan) -> torch.Tensor:
+    """dKV-Cache-Decode: a token is kept from `cache_delay` forwards after its commit, until the next block."""
+    now = (plan.state.step + 1)[:, None]
+    return (now - plan.decided_in() <= plan.rules.cache_delay) | plan.changed | plan.fresh
+
+
+def dkv_greedy(plan: Plan) -> torch.Tensor:
+    """dKV-Cache-Greedy: what was just committed, what is committed next (known, being random), and its neighbours.
+
+    Narrows the candidates to what is committed next.
+    """
+    rules, state = plan.rules, plan.state
+    rows = state.rows[:, None].expand_as(plan.slots)
+    columns = torch.arange(plan.slots.shape[1], device=plan.slots.device).expand_as(plan.slots)
+    cost = plan.sampler.noise(rows.flatten(), state.step[:, None].expand_as(rows).flatten(), columns.flatten())
+    cost = cost.view(rows.shape)
+    plan.among, _ = choose(cost, cost, plan.among, state, rules)
+
+    behind = (state.step + 1)[:, None] - plan.decided_in()
+    just = (behind <= rules.cache_delay) & (behind > 0)
+    near = torch.zeros_like(just)
+    for offset in range(-rules.cache_window // 2, rules.cache_window // 2 + 1):
+        at = plan.slots + offset
+        inside = plan.among & (at >= 0) & (at < len(plan.slot))
+        near |= torch.zeros_like(just).long().scatter_add(1, at.clamp(0, len(plan.slot) - 1), inside.long()).bool()
+    return just | near | plan.changed | plan.fresh
+
+
+def delayed(plan: Plan) -> torch.Tensor:
+    """The delayed cache with refresh (d3LLM, section 3.4 of its loop), by blocks.
+
+    A finished block is kept once `cache_delay` forwards have passed; while a finished block waits, and every
+    `cache_refresh_interval` forwards, everything is recomputed.
+    """
+    state, rules = plan.state, plan.rules
+    column = torch.arange(plan.left.shape[1] + 1, device=plan.left.device)
+    finished = torch.cat([torch.ones_like(plan.left[:, :1], dtype=torch.bool), plan.left == 0], dim=1)  # (B, K + 1)
+    finished &= column <= state.open_count[:, None]
+    leading = finished.long().cumprod(1).bool()
+    now = (state.step + 1)[:, None]
+
+    # 1. Delays end, and start: for every finished leading block, or only for the first that is not cached yet.
+    def due() -> torch.Tensor:
+        stamped = state.completed_step != UNSTAMPED
+        waited = leading & stamped & (now - state.completed_step >= rules.cache_delay)
+        return waited.long().cumprod(1).sum(1)
+
+    def stamp(which: torch.Tensor) -> None:
+        new = which & leading & (state.completed_step == UNSTAMPED)
+        state.completed_step = torch.where(new, now, state.completed_step)
+
+    before = state.cached
+    cached = torch.maximum(before, due()) if rules.serial_stamps else before
+    stamp(column == cached[:, None] if rules.serial_stamps and rules.cache_delay else torch.ones_like(leading))
+    if not (rules.serial_stamps and rules.cache_delay):
+        cached = torch.maximum(cached, due())
+    state.cached = cached
+
+    # 2. The window: what was not cached, or everything.
+    waiting = (leading & (state.completed_step != UNSTAMPED) & (column >= cached[:, None])).any(1)
+    refresh = waiting
+    if rules.cache_refresh_interval:
+        refresh = refresh | ((state.step + 1) % rules.cache_refresh_interval == 0)
+    full = refresh & (cached == before)  # a forward that caches more blocks reads what is cached already
+    if rules.cache_refresh_interval == 1:
+        full = torch.ones_like(full)  # "every forward" leaves nothing to read: the same tokens as without a cache
+    start = plan.edge((before - 1).clamp_min(0), end=False).masked_fill(before == 0, 0)
+    return plan.window(start) | full[:, None]
+
+
+# A plan gives the slots `(B, L)` to recompute.
+PLANS: dict[str, Callable[[Plan], torch.Tensor]] = {
+    "prefix": prefix,
+    "dual": dual,
+    "delayed": delayed,
+    "dkv": dkv,
+    "dkv_greedy": dkv_greedy,
+    "vicinity": vicinity,
+}
+
+
+def wasted_by_reference(state: State, rules: Rules) -> torch.Tensor:
+    """Rows `(B,)` to which Fast-dLLM's first code gives one more forward: the step that opened a block finished it."""
+    if rules.kv_cache not in ("prefix", "dual") or rules.early_stop:
+        return torch.zeros_like(state.rows, dtype=torch.bool)
+    last = (state.open_count - 1)[:, None]
+    left = per_block(state.undecided, rules.block_length).gather(1, last)[:, 0]
+    return (left == 0) & (state.opened_step.gather(1, last)[:, 0] == state.step - 1)

@@ -1,0 +1,187 @@
+"""Which candidates a step commits: one pure function for each rule of the field.
+
+Every rule takes the costs `(B, N)` of the candidates (lower is surer), the candidates, the state and the rules, and
+returns the commits `(B, N)`. Negative log-probabilities are the costs of rules that speak of a confidence.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from .decoding import Rules, State, first_true, per_block
+
+
+def best(cost: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """One-hot `(B, N)` of the cheapest marked position of each row; rows without a mark stay empty."""
+    column = cost.masked_fill(~among, float("inf")).argmin(1, keepdim=True)
+    return torch.zeros_like(among).scatter_(1, column, True) & among
+
+
+def ranks(cost: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """Place `(B, N)` of each marked position in its row, 0 the cheapest; the leftmost first among equals."""
+    return cost.masked_fill(~among, float("inf")).argsort(dim=1, stable=True).argsort(dim=1)
+
+
+def cheapest(cost: torch.Tensor, among: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The `count` `(B,)` cheapest marked positions of each row."""
+    return among & (ranks(cost, among) < count[:, None])
+
+
+def by_threshold(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """Every candidate whose cost is under the threshold; with `force_best` the cheapest of the row in any case."""
+    under = cost <= rules.threshold if rules.inclusive else cost < rules.threshold
+    commits = among & under
+    return commits | best(cost, among) if rules.force_best else commits
+
+
+def by_near_best(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """dInfer's threshold: lowered to just under the best candidate's probability, whose equals then pass as well."""
+    probability = torch.exp(-cost.double()).masked_fill(~among, -1.0)
+    level = (probability.amax(1, keepdim=True) - 1e-5).clamp_max(math.exp(-rules.threshold))
+    return among & (probability >= level) | best(cost, among)
+
+
+def by_factor(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """Fast-dLLM's factor: the n surest while the n-th is certain to `1 - factor / (n + 1)`; the surest always."""
+    rank = ranks(cost, among)
+    fails = among & (torch.exp(-cost.double()) < 1 - rules.factor / (rank + 2))
+    first = rank.masked_fill(~fails, among.shape[1]).amin(1)
+    return cheapest(cost, among, first.clamp_min(1))
+
+
+def by_entropy_bound(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """The n of lowest entropy while all but the n-th sum to at most the bound (EB-Sampler, DiffusionGemma)."""
+    order = cost.masked_fill(~among, float("inf")).argsort(dim=1, stable=True)
+    ascending = cost.masked_fill(~among, 0.0).gather(1, order).double()
+    before = ascending.cumsum(1) - ascending
+    within = torch.zeros_like(among).scatter_(1, order, before <= rules.threshold)
+    return among & within | best(cost, among)
+
+
+def by_hierarchy(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """dInfer's hierarchy: the surest of each run of neighbours, so that commits spread, and whatever is very sure.
+
+    Below `relaxed_threshold` only the surest of all is committed.
+    """
+    starts = among & ~torch.nn.functional.pad(among, (1, 0))[:, :-1]
+    run = (starts.long().cumsum(1) - 1).clamp_min(0)  # (B, N): which run of neighbours a candidate belongs to
+    lowest = torch.full_like(cost, float("inf")).scatter_reduce(1, run, cost.masked_fill(~among, float("inf")), "amin")
+    first_of = among & (cost == lowest.gather(1, run))
+    column = torch.arange(cost.shape[1], device=cost.device).expand_as(run)
+    leftmost = torch.full_like(run, cost.shape[1]).scatter_reduce(
+        1, run, column.masked_fill(~first_of, cost.shape[1]), "amin"
+    )
+    of_run = first_of & (column == leftmost.gather(1, run)) & (cost < rules.relaxed_threshold)
+    surest = cost.masked_fill(~among, float("inf")).amin(1, keepdim=True)
+    spread = (of_run | (cost < rules.threshold)) & (surest <= rules.relaxed_threshold)
+    return among & spread | best(cost, among)
+
+
+def by_neighbourhood(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """LocalLeap (arXiv:2510.07081): sure candidates are anchors, around which less certainty suffices."""
+    anchors = among & (cost <= rules.threshold)
+    width = 2 * rules.radius + 1
+    near = torch.nn.functional.max_pool1d(anchors.float()[:, None], width, stride=1, padding=rules.radius)[:, 0] > 0
+    return among & (anchors | (near & (cost <= rules.relaxed_threshold))) | best(cost, among)
+
+
+def block_of(among: torch.Tensor, rules: Rules) -> torch.Tensor:
+    """The first block `(B,)` of each row that has a marked position, the last block where none has."""
+    marked = per_block(among, rules.block_length) > 0
+    return first_true(marked).clamp_max(marked.shape[1] - 1)
+
+
+def steps_of_block(state: State, rules: Rules, block: torch.Tensor) -> torch.Tensor:
+    """Steps `(B,)` for a block: its share of `steps`, the earlier blocks one more; its size where there are none."""
+    if not rules.steps:
+        return state.opened_size.gather(1, block[:, None])[:, 0].clamp_min(1)
+    blocks = ((state.length + rules.block_length - 1) // rules.block_length).clamp_min(1)
+    return (rules.steps // blocks + (block < rules.steps % blocks)).clamp_min(1)
+
+
+def by_quota(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """LLaDA's fixed quota: each block's positions spread evenly over its share of the steps, more in earlier ones."""
+    block = block_of(among, rules)
+    steps = steps_of_block(state, rules, block)
+    size = state.opened_size.gather(1, block[:, None])[:, 0]
+    done = state.step - state.opened_step.gather(1, block[:, None])[:, 0]
+    return cheapest(cost, among, size // steps + (done < size % steps))
+
+
+def decided_fraction(among: torch.Tensor, state: State, rules: Rules, eps: float = 1e-3) -> torch.Tensor:
+    """Dream's schedule: the fraction `1 - s / t` `(B,)` of a block's masks that this step decides, all in the last.
+
+    Times fall linearly from 1 to `eps` over the steps of the block, in float32 as the reference counts them.
+    """
+    block = block_of(among, rules)
+    steps = steps_of_block(state, rules, block)
+    done = state.step - state.opened_step.gather(1, block[:, None])[:, 0]
+
+    def time(index: torch.Tensor) -> torch.Tensor:
+        slope = torch.tensor(eps - 1, device=steps.device) / steps
+        return torch.where(index < (steps + 1) // 2, 1 + slope * index, eps - slope * (steps - index))
+
+    return torch.where(done < steps - 1, 1 - time(done + 1) / time(done), 1.0)
+
+
+def by_schedule(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """Dream's schedule: the cheapest `1 - s / t` of what is still masked, everything in the last step."""
+    count = among.sum(1).float() * decided_fraction(among, state, rules)
+    return cheapest(cost, among, count.long())
+
+
+def by_coin(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """Dream's `origin`: each masked position with probability `1 - s / t`; `cost` is a uniform number."""
+    return among & (cost < decided_fraction(among, state, rules)[:, None])
+
+
+def by_quota_and_threshold(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """Dream's confidence threshold: of a quota that carries over, those under the threshold, and the cheapest."""
+    block = block_of(among, rules)
+    steps = steps_of_block(state, rules, block)
+    size, opened = (table.gather(1, block[:, None])[:, 0] for table in (state.opened_size, state.opened_step))
+    due = size * (state.step - opened + 1) // steps - (size - among.sum(1))
+    quota = cheapest(cost, among, due.clamp_min(1))
+    return (quota & (cost <= rules.threshold)) | best(cost, among)
+
+
+SELECTORS: dict[str, Callable[[torch.Tensor, torch.Tensor, State, Rules], torch.Tensor]] = {
+    "threshold": by_threshold,
+    "near_best": by_near_best,
+    "factor": by_factor,
+    "entropy_bound": by_entropy_bound,
+    "hierarchy": by_hierarchy,
+    "neighbourhood": by_neighbourhood,
+    "quota": by_quota,
+    "schedule": by_schedule,
+    "coin": by_coin,
+    "quota_and_threshold": by_quota_and_threshold,
+}
+
+
+def choose(
+    cost: torch.Tensor, force_cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which candidates this step commits.
+
+    Args:
+        cost, force_cost (`(B, N)` float): rank for the selection, and for the position that is forced.
+        among (`(B, N)` bool): the candidates.
+
+    Returns:
+        `(B, N)` bool of the commits, and of those among them that were forced: the cheapest position of the first
+        active block that would otherwise stand still.
+    """
+    commits = SELECTORS[rules.select](cost, among, state, rules)
+    forced = torch.zeros_like(commits)
+    if rules.select == "threshold":
+        left = per_block(among, rules.block_length) > 0
+        first = first_true(state.active & left)  # (B,): K where no active block has work
+        column = torch.arange(among.shape[1], device=among.device)
+        inside = among & (column // rules.block_length == first[:, None])
+        forced = best(force_cost, inside) & ~(commits & inside).any(1, keepdim=True)
+        # Whatever the thresholds, a row advances: every forward decides at least one token.
+        stuck = ~(commits | forced).any(1, keepdim=True)
+        commits = commits | forced | (best(force_cost, among) & stuck)
+    return commits, forced

@@ -1,0 +1,102 @@
+"""Lossless decoding: later canvases are drafted from the present logits and verified in one batched forward.
+
+One token a forward is slow because a forward decides so little, not because it could not run over more canvases at
+once. Auto-speculation (Spiffy, arXiv:2509.18085; FreeDave, arXiv:2510.00294) drafts, with the rules of the method and
+the logits at hand, the canvases that the next steps would leave. The next forward runs over the decided canvas and all
+drafts together. A draft that equals what the true step before it left has had its own forward, so the step after it
+can be taken as well, and so on until one differs. The tokens are those of decoding step by step, whatever the drafts.
+"""
+
+import torch
+
+from .canvas import Canvas
+from .decoding import Rules, State, candidates, commit, finished, open_blocks, stop_position
+from .scoring import Scores
+from .selection import choose
+
+
+class Speculation:
+    """Drafts before a forward and verification after it; without `draft_length` both hand on what they are given.
+
+    Args:
+        rules: of the method.
+        stop_ids (`(S,)`, *optional*): the stop tokens.
+    """
+
+    def __init__(self, rules: Rules, stop_ids: torch.Tensor | None):
+        self.rules, self.stop_ids = rules, stop_ids
+        self.scores: Scores | None = None  # of the forward that decided the present canvases
+
+    def extend(self, state: State, canvas: Canvas) -> tuple[State, Canvas]:
+        """The decided canvases of R rows, followed by drafts of the canvases that their next steps may leave.
+
+        Args:
+            state, canvas: R rows.
+
+        Returns:
+            both for T >= R canvases, the R decided ones first.
+        """
+        if self.scores is None:
+            return state, canvas
+        index = torch.arange(state.rows.shape[0], device=state.rows.device)
+        states, owners, parents, last = [state], [index], [index], state
+        owner = index
+        for _ in range(self.rules.draft_length):
+            drafted, moved = self._step(last, owner, canvas)
+            stop = stop_position(drafted.tokens, ~drafted.undecided & canvas.may_stop[owner], self.stop_ids)
+            # A finished canvas needs no forward, and one for which nothing could be drafted has no successor.
+            kept = (moved & ~finished(drafted, self.rules, stop)).nonzero()[:, 0]
+            if not len(kept):
+                break
+            last, owner = drafted.select(kept), owner[kept]
+            parents.append(index[kept])
+            index = torch.arange(len(kept), device=owner.device) + sum(map(len, owners))
+            states.append(last)
+            owners.append(owner)
+        trial, self.owner, self.parent = State.cat(states), torch.cat(owners), torch.cat(parents)
+        self.before = trial.tokens, trial.undecided
+        return trial, canvas.select(self.owner)
+
+    def _step(self, state: State, owner: torch.Tensor, canvas: Canvas) -> tuple[State, torch.Tensor]:
+        """The states after the step that the present scores suggest, and whether they decided anything."""
+        scores, rules = self.scores.select(owner), self.rules
+        state = state.select(torch.arange(len(owner), device=owner.device))  # a copy
+        open_blocks(
+            state, rules, stop_position(state.tokens, ~state.undecided & canvas.may_stop[owner], self.stop_ids)
+        )
+        among = candidates(state, rules) & scores.cost.isfinite()
+        commits, forced = choose(scores.cost, scores.force_cost, among, state, rules)
+        forward, state.forward = state.forward, state.forward + 1  # the forward that verifies the draft
+        commit(state, commits, torch.where(forced, scores.best_tokens, scores.tokens))
+        state.forward = forward
+        return state, commits.any(1)
+
+    def settle(self, trial: State, scores: Scores) -> tuple[State, Scores]:
+        """The state of the R rows as far as true steps lead, and the scores that the last of these rested on.
+
+        Args:
+            trial: T canvases of which each has taken its step.
+            scores: of their forward.
+        """
+        if not self.rules.draft_length:
+            return trial, scores
+        if self.scores is not None:
+            # 1. A draft is true if it is what the step of a true canvas left
+            tokens, undecided = self.before
+            same = (trial.tokens[self.parent] == tokens) & (trial.undecided[self.parent] == undecided)
+            node = torch.arange(len(self.owner), device=self.owner.device)
+            decided = self.parent == node
+            true = same.all(1) | decided
+            for _ in range(self.rules.draft_length):
+                true = true & true[self.parent]
+            # 2. Later drafts have higher indices: of a row's true canvases the last has taken the most steps
+            last = torch.zeros_like(node).scatter_reduce(0, self.owner, node.where(true, 0), "amax")
+            last = last[: int(decided.sum())]
+            trial, scores = trial.select(last), scores.select(last)
+        self.scores = scores
+        return trial, scores
+
+    def select(self, index: torch.Tensor) -> None:
+        """Keeps the rows with the `(R',)` indices `index`."""
+        if self.scores is not None:
+            self.scores = self.scores.select(index)
