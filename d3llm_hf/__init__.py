@@ -18,6 +18,9 @@ from ._registration import register_families
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "BatchTextStreamer": "streamers",
+    "CanvasIterator": "streamers",
+    "CanvasUpdate": "streamers",
     "D3LLMGenerationConfig": "models.generation_config_d3llm",
     "D3LLMGenerationMixin": "models.generation_d3llm",
     "D3LLMGenerationOutput": "models.generation_d3llm",
@@ -31,9 +34,13 @@ _MODULE_OF = {
     "encode_text": "text",
     "export_checkpoint": "hub",
     "init_checkpoint": "hub",
+    "stream_generate": "streamers",
 }
 
 __all__ = [
+    "BatchTextStreamer",
+    "CanvasIterator",
+    "CanvasUpdate",
     "D3LLMGenerationConfig",
     "D3LLMGenerationMixin",
     "D3LLMGenerationOutput",
@@ -48,6 +55,7 @@ __all__ = [
     "encode_text",
     "export_checkpoint",
     "init_checkpoint",
+    "stream_generate",
 ]
 
 register_families()
@@ -74,4 +82,5 @@ if TYPE_CHECKING:
     from .models.generation_d3llm import D3LLMGenerationMixin, D3LLMGenerationOutput
     from .models.modeling_dream import DreamModel
     from .models.modeling_llada import LLaDAModel, LLaDAModelLM
+    from .streamers import BatchTextStreamer, CanvasIterator, CanvasUpdate, stream_generate
     from .text import encode_chat, encode_text

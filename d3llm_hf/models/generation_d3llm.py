@@ -1,6 +1,7 @@
 """`generate()` for masked diffusion language models: transformers' `GenerationMixin` with another decoding core."""
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from .generation_config_d3llm import METHODS, D3LLMGenerationConfig, unknown_fie
 from .ledger import Ledger
 from .processors import Processors
 from .scoring import Sampler, Scorer
+from .streaming import Stream
 
 
 @dataclass
@@ -65,6 +67,14 @@ class D3LLMGenerationMixin(GenerationMixin):
     _supported_generation_modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     logit_shift = 0
     supports_position_mask = False
+
+    # The signature and the documentation stay transformers'.
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        if kwargs.get("streamer") is None:
+            return super().generate(*args, **kwargs)
+        with Stream.of(kwargs["streamer"]) as stream:  # ended whatever happens, also where arguments are refused
+            return super().generate(*args, **(kwargs | {"streamer": stream}))
 
     # ---- what transformers asks before decoding ------------------------------------------------------------------
 
