@@ -603,6 +603,6 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
     for example in examples:
         exec(example, names)
         shown.append(capsys.readouterr().out)
-    assert "#### 11" in shown[0] and "[1] " in shown[0]
+    assert "[0] #### 11\n" in shown[0] and "[1] " in shown[0]
     assert "#### 11" in shown[1]
     assert "#### 11" in shown[2]
