@@ -18,6 +18,9 @@ from ._registration import register_families
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "BatchTextStreamer": "streamers",
+    "CanvasIterator": "streamers",
+    "CanvasUpdate": "streamers",
     "D3LLMGenerationConfig": "models.generation_config_d3llm",
     "D3LLMGenerationMixin": "models.generation_d3llm",
     "D3LLMGenerationOutput": "models.generation_d3llm",
@@ -34,9 +37,13 @@ _MODULE_OF = {
     "init_checkpoint": "hub",
     "is_greedy": "likelihood",
     "log_likelihood": "likelihood",
+    "stream_generate": "streamers",
 }
 
 __all__ = [
+    "BatchTextStreamer",
+    "CanvasIterator",
+    "CanvasUpdate",
     "D3LLMGenerationConfig",
     "D3LLMGenerationMixin",
     "D3LLMGenerationOutput",
@@ -54,6 +61,7 @@ __all__ = [
     "init_checkpoint",
     "is_greedy",
     "log_likelihood",
+    "stream_generate",
 ]
 
 register_families()
@@ -81,4 +89,5 @@ if TYPE_CHECKING:
     from .models.generation_d3llm import D3LLMGenerationMixin, D3LLMGenerationOutput
     from .models.modeling_dream import DreamModel
     from .models.modeling_llada import LLaDAModel, LLaDAModelLM
+    from .streamers import BatchTextStreamer, CanvasIterator, CanvasUpdate, stream_generate
     from .text import encode_chat, encode_text

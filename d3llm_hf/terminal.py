@@ -5,6 +5,8 @@ import sys
 import unicodedata
 from typing import TextIO
 
+from .row_text import decided_runs
+
 
 MASK_SIGN = "░"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -68,16 +70,8 @@ class CanvasStreamer:
         return f"\r{up}{CLEAR_BELOW}"
 
     def _decode_draft(self, draft: list[int]) -> str:
-        """Text of the canvas; a run of masks cannot be decoded with its neighbours, since their bytes would merge."""
-        mask = self.tokenizer.mask_token_id
-        text, run = "", []
-        for token in [*draft, mask]:
-            if token == mask:
-                text += self.tokenizer.decode(run, skip_special_tokens=True) + MASK_SIGN
-                run = []
-            else:
-                run.append(token)
-        return text[: -len(MASK_SIGN)]
+        runs = decided_runs(draft, self.tokenizer.mask_token_id)
+        return MASK_SIGN.join(self.tokenizer.decode(run, skip_special_tokens=True) for run in runs)
 
 
 def printable(text: str) -> str:

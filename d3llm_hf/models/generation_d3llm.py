@@ -1,6 +1,7 @@
 """`generate()` for masked diffusion language models: transformers' `GenerationMixin` with another decoding core."""
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from .processors import Processors
 from .scoring import Sampler, Scorer
 from .selection import choose
 from .speculation import Speculation
+from .streaming import Stream
 
 
 @dataclass
@@ -67,6 +69,14 @@ class D3LLMGenerationMixin(GenerationMixin):
     _supported_generation_modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     logit_shift = 0
     supports_position_mask = False
+
+    # The signature and the documentation stay transformers'.
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        if kwargs.get("streamer") is None:
+            return super().generate(*args, **kwargs)
+        with Stream.of(kwargs["streamer"]) as stream:  # ended whatever happens, also where arguments are refused
+            return super().generate(*args, **(kwargs | {"streamer": stream}))
 
     # ---- what transformers asks before decoding ------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from .canvas import Canvas
 from .decoding import State, first_true, stop_position
+from .streaming import Stream
 
 
 class Ledger:
@@ -19,7 +20,7 @@ class Ledger:
         stop_ids (`(S,)`, *optional*): the stop tokens.
         criteria: transformers' stopping criteria. Length and stop tokens are the loop's own affair; all others are
             asked token by token of the decided prefixes, as if these had been written left to right.
-        streamer: gets `put` for the decided prefix, `put_draft` (where it has one) for the rest, `end`.
+        streamer (*optional*): is told of every step; see [`Stream`].
     """
 
     def __init__(
@@ -31,7 +32,8 @@ class Ledger:
         criteria: StoppingCriteriaList,
         streamer,
     ):
-        self.shown, self.stop_ids, self.streamer = shown, stop_ids, streamer
+        self.shown, self.stop_ids = shown, stop_ids
+        self.stream = None if streamer is None else Stream.of(streamer)
         self.may_stop = canvas.may_stop
         self.fill_token_id = canvas.fill_token_id
         self.criteria = StoppingCriteriaList(
@@ -48,10 +50,8 @@ class Ledger:
                 f"Stopping criteria read a text from left to right, which infilling does not write (got {names}). "
                 "Leave them out, or give `max_new_tokens` without `infill_mask`."
             )
-        if streamer is not None and canvas.batch > 1:
-            raise ValueError(
-                f"`streamer` needs a batch of one row (got {canvas.batch}). Generate row by row, or without it."
-            )
+        if self.stream is not None:
+            self.stream.check_batch(canvas.batch)
         self.canvas = canvas
         self.tokens = state.tokens.clone()
         self.step_map = state.step_map.clone()
@@ -60,12 +60,14 @@ class Ledger:
         self.prefix = [0] * canvas.batch
 
     def __enter__(self) -> "Ledger":
+        if self.stream is not None:
+            self.stream.__enter__()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Ends the stream whatever happened, so that nobody waits for more text."""
-        if self.streamer is not None:
-            self.streamer.end()
+        """Ends the stream whatever happened, unless `generate` does."""
+        if self.stream is not None:
+            self.stream.__exit__(kind, error, trace)
 
     def leave(
         self, state: State, done: torch.Tensor, filled: torch.Tensor, wasted: torch.Tensor, broken: torch.Tensor
@@ -92,9 +94,11 @@ class Ledger:
             )
         self.forwards[state.rows] = state.forward
         self.reference[state.rows] += 1 + wasted.long() + (filled & done).long()
-        if self.criteria or self.streamer is not None:
+        if self.criteria or self.stream is not None:
             stopped = self._advance(rows)
             flags = [flag or row in stopped for flag, row in zip(flags, rows, strict=True)]
+            if self.stream is not None:
+                self.stream.close_step([row for row, flag in zip(rows, flags, strict=True) if flag])
         if not any(flags):
             return None
         return torch.tensor([i for i, flag in enumerate(flags) if not flag], dtype=torch.long, device=done.device)
@@ -105,12 +109,8 @@ class Ledger:
         stop = stop_position(self.tokens, decided & self.may_stop, self.stop_ids)
         ends = torch.minimum(first_true(~decided), stop + 1).clamp_max(self.tokens.shape[1]).tolist()
         stopped = self._ask_criteria(rows, ends) if self.criteria else set()
-        if self.streamer is not None:
-            end, tokens = ends[0], self.tokens[0]
-            if end > self.prefix[0]:
-                self.streamer.put(tokens[self.prefix[0] : end].cpu())
-            if hasattr(self.streamer, "put_draft") and not stopped and end < min(len(tokens), int(stop[0]) + 1):
-                self.streamer.put_draft(value=tokens[end:].cpu())
+        if self.stream is not None:
+            self.stream.follow(self.tokens, rows, self.prefix, ends, stop, stopped)
         self.prefix = ends
         return stopped
 
