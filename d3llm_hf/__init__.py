@@ -27,6 +27,7 @@ _MODULE_OF = {
     "LLaDAModel": "models.modeling_llada",
     "LLaDAModelLM": "models.modeling_llada",
     "SlotCache": "models.cache",
+    "as_diffusion_lm": "adapters",
     "encode_chat": "text",
     "encode_text": "text",
     "export_checkpoint": "hub",
@@ -44,6 +45,7 @@ __all__ = [
     "LLaDAModelLM",
     "SlotCache",
     "__version__",
+    "as_diffusion_lm",
     "encode_chat",
     "encode_text",
     "export_checkpoint",
@@ -66,6 +68,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from .adapters import as_diffusion_lm
     from .hub import export_checkpoint, init_checkpoint
     from .models.cache import SlotCache
     from .models.configuration_dream import DreamConfig

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from .cache import SlotCache
 from .canvas import Canvas
+from .contract import CanvasContract
 from .decoding import (
     State,
     candidates,
@@ -54,17 +55,15 @@ class D3LLMGenerationOutput(ModelOutput):
     past_key_values: SlotCache | None = None
 
 
-class D3LLMGenerationMixin(GenerationMixin):
-    """Gives a bidirectional masked language model `generate()`.
+class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
+    """Gives a bidirectional masked language model `generate()`; it comes first among the bases.
 
-    The model needs a mask token (`config.mask_token_id`, or the generation config's), a forward over whole canvases
-    whose attention is not causal, and `logit_shift`: 0 where logits row i predicts token i, 1 where it predicts i + 1.
+    The model needs a mask token (`config.mask_token_id`, or the generation config's) and keeps [`CanvasContract`]:
+    a forward over whole canvases whose attention is not causal, and `logit_shift`.
     """
 
     generation_config_class = D3LLMGenerationConfig
     _supported_generation_modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-    logit_shift = 0
-    supports_position_mask = False
 
     # ---- what transformers asks before decoding ------------------------------------------------------------------
 
@@ -153,6 +152,7 @@ class D3LLMGenerationMixin(GenerationMixin):
         device = input_ids.device
         canvas = Canvas.of_prompt(self, input_ids, generation_config, model_kwargs)
         rules = generation_config.rules(canvas.new_length, self.logit_shift)
+        self.check_contract(canvas.mask, cached=rules.delayed_cache)
         state = State.start(canvas.batch, canvas.new_length, rules, canvas.mask_token_id, device)
         stop_ids = generation_config._eos_token_tensor
         ledger = Ledger(canvas, state, input_ids, stop_ids, stopping_criteria, streamer)
@@ -170,7 +170,7 @@ class D3LLMGenerationMixin(GenerationMixin):
         with ledger:
             while self._has_unfinished_sequences(state.rows.numel() == 0, synced_gpus, device):
                 if state.rows.numel() == 0:  # another process is not finished, and its forwards are collective
-                    self(**canvas.idle_inputs())
+                    self(**self.accepted(canvas.idle_inputs()))
                     continue
 
                 # 2. Open blocks and plan the window of the next forward
