@@ -36,8 +36,8 @@ def as_diffusion_lm(
             wraps (then the wrapped model changes, and the wrapper generates through it).
         mask_token_id (`int`, *optional*): token of an undecided position; `config.mask_token_id` when unset.
         logit_shift (`int`, *optional*): 0 if logits row i predicts token i, 1 if it predicts token i + 1. When
-            unset, `config.logit_shift`, or else 1 for a class that could generate from left to right before (`...ForCausalLM`:
-            models that start from autoregressive weights keep their shift, as Dream does) and 0 for all others.
+            unset, `config.logit_shift`, or else 1 for a class that could generate from left to right before
+            (`...ForCausalLM`: what starts from autoregressive weights keeps their shift, as Dream does), 0 for others.
         bidirectional (`bool`): first set `config.is_causal = False`, which makes the decoders of transformers attend
             to all positions. Without training, what such a model writes is of no use.
         generation_config ([`~transformers.GenerationConfig`], *optional*): defaults of `generate`; the model's own

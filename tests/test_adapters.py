@@ -168,7 +168,7 @@ REFUSED = {
     "causal attention": (lambda: QWEN2.tiny(is_causal=None), {}, r"config.is_causal = False"),
     "causal, whatever its config says": (lambda: QWEN2.tiny(cls=Stubborn), {}, r"last token .* must reach the first"),
     "an encoder as a decoder": (lambda: BERT.tiny(is_decoder=True), {}, r"Attention must not be causal"),
-    "no mask token": (lambda: BERT.tiny(), {"mask_token_id": None}, r"Pass `mask_token_id=tokenizer.mask_token_id`"),
+    "no mask token": (lambda: BERT.tiny(), {"mask_token_id": None}, r"Pass `mask_token_id=tokenizer"),
     "a mask token too high": (
         lambda: BERT.tiny(),
         {"mask_token_id": 32},

@@ -17,11 +17,13 @@ def _parameters(forward: Callable) -> tuple[frozenset[str], bool]:
     return frozenset(p.name for p in parameters), any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-# For type checkers, what it is mixed into.
-_Model = torch.nn.Module if TYPE_CHECKING else object
+if TYPE_CHECKING:  # what it is mixed into
+    from torch.nn import Module
+else:
+    Module = object
 
 
-class CanvasContract(_Model):
+class CanvasContract(Module):
     """The contract between the decoder and a model; [`canvas_logits`] states it. What a class may set:
 
     Attributes:
