@@ -64,7 +64,7 @@ def as_diffusion_lm(
     output = model.generate(**tokenizer("Paris is", return_tensors="pt"), max_new_tokens=8)
     ```
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
         raise TypeError(
             f"`model` must be a model of transformers (got {type(base).__name__}). Unwrap what `torch.compile` or a "
@@ -78,7 +78,8 @@ def as_diffusion_lm(
         )
     mask_token_id = _mask_token_id(base, mask_token_id)
     logit_shift = _logit_shift(base, logit_shift)
-    stock, held = type(base), dict(vars(base))
+    stock: Any = type(base)
+    held = dict(vars(base))
     try:
         if bidirectional:
             config.is_causal = False
@@ -112,9 +113,9 @@ def _with_decoder(stock: type) -> type:
     return type(stock.__name__, (D3LLMGenerationMixin, stock), members)
 
 
-def _without_weights(stock: type) -> PreTrainedModel:
+def _without_weights(stock: Any) -> Any:
     """An empty object for pickle to fill: a class that is made here cannot be found by its name."""
-    cls = _with_decoder(stock)
+    cls: Any = _with_decoder(stock)
     return cls.__new__(cls)
 
 
@@ -172,14 +173,14 @@ def _generation_config(model: PreTrainedModel, given: GenerationConfig | None) -
     return config if isinstance(config, D3LLMGenerationConfig) else D3LLMGenerationConfig.coerce(config)
 
 
-def _short_texts(model: PreTrainedModel, mask_token_id: int) -> torch.Tensor:
+def _short_texts(model: Any, mask_token_id: int) -> torch.Tensor:
     """Two texts `(2, 3)` of ordinary tokens that differ in the last one."""
     special = {mask_token_id, getattr(model.config, "pad_token_id", None)}
     a, b, c, d = [token for token in range(6) if token not in special][:4]
     return torch.tensor([[a, b, c], [a, b, d]], device=model.device)
 
 
-def _check_forward(model: D3LLMGenerationMixin, stock: type, mask_token_id: int) -> None:
+def _check_forward(model: Any, stock: type, mask_token_id: int) -> None:
     """Runs the texts one by one: in equal shapes, a causal model computes equal numbers for what precedes a change."""
     name, texts = stock.__name__, _short_texts(model, mask_token_id)
     outputs = [model(input_ids=text[None]) for text in texts]
@@ -206,7 +207,7 @@ def _check_forward(model: D3LLMGenerationMixin, stock: type, mask_token_id: int)
         )
 
 
-def _takes_slot_cache(model: D3LLMGenerationMixin, mask_token_id: int) -> bool:
+def _takes_slot_cache(model: Any, mask_token_id: int) -> bool:
     """Whether a window of a text gets the logits of the whole text once the keys of the rest are in the cache."""
     config = model.config.get_text_config()
     names = model.accepted({"past_key_values": None})

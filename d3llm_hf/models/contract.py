@@ -50,7 +50,7 @@ class CanvasContract(Module):
         return 0
 
     def canvas_logits(
-        self, inputs: dict[str, Any], wanted: torch.BoolTensor, cache: SlotCache | None = None, **model_kwargs
+        self, inputs: dict[str, Any], wanted: torch.Tensor, cache: SlotCache | None = None, **model_kwargs
     ) -> torch.Tensor:
         """Runs `forward` over Q slots of a batch of canvases and returns the logits of the wanted ones.
 

@@ -1,11 +1,13 @@
 """The training script on architectures that are not ours: it trains them, and what it saves is theirs and decodes."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from official import tiny_tokenizer
 from others import DECODERS, ENCODERS
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from d3llm_hf import as_diffusion_lm, encode_text
@@ -65,6 +67,15 @@ def test_a_stock_checkpoint_trains_saves_as_it_was_and_decodes(other, auto, conf
     prompt = encode_text(tokenizer, "abab")
     output = model.generate(**prompt, max_new_tokens=8, early_stop=False)
     assert output.shape == (1, prompt["input_ids"].shape[1] + 8) and (output != tokenizer.mask_token_id).all()
+
+
+def test_a_resumed_run_of_a_stock_model_is_equal_to_an_unbroken_one(tmp_path):
+    write_checkpoint(QWEN2, tmp_path / "in", tiny_tokenizer())
+    train(tmp_path / "in", tmp_path / "whole", "--save_steps", "2")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    train(tmp_path / "in", tmp_path / "resumed", "--resume_from_checkpoint", "last")
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
 def test_a_separator_ends_an_answer_where_a_tokenizer_has_no_end_of_text(tmp_path):
