@@ -31,6 +31,7 @@ _MODULE_OF = {
     "LLaDAModelLM": "models.modeling_llada",
     "LogLikelihood": "likelihood",
     "SlotCache": "models.cache",
+    "as_diffusion_lm": "adapters",
     "encode_chat": "text",
     "encode_text": "text",
     "export_checkpoint": "hub",
@@ -55,6 +56,7 @@ __all__ = [
     "LogLikelihood",
     "SlotCache",
     "__version__",
+    "as_diffusion_lm",
     "encode_chat",
     "encode_text",
     "export_checkpoint",
@@ -80,6 +82,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from .adapters import as_diffusion_lm
     from .hub import export_checkpoint, init_checkpoint
     from .likelihood import LogLikelihood, is_greedy, log_likelihood
     from .models.cache import SlotCache

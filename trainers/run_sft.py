@@ -13,6 +13,13 @@ A published model on your own data, with LoRA on one 80 GB GPU:
     accelerate launch trainers/run_sft.py --model_name_or_path GSAI-ML/LLaDA-8B-Base --dataset_name train.jsonl \
         --output_dir llada-sft --bf16 --gradient_checkpointing --use_peft --learning_rate 1e-4
 
+Any other model of transformers that has a mask token, an encoder or a decoder made bidirectional:
+
+    accelerate launch trainers/run_sft.py --model_name_or_path answerdotai/ModernBERT-base --dataset_name train.jsonl \
+        --output_dir modernbert-sft --bf16
+    accelerate launch trainers/run_sft.py --model_name_or_path qwen3-with-a-mask-token --bidirectional \
+        --dataset_name train.jsonl --output_dir qwen3-sft --bf16
+
 A data set has the columns `prompt` and `completion`, or `messages`.
 """
 
@@ -40,6 +47,12 @@ class SFTScriptArguments:
     )
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer; the checkpoint's, or for a new model a newly built one, if unset."}
+    )
+    bidirectional: bool = field(
+        default=False,
+        metadata={
+            "help": "Let a checkpoint with causal attention attend to all positions (`config.is_causal=False`)."
+        },
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention backend. On a CPU `eager` trains twice as fast as `sdpa`."}
@@ -121,23 +134,28 @@ def check_processes(world_size: int) -> None:
 
 
 def load_tokenizer(script_args: SFTScriptArguments):
-    """The named tokenizer, the checkpoint's, or a new one of the word problems."""
+    """The named tokenizer, the checkpoint's, or a new one of the word problems.
+
+    Where it has no end of text, as BERT's, its separator ends an answer.
+    """
     from transformers import AutoTokenizer
 
     from trainers.build_tokenizer import build_tokenizer
 
     name = script_args.tokenizer_name_or_path or script_args.model_name_or_path
-    return build_tokenizer() if name is None else AutoTokenizer.from_pretrained(name)
+    tokenizer = build_tokenizer() if name is None else AutoTokenizer.from_pretrained(name)
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.sep_token
+    return tokenizer
 
 
 def load_model(script_args: SFTScriptArguments, tokenizer):
     """The checkpoint, or a new model of the given shape with the tokenizer's vocabulary and token ids.
 
     Raises:
-        ValueError: If neither or both are given, or the shape names no known family.
+        ValueError: If neither or both are given, the shape names no known family, or the checkpoint cannot be decoded
+            by diffusion (see [`as_diffusion_lm`]).
     """
-    from transformers import AutoModelForMaskedLM
-
     from d3llm_hf import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
 
     dtype = _dtype("torch_dtype", script_args.torch_dtype)
@@ -147,9 +165,7 @@ def load_model(script_args: SFTScriptArguments, tokenizer):
             "Name a checkpoint to continue from, or the shape of a new model."
         )
     if script_args.model_name_or_path is not None:
-        return AutoModelForMaskedLM.from_pretrained(
-            script_args.model_name_or_path, dtype=dtype, attn_implementation=script_args.attn_implementation
-        )
+        return _load_checkpoint(script_args, tokenizer, dtype)
     shape = _model_shape(script_args.model_config)
     families = {"llada": (LLaDAConfig, LLaDAModelLM), "Dream": (DreamConfig, DreamModel)}
     family = shape.pop("model_type", None)
@@ -168,6 +184,26 @@ def load_model(script_args: SFTScriptArguments, tokenizer):
     )
     config._attn_implementation = script_args.attn_implementation
     return model_class(config).to(dtype)
+
+
+def _load_checkpoint(script_args: SFTScriptArguments, tokenizer, dtype):
+    """A masked language model where the architecture has one, else its decoder; ours, or given our decoder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    from d3llm_hf import D3LLMGenerationMixin, as_diffusion_lm
+
+    name = script_args.model_name_or_path
+    config = AutoConfig.from_pretrained(name)
+    auto = AutoModelForMaskedLM if type(config) in AutoModelForMaskedLM._model_mapping else AutoModelForCausalLM
+    model = auto.from_pretrained(name, dtype=dtype, attn_implementation=script_args.attn_implementation)
+    if isinstance(model, D3LLMGenerationMixin):
+        return model
+    mask_token_id = getattr(config, "mask_token_id", None)
+    return as_diffusion_lm(
+        model,
+        mask_token_id=tokenizer.mask_token_id if mask_token_id is None else mask_token_id,
+        bidirectional=script_args.bidirectional,
+    )
 
 
 def _model_shape(value: str | dict) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from d3llm_hf.models.modeling_common import positions_of
 
 from .muon import MuonWithAdamW, split_parameters
 from .sft_collator import MaskedDiffusionSFTCollator, tokenize_conversations
@@ -36,8 +39,9 @@ class MaskedDiffusionSFTTrainer(Trainer):
     run repeats those of an unbroken one, whatever the number of data workers.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): Any masked diffusion LM whose forward takes `input_ids`, a 2-D
-            `attention_mask` and `logits_to_keep`.
+        model ([`~transformers.PreTrainedModel`]): Any masked diffusion LM whose forward takes `input_ids` and a 2-D
+            `attention_mask`, and which has no causal attention. Where it takes `logits_to_keep`, the head runs on the
+            answer only; one with [`D3LLMGenerationMixin`] gets the positions that decoding gives it.
         args ([`MaskedDiffusionSFTConfig`], *optional*): Training arguments.
         train_dataset, eval_dataset ([`~datasets.Dataset`]): Columns `prompt` and `completion` (text or turns), or
             `messages`, or ready `prompt_ids` and `response_ids`.
@@ -90,6 +94,9 @@ class MaskedDiffusionSFTTrainer(Trainer):
             )
         self.mask_token_id = _mask_token_id(model, processing_class)
         self.label_shift = getattr(model, "logit_shift", 0) if args.label_shift is None else args.label_shift
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._forward_takes = frozenset(inspect.signature(type(base).forward).parameters)
+        self._position_offset = getattr(base, "position_offset", None)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -152,13 +159,10 @@ class MaskedDiffusionSFTTrainer(Trainer):
         input_ids = inputs["input_ids"].clone()
         input_ids[:, -response_length:].masked_fill_(hidden, self.mask_token_id)
 
-        outputs = model(
-            input_ids=input_ids,
-            attention_mask=inputs["attention_mask"],
-            logits_to_keep=response_length + self.label_shift,
-        )
+        kept = response_length + self.label_shift
+        outputs = model(**self._model_inputs(input_ids, inputs["attention_mask"], kept))
         counted = weights > 0
-        logits = outputs.logits[:, :response_length][counted].float()  # (N, V)
+        logits = outputs.logits[:, -kept:][:, :response_length][counted].float()  # (N, V)
         token_loss = F.cross_entropy(logits, labels[counted], reduction="none") * weights[counted]
         row_loss = torch.zeros_like(weights).masked_scatter(counted, token_loss).sum(1)  # (B,)
         loss = row_loss.mean()
@@ -169,6 +173,15 @@ class MaskedDiffusionSFTTrainer(Trainer):
             )
         self._record(model.training, row_loss.detach(), mask, labels)
         return (loss, outputs) if return_outputs else loss
+
+    def _model_inputs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, kept: int) -> dict[str, Any]:
+        """What the forward gets: padding moves no text, and where the forward can, only `kept` logits are made."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if "logits_to_keep" in self._forward_takes:
+            inputs["logits_to_keep"] = kept
+        if "position_ids" in self._forward_takes and self._position_offset is not None:
+            inputs["position_ids"] = positions_of(attention_mask) + self._position_offset
+        return inputs
 
     def _next_generator(self, training: bool) -> torch.Generator:
         """The generator of this forward: counts micro-steps within an optimizer step, batches within an evaluation."""

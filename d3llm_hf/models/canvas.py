@@ -19,10 +19,11 @@ class Canvas:
         slots (`(B, N)` long): the slot of each position to decide, ascending; L behind a row's last one.
         prompt_length: P, slots before the new tokens, padding included.
         mask (`(B, L)` bool, *optional*): False on padding; `None` where there is none, which keeps fast kernels.
-        positions (`(B, L)` long): rotary position of each slot, counted from the first unpadded one.
+        positions (`(B, L)` long): position of each slot, counted from the first unpadded one.
         first (`(B,)` long): first unpadded slot.
         mask_token_id, fill_token_id: of an undecided position, and of what follows a stop token.
         prompt_embeds (`(B, P, D)`, *optional*): embeddings of the prompt.
+        token_types (`(B, L)` long, *optional*): the prompt's token types; the answer continues the last one.
         model_kwargs: further arguments of the model's forward.
     """
 
@@ -35,6 +36,7 @@ class Canvas:
     mask_token_id: int
     fill_token_id: int | None
     prompt_embeds: torch.Tensor | None = None
+    token_types: torch.Tensor | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -72,13 +74,15 @@ class Canvas:
         known = {"attention_mask", "position_ids", "inputs_embeds", "past_key_values", "use_cache", "logits_to_keep"}
         known.add("infill_mask")
         extra = {name: value for name, value in model_kwargs.items() if name not in known and value is not None}
+        token_types = extra.pop("token_type_ids", None)
 
         new_length = generation_config.max_length - input_ids.shape[1]
         prompt, embeds = input_ids, model_kwargs.get("inputs_embeds")
         if embeds is not None:
             prompt = torch.full(embeds.shape[:2], mask_token_id, dtype=torch.long, device=embeds.device)
         length = prompt.shape[1] + new_length
-        longest = getattr(model.config, "max_position_embeddings", None)
+        offset, longest = model.position_offset, getattr(model.config, "max_position_embeddings", None)
+        longest = None if longest is None else longest - offset
         if longest is not None and length > longest:
             raise ValueError(
                 f"Prompt and `max_new_tokens` must fit into the model's {longest} positions (got {prompt.shape[1]} + "
@@ -95,6 +99,9 @@ class Canvas:
             )
         holes = holes_of(input_ids, seen, mask_token_id, generation_config, model_kwargs)
         seen = torch.cat([seen, seen.new_ones(prompt.shape[0], new_length)], dim=1)
+        if token_types is not None:
+            following = token_types[:, -1:] if token_types.shape[1] else token_types.new_zeros(len(prompt), 1)
+            token_types = torch.cat([token_types, following.expand(-1, new_length)], dim=1)
 
         # 3. Positions to decide
         base = torch.cat([prompt, prompt.new_full((prompt.shape[0], new_length), mask_token_id)], dim=1)
@@ -113,11 +120,12 @@ class Canvas:
             slots=slots,
             prompt_length=prompt.shape[1],
             mask=None if mask is None else seen.bool(),
-            positions=positions_of(seen),
+            positions=positions_of(seen) + offset,
             first=seen.bool().long().argmax(1),
             mask_token_id=mask_token_id,
             fill_token_id=None if fill is None else int(fill),
             prompt_embeds=embeds,
+            token_types=token_types,
             model_kwargs=extra,
         )
 
@@ -139,7 +147,7 @@ class Canvas:
 
     def select(self, index: torch.Tensor) -> "Canvas":
         """The canvas of the rows with the `(B',)` indices `index`; a row may be taken several times."""
-        names = ("base", "slots", "mask", "positions", "first", "prompt_embeds")
+        names = ("base", "slots", "mask", "positions", "first", "prompt_embeds", "token_types")
         taken = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **taken)
 
@@ -188,11 +196,7 @@ class Canvas:
         inputs = self._inputs(model, state, slots)
         if rules.cfg_scale:
             inputs, wanted = self._with_unprompted(model, state, inputs), torch.cat([wanted, wanted])
-        if model.supports_position_mask:
-            inputs["logits_to_keep"] = wanted
-        logits = model(**inputs, past_key_values=cache, use_cache=cache is not None, **self.model_kwargs).logits
-        if not model.supports_position_mask:
-            logits = logits[wanted]
+        logits = model.canvas_logits(inputs, wanted, cache, **self.model_kwargs)
         if rules.cfg_scale:
             prompted, unprompted = logits.chunk(2)
             logits = unprompted + (rules.cfg_scale + 1) * (prompted - unprompted)
@@ -212,6 +216,8 @@ class Canvas:
             return table.take_along_dim(slots if table.ndim == 2 else slots[..., None], dim=1)
 
         inputs = {"position_ids": pick(self.positions), "attention_mask": self.mask}
+        if self.token_types is not None:
+            inputs["token_type_ids"] = pick(self.token_types)
         ids = self.fill(state.tokens)
         if self.prompt_embeds is None:
             return inputs | {"input_ids": pick(ids)}

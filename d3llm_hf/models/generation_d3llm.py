@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from .cache import SlotCache
 from .caching import PLANS, Plan, wasted_by_reference
 from .canvas import Canvas
+from .contract import CanvasContract
 from .decoding import (
     State,
     candidates,
@@ -58,17 +59,15 @@ class D3LLMGenerationOutput(ModelOutput):
     past_key_values: SlotCache | None = None
 
 
-class D3LLMGenerationMixin(GenerationMixin):
-    """Gives a bidirectional masked language model `generate()`.
+class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
+    """Gives a bidirectional masked language model `generate()`; it comes first among the bases.
 
-    The model needs a mask token (`config.mask_token_id`, or the generation config's), a forward over whole canvases
-    whose attention is not causal, and `logit_shift`: 0 where logits row i predicts token i, 1 where it predicts i + 1.
+    The model needs a mask token (`config.mask_token_id`, or the generation config's) and keeps [`CanvasContract`]:
+    a forward over whole canvases whose attention is not causal, and `logit_shift`.
     """
 
     generation_config_class = D3LLMGenerationConfig
     _supported_generation_modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-    logit_shift = 0
-    supports_position_mask = False
 
     # The signature and the documentation stay transformers'.
     @functools.wraps(GenerationMixin.generate)
@@ -165,6 +164,7 @@ class D3LLMGenerationMixin(GenerationMixin):
         device = input_ids.device
         canvas = Canvas.of_prompt(self, input_ids, generation_config, model_kwargs)
         rules = generation_config.rules(canvas.slots.shape[1], self.logit_shift)
+        self.check_contract(canvas.mask, cached=rules.kv_cache != "none")
         state = canvas.start(rules)
         stop_ids = generation_config._eos_token_tensor
         sampler = self._sampler(generation_config)
@@ -187,7 +187,7 @@ class D3LLMGenerationMixin(GenerationMixin):
         with ledger:
             while self._has_unfinished_sequences(state.rows.numel() == 0, synced_gpus, device):
                 if state.rows.numel() == 0:  # another process is not finished, and its forwards are collective
-                    self(**canvas.idle_inputs())
+                    self(**self.accepted(canvas.idle_inputs()))
                     continue
 
                 # 2. Draft canvases beyond the decided ones, where the rules ask for it

@@ -143,7 +143,8 @@ class MaskedDiffusionLMMixin:
     _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
     _pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
-    supports_position_mask = True  # `logits_to_keep` may be a bool mask: the decoding loop relies on it
+    supports_position_mask = True
+    supports_slot_cache = True
 
     # The entries that let `AutoModel.from_pretrained(folder, trust_remote_code=True)` find the code in the folder.
     auto_classes = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")

@@ -1,0 +1,239 @@
+"""Gives a loaded model of transformers the decoder: any bidirectional language model that has a mask token."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
+
+from .models.cache import SlotCache
+from .models.generation_config_d3llm import D3LLMGenerationConfig
+from .models.generation_d3llm import D3LLMGenerationMixin
+
+
+def as_diffusion_lm(
+    model: Any,
+    *,
+    mask_token_id: int | None = None,
+    logit_shift: int | None = None,
+    bidirectional: bool = False,
+    generation_config: GenerationConfig | None = None,
+) -> Any:
+    """Makes `model.generate` decode by diffusion, in place: no weight is copied, and the forward stays as it is.
+
+    The model's class becomes a subclass of itself with [`D3LLMGenerationMixin`] in front, under the same name, so what
+    `save_pretrained` writes is a checkpoint of the stock class. Mask token and shift go into `config`, where this
+    function finds them when the checkpoint is loaded again.
+
+    Two or three short forwards check the contract. They are left out where the weights are not in place yet (on the
+    meta device, or sharded by ZeRO-3): then only config and modules are asked whether attention is causal.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): a loaded model with a language-model head, or one that PEFT
+            wraps (then the wrapped model changes, and the wrapper generates through it).
+        mask_token_id (`int`, *optional*): token of an undecided position; `config.mask_token_id` when unset.
+        logit_shift (`int`, *optional*): 0 if logits row i predicts token i, 1 if it predicts token i + 1. When
+            unset, `config.logit_shift`, or else 1 for a class that could generate from left to right before
+            (`...ForCausalLM`: what starts from autoregressive weights keeps their shift, as Dream does), 0 for others.
+        bidirectional (`bool`): first set `config.is_causal = False`, which makes the decoders of transformers attend
+            to all positions. Without training, what such a model writes is of no use.
+        generation_config ([`~transformers.GenerationConfig`], *optional*): defaults of `generate`; the model's own
+            when unset.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: for anything but a model of transformers.
+        ValueError: for encoder-decoders, models without logits, causal attention, a missing mask token or one outside
+            the vocabulary, another shift, or positions that are not counted as `position_offset` says. The model is
+            then as it was.
+
+    Example:
+
+    ```python
+    from d3llm_hf import as_diffusion_lm
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("answerdotai/ModernBERT-base")
+    model = AutoModelForMaskedLM.from_pretrained("answerdotai/ModernBERT-base")
+    model = as_diffusion_lm(model, mask_token_id=tokenizer.mask_token_id)
+    output = model.generate(**tokenizer("Paris is", return_tensors="pt"), max_new_tokens=8)
+    ```
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(
+            f"`model` must be a model of transformers (got {type(base).__name__}). Unwrap what `torch.compile` or a "
+            "launcher wraps; other models can inherit from `D3LLMGenerationMixin`."
+        )
+    config, before = base.config, dict(vars(base.config))
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"`model` must be one stack over one canvas (got {type(base).__name__}, an encoder-decoder). Take an "
+            "encoder with a language-model head, or a decoder with `bidirectional=True`."
+        )
+    mask_token_id = _mask_token_id(base, mask_token_id)
+    logit_shift = _logit_shift(base, logit_shift)
+    stock: Any = type(base)
+    held = dict(vars(base))
+    try:
+        if bidirectional:
+            config.is_causal = False
+        config.mask_token_id, config.logit_shift = mask_token_id, logit_shift
+        if not isinstance(base, D3LLMGenerationMixin):
+            base.__class__ = _with_decoder(stock)
+        base.logit_shift = logit_shift
+        base.check_contract(None, cached=False)
+        if all(weight.numel() and not weight.is_meta for weight in base.parameters()):
+            with _evaluating(base), torch.no_grad():
+                _check_forward(base, stock, mask_token_id)
+                if not base.supports_slot_cache:
+                    base.supports_slot_cache = _takes_slot_cache(base, mask_token_id)
+        base.generation_config = _generation_config(base, generation_config)
+    except BaseException:
+        base.__class__ = stock
+        _restore(base, held)
+        _restore(config, before)
+        raise
+    return model
+
+
+@cache
+def _with_decoder(stock: type) -> type:
+    """`stock` with the decoder in front. The name stays: checkpoints and losses of transformers go by it."""
+
+    def reduce(self, protocol):
+        return _without_weights, (stock,), vars(self)
+
+    members = {"__module__": stock.__module__, "__doc__": stock.__doc__, "__reduce_ex__": reduce}
+    return type(stock.__name__, (D3LLMGenerationMixin, stock), members)
+
+
+def _without_weights(stock: Any) -> Any:
+    """An empty object for pickle to fill: a class that is made here cannot be found by its name."""
+    cls: Any = _with_decoder(stock)
+    return cls.__new__(cls)
+
+
+def _restore(target: Any, held: dict[str, Any]) -> None:
+    vars(target).clear()
+    vars(target).update(held)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout inside; every module's mode is what it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _mask_token_id(model: PreTrainedModel, given: int | None) -> int:
+    vocabulary = model.config.get_text_config().vocab_size
+    found = given if given is not None else getattr(model.config, "mask_token_id", None)
+    if found is None:
+        raise ValueError(
+            f"`mask_token_id` must name the token of an undecided position (got None, and {type(model).__name__}'s "
+            "config names none). Pass `mask_token_id=tokenizer.mask_token_id`."
+        )
+    if not 0 <= found < vocabulary:
+        raise ValueError(
+            f"`mask_token_id` must lie inside the vocabulary of {vocabulary} tokens (got {found}). Call "
+            "`model.resize_token_embeddings(len(tokenizer))` after adding a mask token."
+        )
+    return int(found)
+
+
+def _logit_shift(model: PreTrainedModel, given: int | None) -> int:
+    if isinstance(model, D3LLMGenerationMixin):
+        usual = model.logit_shift
+    else:
+        usual = getattr(model.config, "logit_shift", int(isinstance(model, GenerationMixin)))
+    shift = usual if given is None else given
+    if shift not in (0, 1):
+        raise ValueError(
+            f"`logit_shift` must be 0 or 1 (got {shift!r}). Pass 0 if logits row i predicts token i, 1 if it predicts "
+            "token i + 1."
+        )
+    return shift
+
+
+def _generation_config(model: PreTrainedModel, given: GenerationConfig | None) -> D3LLMGenerationConfig:
+    config = given if given is not None else getattr(model, "generation_config", None)
+    if config is None:
+        return D3LLMGenerationConfig.from_model_config(model.config)
+    return config if isinstance(config, D3LLMGenerationConfig) else D3LLMGenerationConfig.coerce(config)
+
+
+def _short_texts(model: Any, mask_token_id: int) -> torch.Tensor:
+    """Two texts `(2, 3)` of ordinary tokens that differ in the last one."""
+    special = {mask_token_id, getattr(model.config, "pad_token_id", None)}
+    a, b, c, d = [token for token in range(6) if token not in special][:4]
+    return torch.tensor([[a, b, c], [a, b, d]], device=model.device)
+
+
+def _check_forward(model: Any, stock: type, mask_token_id: int) -> None:
+    """Runs the texts one by one: in equal shapes, a causal model computes equal numbers for what precedes a change."""
+    name, texts = stock.__name__, _short_texts(model, mask_token_id)
+    outputs = [model(input_ids=text[None]) for text in texts]
+    logits = [getattr(output, "logits", None) for output in outputs]
+    if logits[0] is None or logits[0].shape[:2] != (1, 3) or logits[0].shape[2] <= mask_token_id:
+        shape = None if logits[0] is None else tuple(logits[0].shape)
+        raise ValueError(
+            f"`model` must return logits of the vocabulary for every position (got {shape} for 3 tokens from {name}). "
+            "Load it with `AutoModelForMaskedLM` or `AutoModelForCausalLM`."
+        )
+    if torch.equal(logits[0][:, 0], logits[1][:, 0]):
+        raise ValueError(
+            f"Attention must not be causal: the last token of a text must reach the first position (in {name} it does "
+            "not). Set `model.config.is_causal = False` or pass `bidirectional=True`, and train the model so; a "
+            "model that does not follow that setting cannot be decoded this way."
+        )
+    positions = (torch.arange(3, device=texts.device) + model.position_offset)[None]
+    placed = model(**model.accepted({"input_ids": texts[:1], "position_ids": positions})).logits
+    if not _close(placed, logits[0]):
+        raise ValueError(
+            f"Positions must be counted from `position_offset` (got {model.position_offset}, with which {name} gives "
+            "other logits than with its own positions). Set `position_offset` on a class of yours with "
+            "`D3LLMGenerationMixin` among its bases."
+        )
+
+
+def _takes_slot_cache(model: Any, mask_token_id: int) -> bool:
+    """Whether a window of a text gets the logits of the whole text once the keys of the rest are in the cache."""
+    config = model.config.get_text_config()
+    names = model.accepted({"past_key_values": None})
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not names or kinds != {"full_attention"}:  # a sliding window counts keys from where the cache ends
+        return False
+    texts = _short_texts(model, mask_token_id)[:1]
+    positions = (torch.arange(3, device=texts.device) + model.position_offset)[None]
+    slots = SlotCache(config.num_hidden_layers, 3)
+    everything = torch.ones_like(texts, dtype=torch.bool)
+
+    def forward(start: int) -> torch.Tensor:
+        inputs = {"input_ids": texts[:, start:], "position_ids": positions[:, start:], "attention_mask": everything}
+        return model.canvas_logits(inputs, everything[:, start:], slots.at(slice(start, 3)))
+
+    try:
+        whole, window = forward(0), forward(1)
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False  # a cache of another kind, e.g. a state space's
+    return _close(window, whole[1:])
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal up to rounding in the model's dtype."""
+    tolerance = 32 * torch.finfo(b.dtype).eps * float(b.abs().max())
+    return bool(torch.allclose(a, b, rtol=0, atol=tolerance))
+
+
+__all__ = ["as_diffusion_lm"]
