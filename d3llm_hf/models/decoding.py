@@ -66,6 +66,11 @@ class Rules:
     alg_temp: float = 0.0
     score_processed: bool = False
 
+    @property
+    def left_to_right(self) -> bool:
+        """Whether every position is decided after all before it: blocks of one, opened when the last is decided."""
+        return self.block_length == 1 and self.block_add_threshold > 0
+
 
 @dataclass
 class State:
@@ -268,7 +273,8 @@ def _by_quota(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rule
     steps = (rules.steps // blocks + (current < rules.steps % blocks)).clamp_min(1)
     size = state.opened_size.gather(1, current[:, None])[:, 0]
     done = state.step - state.opened_step.gather(1, current[:, None])[:, 0]
-    return _cheapest(cost, among, size // steps + (done < size % steps))
+    quota = size // steps + (done < size % steps)
+    return _cheapest(cost, among, quota.clamp_min(1))  # what a constraint put off is decided after the last step
 
 
 def _kept_fraction(state: State, rules: Rules, eps: float = 1e-3) -> torch.Tensor:

@@ -97,6 +97,7 @@ class D3LLMGenerationMixin(GenerationMixin):
         if given.do_sample and given.top_k is None:
             given.top_k = 0  # no hidden truncation: transformers would sample from the 50 best tokens
         given.update(**given._get_default_generation_params(), defaults_only=True)
+        given.refuse_unfitting()
         return given, model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs):
@@ -161,7 +162,16 @@ class D3LLMGenerationMixin(GenerationMixin):
             canvas.mask_token_id,
             sampler=self._sampler(generation_config),
             sampling=bool(generation_config.do_sample),
-            processors=Processors(logits_processor, input_ids, ledger.tokens),
+            processors=Processors(
+                logits_processor,
+                rules,
+                prompt=input_ids,
+                seen=None if canvas.mask is None else canvas.mask[:, : input_ids.shape[1]],
+                tokens=ledger.tokens,
+                step_map=ledger.step_map,
+                stop_ids=stop_ids,
+                vocab_size=self.config.get_text_config().vocab_size,
+            ),
         )
         cache = None
         if rules.delayed_cache:
@@ -191,9 +201,11 @@ class D3LLMGenerationMixin(GenerationMixin):
                 # 5. Commit what the rules choose; fill after a stop token
                 commits, forced = choose(scores.cost, scores.force_cost, among, state, rules)
                 state.step += 1
-                commit(state, commits, torch.where(forced, scores.best_tokens, scores.tokens))
+                tokens = torch.where(forced, scores.best_tokens, scores.tokens)
+                commits = scorer.processors.constraints.compatible(commits, tokens, scores.cost, state)
+                commit(state, commits, tokens)
                 stop = stop_position(state.tokens, ~state.undecided, stop_ids)
-                filled = torch.zeros_like(scores.broken)
+                filled = torch.zeros_like(scores.broken, dtype=torch.bool)
                 if rules.eos_fill and stop_ids is not None:
                     filled = state.undecided.any(1)
                     fill_after_stop(state, stop, canvas.fill_token_id)

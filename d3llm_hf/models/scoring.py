@@ -12,6 +12,9 @@ from .processors import Processors
 # Vocabulary entries that are worked on at once; bounds the float32 copies, whatever the canvas and the batch.
 CHUNK_ELEMENTS = 1 << 24
 
+# What can be wrong with a row.
+NOT_FINITE, NOTHING_LEFT = 1, 2
+
 
 @dataclass
 class Scores:
@@ -22,7 +25,8 @@ class Scores:
         best_tokens: the token of a forced commit.
         cost: rank of the position; lower is committed earlier, inf where nothing was scored.
         force_cost: rank for forced commits.
-        broken (`(B,)` bool): rows whose logits held NaN, +inf, or nothing but -inf.
+        broken (`(B,)` long): `NOT_FINITE` in rows whose logits held NaN, +inf, or nothing but -inf, `NOTHING_LEFT` in
+            rows where processors left no token of a position, 0 in all others.
     """
 
     tokens: torch.Tensor
@@ -184,7 +188,7 @@ class Scorer:
         size = max(1, CHUNK_ELEMENTS // logits.shape[1])
         chunks = [slice(start, start + size) for start in range(0, logits.shape[0], size)]
         parts = [self._chunk(logits[chunk].float(), rows[chunk], columns[chunk], state.step) for chunk in chunks]
-        tokens, best, cost, entropy, finite = (torch.cat(part) for part in zip(*parts, strict=True))
+        tokens, best, cost, entropy, fault = (torch.cat(part) for part in zip(*parts, strict=True))
 
         rules = self.rules
         if rules.alg_temp:
@@ -197,22 +201,35 @@ class Scorer:
             best_tokens=state.tokens.index_put(where, best) if rules.greedy_force else chosen,
             cost=costs,
             force_cost=table.index_put(where, entropy) if rules.score == "noise" else costs,
-            broken=torch.zeros_like(state.undecided).index_put(where, ~finite).any(1),
+            broken=torch.zeros_like(state.tokens).index_put(where, fault).amax(1),
         )
 
     def _chunk(
         self, raw: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, step: int
     ) -> tuple[torch.Tensor, ...]:
-        """Tokens, best tokens, costs, entropies and finiteness of some candidates, `(m,)` each."""
-        processed = self.processors(raw.clone(), rows, columns) if self.processors else raw
-        if self.processors and self.rules.score_processed:
-            raw = processed.clone()
-        stats, best, finite = statistics(raw, self.mask_token_id)
+        """Tokens, best tokens, costs, entropies and faults of some candidates, `(m,)` each."""
+        processed, valid = raw, None
         if self.processors:
-            processed[:, self.mask_token_id] = float("-inf")
+            raw = self.processors.repair(raw)
+            valid = raw.amax(-1).isfinite()
+            processed = self._processed(raw.masked_fill(~valid[:, None], 0.0), rows, columns)
+            if self.rules.score_processed:
+                raw = processed.clone()
+        stats, best, finite = statistics(raw, self.mask_token_id)
+        fault = torch.where(finite, 0, NOT_FINITE)
+        if valid is not None:
             best = processed.argmax(-1)
+            left = processed.amax(-1).isfinite()
+            fault = torch.where(valid, torch.where(left, fault, NOTHING_LEFT), NOT_FINITE)
         tokens = self.sampler.tokens(processed, rows, step, columns) if self.sampling else best
         noise = None
         if self.rules.score == "noise":
             noise = self.sampler.uniform(rows, step, columns, Sampler.POSITION).float()
-        return tokens, best, SCORES[self.rules.score](stats, tokens, noise), stats.entropy, finite
+        return tokens, best, SCORES[self.rules.score](stats, tokens, noise), stats.entropy, fault
+
+    def _processed(self, scores: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Processed `(m, V)` scores; the mask token takes no part in them, so that it is no rank of a top-k."""
+        scores[:, self.mask_token_id] = float("-inf")
+        return self.processors(scores, rows, columns).index_fill(
+            1, torch.tensor([self.mask_token_id], device=scores.device), float("-inf")
+        )
