@@ -1,7 +1,7 @@
 """Promises about the text that hold in whatever order, and however many at once, its positions are decided.
 
-A constraint forbids *spans*: a bad word, or an n-gram that stands elsewhere already. Left-to-right decoding checks a span
-where it ends. Here any of its positions may be the last to be decided, and several of them may be decided in one forward:
+A constraint forbids *spans*: a bad word, or an n-gram that stands elsewhere already. Left-to-right decoding checks a
+span where it ends. Here any of its positions may be the last to be decided, and several may be decided in one forward:
 
 1. `banned`: before a token is chosen, each token that would complete a forbidden span with what is decided on both
    sides of its position is banned. A single commit thus never breaks a promise.
@@ -173,7 +173,7 @@ class Constraints:
             undone = self._undone(commits, tokens, cost, state)
             stop = self._stops(commits, tokens, state)
             commits = commits & ~undone
-            # Without a stop token the text goes on, and what lay behind it must be looked at: once more, as a rule never.
+            # Without its stop token the text goes on, and what lay behind it must be looked at too.
             reopened = self.stop_ids is not None and bool((self._stops(commits, tokens, state) != stop).any())
         return commits
 

@@ -65,7 +65,8 @@ class Ledger:
         """Books a step and takes out the rows that ended in it.
 
         Args:
-            done, filled (`(B,)` bool): finished rows; rows with undecided positions before the fill behind a stop token.
+            done, filled (`(B,)` bool): finished rows; rows with undecided positions before the fill behind a stop
+                token.
             broken (`(B,)` long): what is wrong with the logits of a row, as in [`Scores`].
 
         Returns:
@@ -79,8 +80,8 @@ class Ledger:
         flags, wrong, rows = torch.stack([done.long(), broken.long(), state.rows]).tolist()  # a host sync
         if NOT_FINITE in wrong:
             raise ValueError(
-                f"The model's logits must be finite (got NaN or inf for row {rows[wrong.index(NOT_FINITE)]} of the batch in "
-                f"forward {state.step}). Check the weights and the dtype; other rows are not at fault."
+                f"The model's logits must be finite (got NaN or inf for row {rows[wrong.index(NOT_FINITE)]} of the batch "
+                f"in forward {state.step}). Check the weights and the dtype; other rows are not at fault."
             )
         if NOTHING_LEFT in wrong:
             raise ValueError(
@@ -139,7 +140,9 @@ class Ledger:
         """The criteria that the prompt alone does not meet, and those of time."""
         if self.awaited is None:
             self.awaited = StoppingCriteriaList(
-                c for c in self.criteria if isinstance(c, MaxTimeCriteria) or not torch.as_tensor(c(prompt, None)).any()
+                c
+                for c in self.criteria
+                if isinstance(c, MaxTimeCriteria) or not torch.as_tensor(c(prompt, None)).any()
             )
         return self.awaited
 

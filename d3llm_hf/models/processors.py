@@ -218,8 +218,8 @@ class Processors:
         if unknown:
             name = "bad_words_ids" if isinstance(processor, lp.NoBadWordsLogitsProcessor) else "sequence_bias"
             raise ValueError(
-                f"`{name}` must hold token ids below the vocabulary size {self.vocab_size} (got {unknown}). Encode the "
-                "words with the model's own tokenizer."
+                f"`{name}` must hold token ids below the vocabulary size {self.vocab_size} (got {unknown}). Encode "
+                "the words with the model's own tokenizer."
             )
         return biases
 
@@ -227,7 +227,7 @@ class Processors:
         return bool(self.steps) or bool(self.constraints) or self.repairs
 
     def repair(self, logits: torch.Tensor) -> torch.Tensor:
-        """`remove_invalid_values`: of the model's logits, before any token is banned, lest it be allowed again."""
+        """`remove_invalid_values`: of the model's logits, before any token is banned (it would be allowed again)."""
         return lp.InfNanRemoveLogitsProcessor()(self.prompt, logits) if self.repairs else logits
 
     def __call__(self, scores: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

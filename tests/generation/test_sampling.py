@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 from tiny import EOS, MASK, PAD, ScriptedModel, answer, constant_script, left_padded, tables, tiny_prompt, trained_like
-from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import LogitsProcessorList, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import logits_process as lp
 from transformers.generation import stopping_criteria as sc
 
@@ -123,13 +127,13 @@ def test_draws_at_positions_committed_together_are_independent():
 
 
 def test_llada_ranks_by_the_models_own_logits_and_dream_by_the_processed_ones():
-    # Position 0 is the surer one for the model; once its best token is banned position 1 is.
-    table = torch.zeros(1, 3, 32)
+    # Position 0 is the surest for the model; once its best token is banned position 1 is.
+    table = torch.zeros(1, 4, 32)
     table[0, 1, 4], table[0, 1, 5], table[0, 2, 6] = 20.0, 2.0, 12.0
 
     def first(decoding_method: str, **chosen) -> int:
         model = ScriptedModel(lambda ids: table.expand(len(ids), -1, -1).clone())
-        chosen |= {"decoding_method": decoding_method, "suppress_tokens": [4], "max_new_tokens": 2}
+        chosen |= {"decoding_method": decoding_method, "suppress_tokens": [4], "max_new_tokens": 3}
         return int(answer(model, [1], **chosen).step_map[0].argmin())
 
     assert first("dparallel", entropy_threshold=0.0) == 0
@@ -143,27 +147,20 @@ def test_llada_ranks_by_the_models_own_logits_and_dream_by_the_processed_ones():
 STOPPING = {"max_new_tokens": 12, "eos_token_id": EOS, "pad_token_id": PAD, "return_dict_in_generate": True}
 
 
-class Words:
-    """A tokenizer of 32 words, as far as stop strings need one."""
-
-    words = [chr(ord("a") + i) for i in range(26)] + ["st", "op", "opera", " ", "", ""]
-
-    def get_vocab(self) -> dict[str, int]:
-        return {f"{word}" or f"<{i}>": i for i, word in enumerate(self.words)}
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return "".join(tokens)
-
-    def __len__(self) -> int:
-        return len(self.words)
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer of the letters and "st", "op", "opera", which only a model writes as one token."""
+    vocabulary = [chr(ord("a") + i) for i in range(26)] + ["st", "op", "opera", "?"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="?"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = Split(Regex("."), "isolated"), Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
 
 
 def by_row(answers: list[list[int]], prompt_length: int):
-    """The first prompt token names the answer."""
+    """The last prompt token names the answer."""
 
     def script(ids: torch.Tensor) -> torch.Tensor:
-        prompts = ids[:, prompt_length - 1].tolist()
-        return torch.cat([constant_script(answers[row], prompt_length)(ids[:1]) for row in prompts])
+        named = ids[:, prompt_length - 1].tolist()
+        return torch.cat([constant_script(answers[row], prompt_length)(ids[:1]) for row in named])
 
     return script
 
@@ -176,7 +173,7 @@ def test_a_stop_string_across_tokens_ends_each_row_at_its_own_place(decoding_met
     model = ScriptedModel(by_row(answers, 2))
     prompts = torch.tensor([[5, row] for row in range(5)])
     chosen = STOPPING | {"decoding_method": decoding_method} | ALL_AT_ONCE[decoding_method]
-    output = model.generate(prompts, stop_strings=["stop"], tokenizer=Words(), **chosen)
+    output = model.generate(prompts, stop_strings=["stop"], tokenizer=words(), **chosen)
     ends = [12, 3, 2, 9, 2]
     for row, end in enumerate(ends):
         assert output.sequences[row, 2:].tolist() == answers[row][:end] + [PAD] * (12 - end)
@@ -199,7 +196,7 @@ def test_a_stop_string_at_the_prompts_end_stops_nothing_but_may_begin_there():
     chosen = STOPPING | {"max_new_tokens": 3, "decoding_method": "llada", "steps": 3}
     for prompt, wanted in (([1, 27], [27, 4, 5]), ([26, 27], [27, 4, 5]), ([1, 26], [27, PAD, PAD])):
         ids = torch.tensor([prompt])
-        output = ScriptedModel(script).generate(ids, stop_strings=["stop"], tokenizer=Words(), **chosen)
+        output = ScriptedModel(script).generate(ids, stop_strings=["stop"], tokenizer=words(), **chosen)
         assert output.sequences[0, 2:].tolist() == wanted
 
 
