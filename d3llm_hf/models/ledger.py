@@ -80,8 +80,8 @@ class Ledger:
         flags, wrong, rows = torch.stack([done.long(), broken.long(), state.rows]).tolist()  # a host sync
         if NOT_FINITE in wrong:
             raise ValueError(
-                f"The model's logits must be finite (got NaN or inf for row {rows[wrong.index(NOT_FINITE)]} of the batch "
-                f"in forward {state.step}). Check the weights and the dtype; other rows are not at fault."
+                f"The model's logits must be finite (got NaN or inf for row {rows[wrong.index(NOT_FINITE)]} of the "
+                f"batch in forward {state.step}). Check the weights and the dtype; other rows are not at fault."
             )
         if NOTHING_LEFT in wrong:
             raise ValueError(
