@@ -230,6 +230,6 @@ class Scorer:
     def _processed(self, scores: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Processed `(m, V)` scores; the mask token takes no part in them, so that it is no rank of a top-k."""
         scores[:, self.mask_token_id] = float("-inf")
-        return self.processors(scores, rows, columns).index_fill(
-            1, torch.tensor([self.mask_token_id], device=scores.device), float("-inf")
-        )
+        scores = self.processors(scores, rows, columns)
+        scores[:, self.mask_token_id] = float("-inf")
+        return scores

@@ -88,6 +88,20 @@ def test_an_absurd_length_is_refused_at_once_and_without_memory():
 # ---- D-13: memory --------------------------------------------------------------------------------------------------
 
 
+def processors_of(processors: LogitsProcessorList, rules: Rules, state: State, vocab_size: int) -> Processors:
+    """Processors over a prompt of one token."""
+    return Processors(
+        processors,
+        rules,
+        prompt=torch.zeros_like(state.tokens[:, :1]),
+        seen=None,
+        tokens=state.tokens,
+        step_map=state.step_map,
+        stop_ids=None,
+        vocab_size=vocab_size,
+    )
+
+
 def scored(logits: torch.Tensor, sampling: bool = False) -> Meter:
     """Scores `(n, V)` logits, all of them candidates of one row, and returns what that took."""
     count = logits.shape[0]
@@ -99,7 +113,7 @@ def scored(logits: torch.Tensor, sampling: bool = False) -> Meter:
         logits.shape[1] - 1,
         sampler=Sampler(0),
         sampling=sampling,
-        processors=Processors(processors, torch.zeros(1, 1, dtype=torch.long), state.tokens),
+        processors=processors_of(processors, rules, state, logits.shape[1]),
     )
     where = (torch.zeros(count, dtype=torch.long), torch.arange(count))
     with Meter() as meter:
@@ -204,13 +218,12 @@ def test_deciding_takes_at_most_half_again_the_time_of_a_bare_entropy_and_argmax
     def step() -> None:
         state = State.start(rows, columns, rules, vocabulary - 1, torch.device("cpu"))
         state.open_count.fill_(columns // 32)
-        tokens = state.tokens
         scorer = Scorer(
             rules,
             vocabulary - 1,
             sampler=Sampler(0),
             sampling=False,
-            processors=Processors(LogitsProcessorList(), tokens, tokens),
+            processors=processors_of(LogitsProcessorList(), rules, state, logits.shape[1]),
         )
         open_blocks(state, rules, torch.full((rows,), columns))
         among = candidates(state, rules)
