@@ -77,6 +77,11 @@ class Rules:
     credit: tuple[float, float, float] | None = None
     draft_length: int = 0
 
+    @property
+    def left_to_right(self) -> bool:
+        """Whether every position is decided after all before it: blocks of one, opened when the last is decided."""
+        return self.block_length == 1 and self.block_add_threshold > 0
+
 
 @dataclass
 class State:

@@ -136,6 +136,14 @@ REFUSED = {
     "cache_implementation": "a diffusion model's cache is chosen by `kv_cache`",
     "guidance_scale": "classifier-free guidance of a diffusion model is `cfg_scale`",
     "watermarking_config": "watermarks are defined for left-to-right sampling",
+    "penalty_alpha": "contrastive search compares continuations of a prefix",
+    "dola_layers": "its contrast of layers is defined for the next token",
+    "constraints": "they need beam search; `prefix_allowed_tokens_fn` works left to right, with `block_length=1`",
+    "force_words_ids": "it needs beam search; put the words into the prompt",
+    "num_beam_groups": "there are no beams; `num_return_sequences` with `do_sample=True` gives several answers",
+    "diversity_penalty": "there are no beams; `num_return_sequences` with `do_sample=True` gives several answers",
+    "token_healing": "it rewrites the prompt's end left to right; heal the prompt with `tokenizer` before the call",
+    "is_assistant": "a diffusion model drafts for no other model",
     "prefill_chunk_size": "there is no prefill: every forward sees the whole window",
     "output_scores": "positions are scored at different forwards; `step_map` says at which",
     "output_logits": "positions are scored at different forwards; `step_map` says at which",
@@ -280,15 +288,21 @@ class D3LLMGenerationConfig(GenerationConfig):
         self.update(**inherited, defaults_only=True, allow_custom_entries=True)
         return unused
 
+    def refuse_unfitting(self) -> None:
+        """Raises a ValueError for an option that has no meaning here (`REFUSED`), with the reason."""
+        for name, reason in REFUSED.items():
+            value = getattr(self, name, None)
+            if value and not (name == "num_beam_groups" and value == 1):
+                raise ValueError(
+                    f"`{name}` does not apply to diffusion decoding: {reason} (got {value!r}). Leave it unset."
+                )
+
     def rules(self, length: int, logit_shift: int) -> Rules:
         """The loop's rules for an answer of `length` positions, with the method's values where a field is unset.
 
         Raises:
             ValueError: for a field that the method does not use, or fields that exclude each other.
         """
-        for name, reason in REFUSED.items():
-            if getattr(self, name, None):
-                raise ValueError(f"`{name}` does not apply to diffusion decoding: {reason}. Leave it unset.")
         values = self._values(logit_shift)
         rules = _BUILDERS[self.decoding_method or "d3llm"](values, bool(logit_shift))
         rules |= {

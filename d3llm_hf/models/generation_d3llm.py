@@ -96,6 +96,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         if given.do_sample and given.top_k is None:
             given.top_k = 0  # no hidden truncation: transformers would sample from the 50 best tokens
         given.update(**given._get_default_generation_params(), defaults_only=True)
+        given.refuse_unfitting()
         return given, model_kwargs
 
     def _prepare_generated_length(self, generation_config, *args, **kwargs):
@@ -174,7 +175,15 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
             canvas.mask_token_id,
             sampler=sampler,
             sampling=bool(generation_config.do_sample),
-            processors=Processors(logits_processor, input_ids, ledger.tokens),
+            processors=Processors(
+                logits_processor,
+                rules,
+                prompt=input_ids,
+                canvas=canvas,
+                tokens=ledger.tokens,
+                stop_ids=stop_ids,
+                vocab_size=self.config.get_text_config().vocab_size,
+            ),
         )
         speculation = Speculation(rules, stop_ids)
         cache = None
@@ -207,16 +216,18 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 ledger.computed.index_add_(0, trial.rows, computed)
 
                 # 5. Score the candidates: a token and a cost each
-                scores = scorer(logits, trial, where)
+                scores = scorer(logits, trial, drawn, where)
 
                 # 6. Commit what the rules choose, keep the drafts that came true; fill after a stop token
                 commits, forced = choose(scores.cost, scores.force_cost, among, trial, rules)
+                tokens = torch.where(forced, scores.best_tokens, scores.tokens)
+                commits = scorer.processors.compatible(commits, tokens, scores.cost, trial, drawn)
                 trial.forward += 1
-                commit(trial, commits, torch.where(forced, scores.best_tokens, scores.tokens))
+                commit(trial, commits, tokens)
                 state, scores = speculation.settle(trial, scores)
                 stop = stops(state, canvas)
                 wasted = wasted_by_reference(state, rules)
-                filled = torch.zeros_like(scores.broken)
+                filled = torch.zeros_like(wasted)
                 if rules.eos_fill and stop_ids is not None:
                     filled = state.undecided.any(1)
                     fill_after_stop(state, stop, canvas.fill_token_id)

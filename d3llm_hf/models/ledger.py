@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import torch
 from transformers.generation import StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
 from .canvas import Canvas
 from .decoding import State, first_true, stop_position
+from .scoring import NOT_FINITE, NOTHING_LEFT
 from .streaming import Stream
 
 
@@ -58,6 +59,7 @@ class Ledger:
         self.length = state.length.clone()  # columns of the row, fewer where a criterion ends it
         self.forwards, self.reference, self.computed = (torch.zeros_like(state.rows) for _ in range(3))
         self.prefix = [0] * canvas.batch
+        self.awaited: StoppingCriteriaList | None = None
 
     def __enter__(self) -> "Ledger":
         if self.stream is not None:
@@ -75,22 +77,30 @@ class Ledger:
         """Books a forward and takes out the rows that ended in it.
 
         Args:
-            done, filled, broken (`(B,)` bool): finished rows; rows with undecided positions before the fill behind a
-                stop token; rows whose logits were not finite.
+            done, filled (`(B,)` bool): finished rows; rows with undecided positions before the fill behind a stop
+                token.
             wasted (`(B,)` bool): rows that the reference would give a forward more, for a block that is finished.
+            broken (`(B,)` long): what is wrong with the logits of a row, as in [`Scores`].
 
         Returns:
             `(B',)` indices of the rows that go on, `None` where all do.
 
         Raises:
-            ValueError: for logits that are not finite, naming the row of the batch and the forward.
+            ValueError: for logits that are not finite, or a position without any token left, naming the row of the
+                batch and the forward.
         """
         self.tokens[state.rows], self.step_map[state.rows] = state.tokens, state.step_map
         flags, wrong, rows = torch.stack([done.long(), broken.long(), state.rows]).tolist()  # a host sync
-        if any(wrong):
+        if NOT_FINITE in wrong:
             raise ValueError(
-                f"The model's logits must be finite (got NaN or inf for row {rows[wrong.index(1)]} of the batch in "
-                f"forward {state.forward}). Check the weights and the dtype; other rows are not at fault."
+                f"The model's logits must be finite (got NaN or inf for row {rows[wrong.index(NOT_FINITE)]} of the "
+                f"batch in forward {state.forward}). Check the weights and the dtype; other rows are not at fault."
+            )
+        if NOTHING_LEFT in wrong:
+            raise ValueError(
+                "The constraints must leave a token for every position (got none for row "
+                f"{rows[wrong.index(NOTHING_LEFT)]} of the batch in forward {state.forward}). Relax `bad_words_ids`, "
+                "`no_repeat_ngram_size`, `suppress_tokens`, the minimum length or your `logits_processor`."
             )
         self.forwards[state.rows] = state.forward
         self.reference[state.rows] += 1 + wasted.long() + (filled & done).long()
@@ -119,12 +129,13 @@ class Ledger:
 
         Criteria may keep a state for each row, so they are always shown the whole batch. What they say of a row counts
         at the lengths that the row has just reached; where none has moved, it counts if it is the same for all (time).
+        While nothing follows the prompt, only a change counts: a prompt may end in a stop string.
         """
         stopped: set[int] = set()
         lengths = sorted({length for row in rows for length in range(self.prefix[row] + 1, ends[row] + 1)})
         for length in lengths or [max(ends[row] for row in rows)]:
             text = torch.cat([self.shown, self.tokens[:, :length]], dim=1)
-            verdict = self.criteria(text, None).tolist()
+            verdict = (self.criteria if length else self._awaited(text))(text, None).tolist()
             for row in rows:
                 reached = self.prefix[row] < length <= ends[row] if lengths else all(verdict)
                 if verdict[row] and reached and row not in stopped:
@@ -132,6 +143,16 @@ class Ledger:
                     ends[row] = min(length, ends[row])
                     self.length[row] = ends[row]
         return stopped
+
+    def _awaited(self, prompt: torch.Tensor) -> StoppingCriteriaList:
+        """The criteria that the prompt alone does not meet, and those of time."""
+        if self.awaited is None:
+            self.awaited = StoppingCriteriaList(
+                c
+                for c in self.criteria
+                if isinstance(c, MaxTimeCriteria) or not torch.as_tensor(c(prompt, None)).any()
+            )
+        return self.awaited
 
     def answers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The text `(B, L)`, padded behind its end; the step map; and tokens before the first stop token `(B,)`.

@@ -1,53 +1,316 @@
 """transformers' logits processors, for positions that are decided in any order."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
 import torch
-from transformers.generation import LogitsProcessorList
+from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as lp
 
+from .canvas import Canvas
+from .constraints import UNKNOWN, Constraints, Sequences, visible_text
+from .decoding import Rules, State
 
-# These look at one row of logits alone, so all candidates pass through at once.
+
+@dataclass
+class Places:
+    """Where the candidates stand.
+
+    Attributes:
+        rows, columns (`(n,)` long): in the answers that are looked at.
+        owners (`(n,)` long): rows of the batch that `generate` was given.
+        batch: how many these are.
+        slots (`(n,)` long): tokens of the text before the candidate, the prompt's padding included.
+        text (`(B, P + N)` long): `UNKNOWN` on padding, where undecided, and behind the first stop token.
+        prompt_length: P.
+        stop_ids (`(S,)`, *optional*): the stop tokens.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    owners: torch.Tensor
+    batch: int
+    slots: torch.Tensor
+    text: torch.Tensor
+    prompt_length: int
+    stop_ids: torch.Tensor | None
+
+
+def _ban(scores: torch.Tensor, tokens: torch.Tensor, where: torch.Tensor, *, others: bool = False) -> torch.Tensor:
+    """Takes `tokens` (or all `others`) from the `(n, V)` scores of the candidates that `where` marks."""
+    named = torch.isin(torch.arange(scores.shape[1], device=scores.device), tokens.to(scores.device))
+    return scores.masked_fill(where[:, None] & (~named if others else named), float("-inf"))
+
+
+def _min_length(processor: lp.MinLengthLogitsProcessor, scores: torch.Tensor, at: Places) -> torch.Tensor:
+    return _ban(scores, processor.eos_token_id, at.slots < processor.min_length)
+
+
+def _min_new_tokens(processor: lp.MinNewTokensLengthLogitsProcessor, scores: torch.Tensor, at: Places) -> torch.Tensor:
+    new = at.slots - processor.prompt_length_to_skip
+    return _ban(scores, processor.eos_token_id, new < processor.min_new_tokens)
+
+
+def _forced_bos(processor: lp.ForcedBOSTokenLogitsProcessor, scores: torch.Tensor, at: Places) -> torch.Tensor:
+    return _ban(scores, torch.tensor([processor.bos_token_id]), at.slots == 1, others=True)
+
+
+def _forced_eos(processor: lp.ForcedEOSTokenLogitsProcessor, scores: torch.Tensor, at: Places) -> torch.Tensor:
+    """Unlike transformers' own it takes the others away and gives nothing, so that a banned token stays banned."""
+    return _ban(scores, processor.eos_token_id, at.slots == processor.max_length - 1, others=True)
+
+
+def _begin_suppress(
+    processor: lp.SuppressTokensAtBeginLogitsProcessor, scores: torch.Tensor, at: Places
+) -> torch.Tensor:
+    return _ban(scores, processor.begin_suppress_tokens, at.slots == processor.begin_index)
+
+
+def _length_penalty(processor: lp.ExponentialDecayLengthPenalty, scores: torch.Tensor, at: Places) -> torch.Tensor:
+    beyond = (at.slots - processor.regulation_start).clamp_min(0)[:, None]
+    stop = scores[:, processor.eos_token_id]
+    gain = stop.abs() * (processor.regulation_factor ** beyond.to(scores.dtype) - 1)
+    scores[:, processor.eos_token_id] = stop + gain.masked_fill(~stop.isfinite(), 0.0)
+    return scores
+
+
+def _penalise(scores: torch.Tensor, text: torch.Tensor, rows: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Divides positive logits of the tokens in a candidate's row of `(B, L)` text by `penalty`, multiplies others."""
+    size = scores.shape[1]
+    known = (text != UNKNOWN) & (text < size)
+    seen = torch.zeros(text.shape[0], size + 1, dtype=torch.bool, device=text.device)
+    seen.scatter_(1, torch.where(known, text, size), True)
+    return torch.where(seen[rows, :size], torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def _repetition(processor: lp.RepetitionPenaltyLogitsProcessor, scores: torch.Tensor, at: Places) -> torch.Tensor:
+    """On both sides of the candidate, once each; the answer's own stop token is not text that could be repeated."""
+    prompt, answer = at.text[:, : at.prompt_length], at.text[:, at.prompt_length :]
+    if at.stop_ids is not None:
+        answer = answer.masked_fill(torch.isin(answer, at.stop_ids), UNKNOWN)
+    text = torch.cat([prompt, answer], dim=1)
+    ignored = processor.prompt_ignore_length
+    if ignored is not None:
+        ignored = torch.as_tensor(ignored, device=text.device).reshape(-1, 1)
+        text = text.masked_fill(torch.arange(text.shape[1], device=text.device) < ignored, UNKNOWN)
+    return _penalise(scores, text, at.rows, processor.penalty)
+
+
+def _encoder_repetition(
+    processor: lp.EncoderRepetitionPenaltyLogitsProcessor, scores: torch.Tensor, at: Places
+) -> torch.Tensor:
+    ids = processor.encoder_input_ids
+    ids = ids.repeat_interleave(at.batch // ids.shape[0], dim=0)
+    return _penalise(scores, ids.to(scores.device), at.owners, processor.penalty)
+
+
+def _sequence_bias(sequences: Sequences, scores: torch.Tensor, at: Places) -> torch.Tensor:
+    return scores + sequences.bias(at.text, at.rows, at.slots, scores.shape[1])
+
+
+def _row_wise(processor: LogitsProcessor, scores: torch.Tensor, at: Places) -> torch.Tensor:
+    return processor(at.text, scores)
+
+
+# These look at one row of logits alone, so all candidates pass through at once. Here as below a subclass is a user's
+# own processor, which may look at the text.
 ROW_WISE = (
     lp.TemperatureLogitsWarper,
     lp.TopKLogitsWarper,
     lp.TopPLogitsWarper,
+    lp.TopHLogitsWarper,
     lp.MinPLogitsWarper,
     lp.TypicalLogitsWarper,
     lp.EpsilonLogitsWarper,
     lp.EtaLogitsWarper,
     lp.SuppressTokensLogitsProcessor,
-    lp.InfNanRemoveLogitsProcessor,
     lp.LogitNormalization,
 )
+
+# These are defined here for parallel commits.
+PARALLEL: dict[type, Callable[..., torch.Tensor]] = {kind: _row_wise for kind in ROW_WISE} | {
+    lp.MinLengthLogitsProcessor: _min_length,
+    lp.MinNewTokensLengthLogitsProcessor: _min_new_tokens,
+    lp.ForcedBOSTokenLogitsProcessor: _forced_bos,
+    lp.ForcedEOSTokenLogitsProcessor: _forced_eos,
+    lp.SuppressTokensAtBeginLogitsProcessor: _begin_suppress,
+    lp.ExponentialDecayLengthPenalty: _length_penalty,
+    lp.RepetitionPenaltyLogitsProcessor: _repetition,
+    lp.EncoderRepetitionPenaltyLogitsProcessor: _encoder_repetition,
+}
+
+# These mean something only where the whole text to the left is decided; by the option that asks for them.
+LEFT_TO_RIGHT: dict[type, str] = {
+    lp.PrefixConstrainedLogitsProcessor: "prefix_allowed_tokens_fn",
+    lp.EncoderNoRepeatNGramLogitsProcessor: "encoder_no_repeat_ngram_size",
+    lp.WatermarkLogitsProcessor: "logits_processor",
+    lp.SynthIDTextWatermarkLogitsProcessor: "logits_processor",
+}
 
 
 class Processors:
     """Applies processors to candidates; those that read the text see the canvas before the candidate.
 
-    A processor that reads text expects `(B, length)` ids and `(B, V)` scores of the batch that `generate` was given,
-    so it is called once for each column that has a candidate. Undecided positions before it hold the mask token.
+    transformers' own are defined for parallel commits (`PARALLEL`, and `constraints` for what is promised of the whole
+    text). Any other expects `(B, length)` ids and `(B, V)` scores of the batch that `generate` was given, so it is
+    called once for each column that has a candidate. Undecided positions before it hold the mask token, and it is not
+    asked again when they are decided.
 
     Args:
         processors: as `generate` prepared them.
+        rules: of the decoding method.
         prompt (`(B, P)` long): of the whole batch.
+        canvas: of the whole batch.
         tokens (`(B, N)` long): the answers of the whole batch, which the decoding loop keeps up to date.
+        stop_ids (`(S,)`, *optional*): the stop tokens.
+        vocab_size: tokens that the model knows.
+
+    Raises:
+        ValueError: for a processor that needs left-to-right decoding where `rules` decode otherwise, and for a
+            sequence of tokens that the model does not know.
     """
 
-    def __init__(self, processors: LogitsProcessorList, prompt: torch.Tensor, tokens: torch.Tensor):
-        self.processors, self.prompt, self.tokens = processors, prompt, tokens
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        rules: Rules,
+        *,
+        prompt: torch.Tensor,
+        canvas: Canvas,
+        tokens: torch.Tensor,
+        stop_ids: torch.Tensor | None,
+        vocab_size: int,
+    ):
+        # Where positions of the prompt are decided, the whole text is the answer, and no stop token ends it.
+        self.infilling = canvas.is_infilling
+        self.batch_canvas, self.batch_tokens = canvas, tokens
+        self.prompt, self.stop_ids = (prompt[:, :0], None) if self.infilling else (prompt, stop_ids)
+        seen = None if canvas.mask is None else canvas.mask[:, : self.prompt.shape[1]]
+        self.known_prompt = self.prompt if seen is None else self.prompt.masked_fill(~seen, UNKNOWN)
+        self.vocab_size, self.repairs = vocab_size, False
+        self.steps: list[Callable[[torch.Tensor, Places], torch.Tensor]] = []
+        words: dict[tuple[int, ...], float] = {}
+        ngram_size = 0
+        for processor in processors:
+            kind = type(processor)
+            if kind in LEFT_TO_RIGHT and not rules.left_to_right:
+                raise ValueError(
+                    f"`{LEFT_TO_RIGHT[kind]}` needs the whole text to the left of a position, so decoding must be "
+                    f"left to right (got {kind.__name__} with blocks of {rules.block_length} positions, decided in "
+                    'any order). Pass `block_length=1` with decoding_method "llada", "dparallel" or "d3llm".'
+                )
+            if kind is lp.InfNanRemoveLogitsProcessor:
+                self.repairs = True
+            elif kind is lp.NoRepeatNGramLogitsProcessor:
+                # the smallest size implies the others
+                ngram_size = min(ngram_size or processor.ngram_size, processor.ngram_size)
+            elif kind in (lp.NoBadWordsLogitsProcessor, lp.SequenceBiasLogitsProcessor):
+                biases = self._known(processor)
+                words |= {sequence: bias for sequence, bias in biases.items() if bias == float("-inf")}
+                soft = {sequence: bias for sequence, bias in biases.items() if bias != float("-inf")}
+                if soft:
+                    self.steps.append(partial(_sequence_bias, Sequences(soft, self.stop_ids, prompt.device)))
+            elif kind in PARALLEL:
+                self.steps.append(partial(PARALLEL[kind], processor))
+            else:
+                self.steps.append(partial(self._by_column, processor))
+        self.constraints = Constraints(
+            self.known_prompt, Sequences(words, self.stop_ids, prompt.device), ngram_size, self.stop_ids
+        )
+
+    def _known(self, processor: lp.SequenceBiasLogitsProcessor) -> dict[tuple[int, ...], float]:
+        """The sequences of a processor, all of tokens that the model knows."""
+        biases = {tuple(map(int, sequence)): bias for sequence, bias in processor.sequence_bias.items()}
+        unknown = sorted({token for sequence in biases for token in sequence if token >= self.vocab_size})
+        if unknown:
+            name = "bad_words_ids" if isinstance(processor, lp.NoBadWordsLogitsProcessor) else "sequence_bias"
+            raise ValueError(
+                f"`{name}` must hold token ids below the vocabulary size {self.vocab_size} (got {unknown}). Encode "
+                "the words with the model's own tokenizer."
+            )
+        return biases
 
     def __bool__(self) -> bool:
-        return len(self.processors) > 0
+        return bool(self.steps) or bool(self.constraints) or self.repairs
+
+    def repair(self, logits: torch.Tensor) -> torch.Tensor:
+        """`remove_invalid_values`: of the model's logits, before any token is banned (it would be allowed again)."""
+        return lp.InfNanRemoveLogitsProcessor()(self.prompt, logits) if self.repairs else logits
+
+    def look(self, state: State, canvas: Canvas) -> None:
+        """Shows the canvases that the next candidates stand on."""
+        self.owners, self.place = state.rows, canvas.slots if self.infilling else None
+        self.tokens, self.decided = self._answers(state.tokens, canvas), state.step_map > 0
+        if self.infilling:
+            given = torch.ones_like(canvas.base, dtype=torch.bool) if canvas.mask is None else canvas.mask
+            self.decided = replace(canvas, base=given).fill(self.decided)
+
+    def _answers(self, tokens: torch.Tensor, canvas: Canvas) -> torch.Tensor:
+        """`(B, N)` tokens of the positions to decide as the answer, which is the whole text where these lie in it."""
+        return canvas.fill(tokens) if self.infilling else tokens
 
     def __call__(self, scores: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """`(m, V)` scores of candidates at `(m,)` rows and columns of the whole batch; returns them processed."""
-        for processor in self.processors:
-            if isinstance(processor, ROW_WISE):
-                scores = processor(self.prompt, scores)
-                continue
-            for column in columns.unique().tolist():
-                here = columns == column
+        """`(m, V)` scores of candidates at `(m,)` rows and columns of the canvases looked at, processed."""
+        if self.place is not None:
+            columns = self.place[rows, columns]
+        banned = None
+        if self.constraints:
+            banned = self.constraints.banned(
+                self.tokens, self.decided, rows, columns, scores.shape[1], owners=self.owners
+            )
+            scores = scores.masked_fill(banned, float("-inf"))
+        at = Places(
+            rows,
+            columns,
+            owners=self.owners[rows],
+            batch=self.prompt.shape[0],
+            slots=self.prompt.shape[1] + columns,
+            text=visible_text(self.known_prompt[self.owners], self.tokens, self.decided, self.stop_ids),
+            prompt_length=self.prompt.shape[1],
+            stop_ids=self.stop_ids,
+        )
+        for step in self.steps:
+            scores = step(scores, at)
+        # Whatever a user's processor made of them, banned tokens are banned.
+        return scores if banned is None else scores.masked_fill(banned, float("-inf"))
+
+    def _by_column(self, processor: LogitsProcessor, scores: torch.Tensor, at: Places) -> torch.Tensor:
+        """Calls a user's processor once for each column, with the whole batch and the canvas before the column.
+
+        Of several canvases of one row (drafts) each gets a call of its own.
+        """
+        earlier = (self.owners[:, None] == self.owners).tril(-1).sum(1)
+        for copy in range(int(earlier.max()) + 1):
+            of_copy = earlier == copy
+            answers = self._answers(self.batch_tokens, self.batch_canvas).clone()
+            answers[self.owners[of_copy]] = self.tokens[of_copy]
+            for column in at.columns[of_copy[at.rows]].unique().tolist():
+                here = (at.columns == column) & of_copy[at.rows]
+                owners = at.owners[here]
                 batch = scores.new_zeros(self.prompt.shape[0], scores.shape[1])
-                batch[rows[here]] = scores[here]
-                text = torch.cat([self.prompt, self.tokens[:, :column]], dim=1)
-                scores[here] = processor(text, batch)[rows[here]]
+                batch[owners] = scores[here]
+                text = torch.cat([self.prompt, answers[:, :column]], dim=1)
+                scores[here] = processor(text, batch)[owners]
         return scores
+
+    def compatible(
+        self, commits: torch.Tensor, tokens: torch.Tensor, cost: torch.Tensor, state: State, canvas: Canvas
+    ) -> torch.Tensor:
+        """The commits `(B, N)` of one forward without those that break a promise together; see [`Constraints`]."""
+        if not self.constraints:
+            return commits
+        if not self.infilling:
+            return self.constraints.compatible(commits, tokens, cost, state)
+
+        def spread(table: torch.Tensor, elsewhere: float) -> torch.Tensor:  # (B, N) to (B, L)
+            return replace(canvas, base=torch.full_like(canvas.base, elsewhere, dtype=table.dtype)).fill(table)
+
+        known = torch.zeros_like(canvas.base, dtype=torch.bool) if canvas.mask is None else ~canvas.mask
+        text = replace(
+            state, tokens=canvas.fill(state.tokens), undecided=replace(canvas, base=known).fill(state.undecided)
+        )
+        kept = self.constraints.compatible(
+            spread(commits, False), canvas.fill(tokens), spread(cost, float("inf")), text
+        )
+        return torch.nn.functional.pad(kept, (0, 1)).gather(1, canvas.slots)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from .canvas import Canvas
 from .credit import Credit
 from .decoding import Rules, State
 from .processors import Processors
@@ -12,6 +13,9 @@ from .processors import Processors
 
 # Vocabulary entries that are worked on at once; bounds the float32 copies, whatever the canvas and the batch.
 CHUNK_ELEMENTS = 1 << 24
+
+# What can be wrong with a row.
+NOT_FINITE, NOTHING_LEFT = 1, 2
 
 
 @dataclass
@@ -23,7 +27,8 @@ class Scores:
         best_tokens: the token of a forced commit.
         cost: rank of the position; lower is committed earlier, inf where nothing was scored.
         force_cost: rank for forced commits.
-        broken (`(B,)` bool): rows whose logits held NaN, +inf, or nothing but -inf.
+        broken (`(B,)` long): `NOT_FINITE` in rows whose logits held NaN, +inf, or nothing but -inf, `NOTHING_LEFT` in
+            rows where processors left no token of a position, 0 in all others.
     """
 
     tokens: torch.Tensor
@@ -195,13 +200,20 @@ class Scorer:
         self.sampler, self.sampling, self.processors = sampler, sampling, processors
         self.credit = Credit(*rules.credit) if rules.credit else None
 
-    def __call__(self, logits: torch.Tensor, state: State, where: tuple[torch.Tensor, torch.Tensor]) -> Scores:
-        """`(n, V)` logits (overwritten) of the candidates at rows and columns `where`."""
+    def __call__(
+        self, logits: torch.Tensor, state: State, canvas: Canvas, where: tuple[torch.Tensor, torch.Tensor]
+    ) -> Scores:
+        """`(n, V)` logits (overwritten) of the candidates at rows and columns `where` of the canvases."""
+        if self.processors:
+            self.processors.look(state, canvas)
         rows, steps, columns = state.rows[where[0]], state.step[where[0]], where[1]
         size = max(1, CHUNK_ELEMENTS // logits.shape[1])
         chunks = [slice(start, start + size) for start in range(0, logits.shape[0], size)]
-        parts = [self._chunk(logits[chunk].float(), rows[chunk], steps[chunk], columns[chunk]) for chunk in chunks]
-        tokens, best, cost, entropy, finite = (torch.cat(part) for part in zip(*parts, strict=True))
+        parts = [
+            self._chunk(logits[chunk].float(), where[0][chunk], rows[chunk], steps[chunk], columns[chunk])
+            for chunk in chunks
+        ]
+        tokens, best, cost, entropy, fault = (torch.cat(part) for part in zip(*parts, strict=True))
 
         rules = self.rules
         if rules.alg_temp:
@@ -214,22 +226,44 @@ class Scorer:
             best_tokens=state.tokens.index_put(where, best) if rules.greedy_force else chosen,
             cost=costs,
             force_cost=table.index_put(where, entropy) if rules.score == "noise" else costs,
-            broken=torch.zeros_like(state.undecided).index_put(where, ~finite).any(1),
+            broken=torch.zeros_like(state.tokens).index_put(where, fault).amax(1),
         )
 
     def _chunk(
-        self, raw: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor, columns: torch.Tensor
+        self,
+        raw: torch.Tensor,
+        index: torch.Tensor,
+        rows: torch.Tensor,
+        steps: torch.Tensor,
+        columns: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Tokens, best tokens, costs, entropies and finiteness of some candidates, `(m,)` each."""
+        """Tokens, best tokens, costs, entropies and faults of some candidates, `(m,)` each.
+
+        Args:
+            index: rows of the state; `rows` are those of the batch that `generate` was given.
+        """
         if self.credit is not None:
             raw = self.credit(raw, self.mask_token_id, rows, steps, columns)
-        processed = self.processors(raw.clone(), rows, columns) if self.processors else raw
-        if self.processors and self.rules.score_processed:
-            raw = processed.clone()
-        stats, best, finite = statistics(raw, self.mask_token_id)
+        processed, valid = raw, None
         if self.processors:
-            processed[:, self.mask_token_id] = float("-inf")
+            raw = self.processors.repair(raw)
+            valid = raw.amax(-1).isfinite()
+            processed = self._processed(raw.masked_fill(~valid[:, None], 0.0), index, columns)
+            if self.rules.score_processed:
+                raw = processed.clone()
+        stats, best, finite = statistics(raw, self.mask_token_id)
+        fault = torch.where(finite, 0, NOT_FINITE)
+        if valid is not None:
             best = processed.argmax(-1)
+            left = processed.amax(-1).isfinite()
+            fault = torch.where(valid, torch.where(left, fault, NOTHING_LEFT), NOT_FINITE)
         tokens = self.sampler.tokens(processed, rows, steps, columns) if self.sampling else best
         noise = self.sampler.noise(rows, steps, columns) if self.rules.score == "noise" else None
-        return tokens, best, SCORES[self.rules.score](stats, tokens, noise), stats.entropy, finite
+        return tokens, best, SCORES[self.rules.score](stats, tokens, noise), stats.entropy, fault
+
+    def _processed(self, scores: torch.Tensor, index: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Processed `(m, V)` scores; the mask token takes no part in them, so that it is no rank of a top-k."""
+        scores[:, self.mask_token_id] = float("-inf")
+        scores = self.processors(scores, index, columns)
+        scores[:, self.mask_token_id] = float("-inf")
+        return scores

@@ -106,7 +106,8 @@ def by_quota(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules
     steps = steps_of_block(state, rules, block)
     size = state.opened_size.gather(1, block[:, None])[:, 0]
     done = state.step - state.opened_step.gather(1, block[:, None])[:, 0]
-    return cheapest(cost, among, size // steps + (done < size % steps))
+    quota = size // steps + (done < size % steps)
+    return cheapest(cost, among, quota.clamp_min(1))  # what a constraint put off is decided after the last step
 
 
 def decided_fraction(among: torch.Tensor, state: State, rules: Rules, eps: float = 1e-3) -> torch.Tensor:

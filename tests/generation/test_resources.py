@@ -21,6 +21,7 @@ from tiny import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper
 
+from d3llm_hf.models.canvas import Canvas
 from d3llm_hf.models.decoding import Rules, State, candidates, commit, open_blocks
 from d3llm_hf.models.processors import Processors
 from d3llm_hf.models.scoring import Sampler, Scorer
@@ -95,6 +96,28 @@ def blank_state(rows: int, columns: int, rules: Rules, mask_token_id: int) -> St
     return State.start(tokens, torch.ones_like(tokens, dtype=torch.bool), rules)
 
 
+def blank_canvas(state: State, mask_token_id: int) -> Canvas:
+    """The state behind a prompt of one token."""
+    base = torch.nn.functional.pad(state.tokens, (1, 0))
+    place = torch.arange(base.shape[1])
+    slots = place[1:].expand_as(state.tokens)
+    first = torch.zeros_like(state.rows)
+    return Canvas(base, slots, 1, None, place.expand_as(base), first, mask_token_id, None)
+
+
+def processors_of(processors: LogitsProcessorList, rules: Rules, state: State, vocab_size: int) -> Processors:
+    """Processors over a prompt of one token."""
+    return Processors(
+        processors,
+        rules,
+        prompt=torch.zeros_like(state.tokens[:, :1]),
+        canvas=blank_canvas(state, vocab_size - 1),
+        tokens=state.tokens,
+        stop_ids=None,
+        vocab_size=vocab_size,
+    )
+
+
 def scored(logits: torch.Tensor, sampling: bool = False) -> Meter:
     """Scores `(n, V)` logits, all of them candidates of one row, and returns what that took."""
     count = logits.shape[0]
@@ -106,11 +129,11 @@ def scored(logits: torch.Tensor, sampling: bool = False) -> Meter:
         logits.shape[1] - 1,
         sampler=Sampler(0),
         sampling=sampling,
-        processors=Processors(processors, torch.zeros(1, 1, dtype=torch.long), state.tokens),
+        processors=processors_of(processors, rules, state, logits.shape[1]),
     )
     where = (torch.zeros(count, dtype=torch.long), torch.arange(count))
     with Meter() as meter:
-        scorer(logits, state, where)
+        scorer(logits, state, blank_canvas(state, logits.shape[1] - 1), where)
     return meter
 
 
@@ -211,17 +234,16 @@ def test_deciding_takes_at_most_half_again_the_time_of_a_bare_entropy_and_argmax
     def step() -> None:
         state = blank_state(rows, columns, rules, vocabulary - 1)
         state.open_count.fill_(columns // 32)
-        tokens = state.tokens
         scorer = Scorer(
             rules,
             vocabulary - 1,
             sampler=Sampler(0),
             sampling=False,
-            processors=Processors(LogitsProcessorList(), tokens, tokens),
+            processors=processors_of(LogitsProcessorList(), rules, state, logits.shape[1]),
         )
         open_blocks(state, rules, torch.full((rows,), columns))
         among = candidates(state, rules)
-        scores = scorer(logits, state, among.nonzero(as_tuple=True))
+        scores = scorer(logits, state, blank_canvas(state, vocabulary - 1), among.nonzero(as_tuple=True))
         commits, forced = choose(scores.cost, scores.force_cost, among, state, rules)
         commit(state, commits, torch.where(forced, scores.best_tokens, scores.tokens))
 

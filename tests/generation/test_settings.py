@@ -80,6 +80,16 @@ UNFITTING = [
     ({"cache_implementation": "static"}, "cache_implementation"),
     ({"output_scores": True}, "output_scores"),
     ({"output_attentions": True}, "output_attentions"),
+    ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
+    ({"dola_layers": "low"}, "dola_layers"),
+    ({"force_words_ids": [[3]]}, "force_words_ids"),
+    ({"constraints": [3]}, "constraints"),
+    ({"num_beam_groups": 2}, "num_beam_groups"),
+    ({"diversity_penalty": 0.5}, "diversity_penalty"),
+    ({"token_healing": True}, "token_healing"),
+    ({"is_assistant": True}, "is_assistant"),
+    ({"use_mtp": True}, "(?i)assisted"),
+    ({"prompt_lookup_num_tokens": 3}, "(?i)assisted"),
 ]
 
 # A misspelt name, and the one that is meant.

@@ -1,0 +1,219 @@
+"""Promises about the text that hold in whatever order, and however many at once, its positions are decided.
+
+A constraint forbids *spans*: a bad word, or an n-gram that stands elsewhere already. Left-to-right decoding checks a
+span where it ends. Here any of its positions may be the last to be decided, and several may be decided in one forward:
+
+1. `banned`: before a token is chosen, each token that would complete a forbidden span with what is decided on both
+   sides of its position is banned. A single commit thus never breaks a promise.
+2. `compatible`: of the commits of one forward, which do not see each other, the dearest of each forbidden span that
+   they complete together is undone. The cheapest commit of a row is never undone, so every forward still advances.
+
+What lies behind the first stop token is no output, so nothing is promised about it.
+"""
+
+import torch
+
+from .decoding import State, stop_position
+
+
+UNKNOWN = -1  # in place of a token that is undecided, padding, or behind the stop token; equal to no token
+
+
+def visible_text(
+    prompt: torch.Tensor, tokens: torch.Tensor, decided: torch.Tensor, stop_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """`(B, P)` prompt and `(B, N)` answer as one table, `UNKNOWN` where undecided or behind the first stop token."""
+    column = torch.arange(tokens.shape[1], device=tokens.device)
+    shown = decided & (column <= stop_position(tokens, decided, stop_ids)[:, None])
+    return torch.cat([prompt, torch.where(shown, tokens, UNKNOWN)], dim=1)
+
+
+def _around(text: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, reach: int) -> torch.Tensor:
+    """The tokens up to `reach` slots before and behind `(n,)` slots: `(n, 2 reach + 1)`."""
+    padded = torch.nn.functional.pad(text, (reach, reach), value=UNKNOWN)
+    return padded[rows[:, None], slots[:, None] + torch.arange(2 * reach + 1, device=text.device)]
+
+
+class Sequences:
+    """Token sequences with a bias each, matched wherever their tokens lie around a position.
+
+    Args:
+        biases: sequence -> what is added to the logit of a token that completes it.
+        stop_ids: with one of them a token completes only what ends there, for the rest is no output.
+    """
+
+    def __init__(self, biases: dict[tuple[int, ...], float], stop_ids: torch.Tensor | None, device: torch.device):
+        stops = set() if stop_ids is None else set(stop_ids.tolist())
+        groups: dict[int, list[tuple[tuple[int, ...], list[float]]]] = {}
+        for tokens, bias in biases.items():
+            here = [0.0 if token in stops else bias for token in tokens[:-1]] + [bias]
+            groups.setdefault(len(tokens), []).append((tokens, here))
+        self.longest = max(groups, default=0)
+        self.groups = [
+            (
+                torch.tensor([tokens for tokens, _ in group], device=device),  # (sequences, length)
+                torch.tensor([here for _, here in group], dtype=torch.float32, device=device),  # by the token's place
+            )
+            for group in groups.values()
+        ]
+
+    def bias(self, text: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """Sum of the biases of what each token would complete at `(n,)` rows and slots of `text`: `(n, V)` float."""
+        total = torch.zeros(rows.shape[0], vocab_size, device=text.device)
+        near = _around(text, rows, slots, max(self.longest - 1, 0))
+        for sequences, biases in self.groups:
+            length = sequences.shape[1]
+            for offset in range(length):  # of the candidate within the sequence
+                first = self.longest - 1 - offset
+                match = torch.ones(rows.shape[0], sequences.shape[0], dtype=torch.bool, device=text.device)
+                for index in set(range(length)) - {offset}:
+                    match &= near[:, first + index, None] == sequences[:, index]
+                total.index_add_(1, sequences[:, offset], torch.where(match, biases[:, offset], 0.0))
+        return total
+
+    def standing(self, text: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+        """For each length, the first slots of the sequences that stand in `(B, L)` text: `(B, L - length + 1)`."""
+        found = []
+        for sequences, _ in self.groups:
+            length = sequences.shape[1]
+            windows = text.shape[1] - length + 1
+            if windows < 1:
+                continue
+            match = torch.ones(text.shape[0], windows, sequences.shape[0], dtype=torch.bool, device=text.device)
+            for index in range(length):
+                match &= text[:, index : index + windows, None] == sequences[:, index]
+            found.append((length, match.any(-1)))
+        return found
+
+
+class Constraints:
+    """Spans that the answer may not hold; falsy, and free, where there are none.
+
+    Args:
+        prompt (`(B, P)` long): of the whole batch, `UNKNOWN` on padding.
+        words: sequences that may not occur; they may begin in the prompt.
+        ngram_size: no n-gram of this size may occur twice in prompt and answer; 0 for no such rule.
+        stop_ids (`(S,)`, *optional*): the stop tokens.
+    """
+
+    def __init__(self, prompt: torch.Tensor, words: Sequences, ngram_size: int, stop_ids: torch.Tensor | None):
+        reach = prompt.shape[1] if ngram_size else max(words.longest - 1, 0)
+        self.prompt = prompt[:, max(prompt.shape[1] - reach, 0) :]
+        self.words, self.ngram_size, self.stop_ids = words, ngram_size, stop_ids
+
+    def __bool__(self) -> bool:
+        return self.ngram_size > 0 or bool(self.words.groups)
+
+    def banned(
+        self,
+        tokens: torch.Tensor,
+        decided: torch.Tensor,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+        vocab_size: int,
+        owners: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Tokens that would complete a forbidden span at `(n,)` candidates: `(n, V)` bool.
+
+        Args:
+            tokens, decided (`(B, N)`): the answers.
+            rows, columns (`(n,)`): of the candidates among these.
+            owners (`(B,)`, *optional*): row of the prompt that each belongs to, the same one when unset.
+        """
+        prompt = self.prompt if owners is None else self.prompt[owners]
+        text = visible_text(prompt, tokens, decided, self.stop_ids)
+        slots = self.prompt.shape[1] + columns
+        if not self.ngram_size:
+            return self.words.bias(text, rows, slots, vocab_size) < 0
+        banned = self._repeating(text, rows, slots, vocab_size)
+        return banned | (self.words.bias(text, rows, slots, vocab_size) < 0) if self.words.groups else banned
+
+    def _repeating(self, text: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """Tokens with which some n-gram through a candidate would stand twice: `(n, V)` bool."""
+        size = self.ngram_size
+        near = _around(text, rows, slots, size - 1)
+        windows = text.shape[1] - size + 1
+        banned = torch.zeros(rows.shape[0], vocab_size + 1, dtype=torch.bool, device=text.device)
+
+        # 1. n-grams that share the candidate: shifted by less than n, so that its token must equal two neighbours.
+        for shift in range(1, size):
+            left, right = near[:, size - 1 - shift], near[:, size - 1 + shift]
+            equal = (near[:, :-shift] == near[:, shift:]) & (near[:, shift:] != UNKNOWN)
+            equal[:, size - 1] = equal[:, size - 1 - shift] = (left == right) & (left != UNKNOWN)
+            twice = equal.unfold(1, size, 1).all(-1).any(-1)
+            banned.scatter_(1, torch.where(twice, left, vocab_size)[:, None], True)
+
+        # 2. n-grams that stand elsewhere and that the candidate is the only undecided token of.
+        for offset in range(size) if windows > 0 else ():
+            if offset == size - 1 and self.stop_ids is not None:
+                banned[:, self.stop_ids] = False  # with a stop token only n-grams that end there are output
+            match = torch.ones(rows.shape[0], windows, dtype=torch.bool, device=text.device)
+            for index in range(size):
+                there = text[:, index : index + windows][rows]
+                here = near[:, size - 1 - offset + index, None]
+                match &= there != UNKNOWN if index == offset else (there == here) & (here != UNKNOWN)
+            there = text[:, offset : offset + windows][rows]
+            if self.stop_ids is not None:  # a stop token hides the n-grams behind it
+                behind = torch.arange(windows, device=text.device) > slots[:, None] - size
+                match &= ~(behind & torch.isin(there, self.stop_ids))
+            banned.scatter_(1, torch.where(match, there, vocab_size), True)
+        return banned[:, :vocab_size]
+
+    def compatible(
+        self, commits: torch.Tensor, tokens: torch.Tensor, cost: torch.Tensor, state: State
+    ) -> torch.Tensor:
+        """The commits of one forward without those that complete a forbidden span together with others.
+
+        Args:
+            commits (`(B, N)` bool): what the rules chose, with tokens that `banned` allows.
+            tokens (`(B, N)` long): the tokens to commit.
+            cost (`(B, N)` float): the dearest commit of a span is undone, the rightmost of equals.
+
+        Returns:
+            `(B, N)` bool, with at least one commit in each row that had one.
+        """
+        reopened = bool(self)
+        while reopened:
+            undone = self._undone(commits, tokens, cost, state)
+            stop = self._stops(commits, tokens, state)
+            commits = commits & ~undone
+            # Without its stop token the text goes on, and what lay behind it must be looked at too.
+            reopened = self.stop_ids is not None and bool((self._stops(commits, tokens, state) != stop).any())
+        return commits
+
+    def _stops(self, commits: torch.Tensor, tokens: torch.Tensor, state: State) -> torch.Tensor:
+        """`(B,)` columns of the first stop tokens as they would be."""
+        tokens = torch.where(commits, tokens, state.tokens)
+        return stop_position(tokens, ~state.undecided | commits, self.stop_ids)
+
+    def _undone(self, commits: torch.Tensor, tokens: torch.Tensor, cost: torch.Tensor, state: State) -> torch.Tensor:
+        """The dearest commits of the forbidden spans in the text as it would be: `(B, N)` bool."""
+        # 1. The text, and the commits ranked: 1 for the cheapest of a row, 0 where nothing is committed
+        tokens = torch.where(commits, tokens, state.tokens)
+        text = visible_text(self.prompt[state.rows], tokens, ~state.undecided | commits, self.stop_ids)
+        rank = cost.masked_fill(~commits, float("inf")).argsort(dim=1, stable=True).argsort(dim=1) + 1
+        rank = torch.where(commits, rank, 0)
+        ranks = torch.nn.functional.pad(rank, (self.prompt.shape[1], 0))
+
+        # 2. The dearest commit of each forbidden span, by rank; column 0 takes what needs no undoing
+        undone = torch.zeros(rank.shape[0], rank.shape[1] + 1, dtype=torch.bool, device=rank.device)
+        for length, standing in self.words.standing(text):
+            dearest = ranks.unfold(1, length, 1).amax(-1)
+            undone.scatter_(1, torch.where(standing, dearest, 0), True)
+        if 0 < self.ngram_size <= text.shape[1]:
+            self._undo_repeats(text, ranks, undone)
+        return undone.gather(1, rank) & commits
+
+    def _undo_repeats(self, text: torch.Tensor, ranks: torch.Tensor, undone: torch.Tensor) -> None:
+        """Marks the dearest commit of each pair of equal n-grams in `(B, N + 1)` `undone`."""
+        size = self.ngram_size
+        windows = text.shape[1] - size + 1
+        dearest = ranks.unfold(1, size, 1).amax(-1)  # (B, W)
+        whole = (text != UNKNOWN).unfold(1, size, 1).all(-1)
+        row, window = (whole & (dearest > 0)).nonzero(as_tuple=True)  # n-grams with a commit, (n,) each
+        same = torch.ones(row.shape[0], windows, dtype=torch.bool, device=text.device)
+        for index in range(size):
+            same &= text[:, index : index + windows][row] == text[row, window + index][:, None]
+        same &= torch.arange(windows, device=text.device) != window[:, None]
+        pair = torch.maximum(dearest[row], dearest[row, window][:, None])
+        undone[row[:, None].expand_as(pair), torch.where(same, pair, 0)] = True
