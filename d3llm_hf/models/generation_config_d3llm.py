@@ -1,4 +1,4 @@
-"""The settings of decoding: presets by method, validation, and how they become the loop's `Rules`."""
+"""The settings of decoding: what a call, a config and a checkpoint say of them, and what of it is refused."""
 
 import difflib
 import math
@@ -8,6 +8,18 @@ from transformers.generation import GenerationConfig
 from transformers.utils import logging
 
 from .decoding import Rules
+from .methods import (
+    ALLOWED_REMASKING,
+    CACHE_FIELDS,
+    CACHES,
+    COMMON,
+    DECODERS,
+    DEFAULT_METHOD,
+    METHODS,
+    REMASKING,
+    SHIFTED_METHODS,
+    rules_of,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -48,87 +60,6 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "mask_token_id": ((int,), "a token id", lambda v: v >= 0),
 }
 
-# Name of a remasking strategy -> the score that ranks positions. LLaDA's and Dream's names for the same score.
-REMASKING = {
-    "entropy": "entropy",
-    "low_confidence": "confidence",
-    "maskgit_plus": "confidence",
-    "topk_margin": "margin",
-    "random": "noise",
-    "origin": "noise",
-}
-DECODERS = {"threshold": "near_best", "hierarchy": "hierarchy", "credit": "near_best"}
-
-# Kind of cache -> its settings where nothing else is said.
-CACHES: dict[str, dict[str, Any]] = {
-    "none": {},
-    "prefix": {"cache_refresh_interval": None},
-    "dual": {"cache_refresh_interval": None},
-    "delayed": {"cache_delay": 2, "cache_refresh_interval": None},
-    "dkv": {"cache_delay": 1, "cache_refresh_interval": 8},
-    "dkv_greedy": {"cache_delay": 1, "cache_refresh_interval": 2, "cache_window": 4},
-    "vicinity": {"cache_window": 16, "cache_warmup": 4, "cache_refresh_interval": None},
-}
-CACHE_FIELDS = {name for settings in CACHES.values() for name in settings}
-
-# What every method has: field -> value where nothing else is said.
-COMMON: dict[str, Any] = {"early_stop": True, "cfg_scale": 0.0, "kv_cache": "none"}
-
-# Method -> its own settings where nothing else is said; then what models with shifted logits (Dream) use instead.
-METHODS: dict[str, dict[str, Any]] = {
-    "d3llm": {
-        "block_length": 32,
-        "remasking": "entropy",
-        "entropy_threshold": 0.5,
-        "block_add_threshold": 0.1,
-        "block_activation_threshold": 0.95,
-    },
-    "dparallel": {"block_length": 32, "remasking": "entropy", "entropy_threshold": 0.5},
-    "fast_dllm": {"block_length": 32, "confidence_threshold": 0.9, "factor": None},
-    "dinfer": {
-        "block_length": 32,
-        "decoder": "threshold",
-        "confidence_threshold": 0.9,
-        "low_threshold": 0.6,
-        "credit_decay": 0.8,
-        "credit_exponent": 0.2,
-        "credit_weight": 0.7,
-        "kv_cache": "vicinity",
-    },
-    "dkv": {"block_length": 32, "remasking": "low_confidence", "steps": None, "kv_cache": "dkv"},
-    "entropy_bound": {"block_length": 32, "entropy_bound": 0.1},
-    "local_leap": {
-        "block_length": 32,
-        "confidence_threshold": 0.9,
-        "relaxed_threshold": 0.75,
-        "leap_radius": 4,
-    },
-    "llada": {
-        "block_length": 32,
-        "remasking": "low_confidence",
-        "steps": None,
-        "lossless": False,
-        "draft_length": 4,
-    },
-    "dream": {
-        "block_length": None,
-        "remasking": "entropy",
-        "steps": None,
-        "confidence_threshold": None,
-        "alg_temp": 0.0,
-        "lossless": False,
-        "draft_length": 4,
-    },
-}
-SHIFTED_METHODS = {"d3llm": {"entropy_threshold": 0.4}, "dparallel": {"entropy_threshold": 0.45}}
-RANKED = ("low_confidence", "maskgit_plus", "entropy", "topk_margin", "random")
-ALLOWED_REMASKING = {
-    "d3llm": ("entropy", "random"),
-    "dparallel": ("entropy", "random"),
-    "dkv": RANKED,
-    "llada": RANKED,
-    "dream": (*RANKED, "origin"),
-}
 CALL_FIELDS = ("decoding_method", "infill", "seed", "mask_token_id")
 
 # Options of `generate` that belong to autoregressive decoding. They are refused, not ignored.
@@ -270,7 +201,7 @@ class D3LLMGenerationConfig(GenerationConfig):
         """
         wanted = {n: chosen.get(n, getattr(self, n)) for n in ("decoding_method", "lossless", "kv_cache")}
         inherited = {name: value for name, value in own.to_dict().items() if not name.startswith("_")}
-        own_method = own.decoding_method or next(iter(METHODS))
+        own_method = own.decoding_method or DEFAULT_METHOD
         if wanted["lossless"] and wanted["decoding_method"] is None and "lossless" not in METHODS[own_method]:
             wanted["decoding_method"] = self.decoding_method = "llada"
         if (wanted["decoding_method"] or own_method) != own_method:  # its thresholds belong to its method
@@ -278,6 +209,9 @@ class D3LLMGenerationConfig(GenerationConfig):
             inherited = {n: v for n, v in inherited.items() if n != "decoding_method" and n not in CACHE_FIELDS}
         elif wanted["kv_cache"] not in (None, own.kv_cache):  # and its delays to its cache
             inherited = {n: v for n, v in inherited.items() if n not in CACHE_FIELDS}
+        for one, other in (("factor", "confidence_threshold"), ("confidence_threshold", "factor")):
+            if chosen.get(one, getattr(self, one)) is not None:  # one takes the other's place
+                inherited.pop(other, None)
         inherited.pop("use_cache", None)  # official configs say False of a cache that is not ours; a call may say so
         unused = self.update(**chosen)
         infills = self.infill or unused.get("infill_mask") is not None
@@ -303,25 +237,11 @@ class D3LLMGenerationConfig(GenerationConfig):
         Raises:
             ValueError: for a field that the method does not use, or fields that exclude each other.
         """
-        values = self._values(logit_shift)
-        rules = _BUILDERS[self.decoding_method or "d3llm"](values, bool(logit_shift))
-        rules |= {
-            "block_length": min(values["block_length"] or length, length),
-            "early_stop": values["early_stop"],
-            "shift": logit_shift,
-            "cfg_scale": values["cfg_scale"],
-            "kv_cache": values["kv_cache"],
-            # Dream stamps the end of a block when it comes, LLaDA when the block before is cached.
-            "serial_stamps": not logit_shift,
-        }
-        rules |= {name: values[name] or 0 for name in CACHES[values["kv_cache"]]}
-        if values.get("lossless"):
-            rules["draft_length"] = values["draft_length"]
-        return Rules(**rules)
+        return rules_of(self.decoding_method or DEFAULT_METHOD, self._values(logit_shift), length, logit_shift)
 
     def _values(self, logit_shift: int) -> dict[str, Any]:
         """The method's settings, those of its cache, and what is set in their place; checked together."""
-        method = self.decoding_method or "d3llm"
+        method = self.decoding_method or DEFAULT_METHOD
         known = COMMON | METHODS[method]
         values = known | (SHIFTED_METHODS.get(method, {}) if logit_shift else {})
         cache = self.kv_cache or values["kv_cache"]
@@ -379,86 +299,6 @@ class D3LLMGenerationConfig(GenerationConfig):
                 f"{self.confidence_threshold}). Set one of them."
             )
 
-
-def _cost(probability: float | None) -> float:
-    """The cost of a position with that probability; none is reached by every position."""
-    return float("inf") if probability is None else -math.log(probability)
-
-
-def _threshold_rules(values: dict, shifted: bool) -> dict[str, Any]:
-    return {
-        "score": REMASKING[values["remasking"]],
-        "select": "threshold",
-        "threshold": values["entropy_threshold"],
-        # The published rules of the two families differ: LLaDA commits `H <= threshold` and always the surest
-        # candidate of the row; Dream commits `H < threshold`, and only a block that must advance is helped.
-        "inclusive": not shifted,
-        "force_best": not shifted,
-        "greedy_force": not shifted,
-        "block_add_threshold": values.get("block_add_threshold", 1.0),
-        "block_activation_threshold": values.get("block_activation_threshold", 1.0),
-        "eos_fill": values["early_stop"] and "block_add_threshold" in values,
-    }
-
-
-def _fast_dllm_rules(values: dict, shifted: bool) -> dict[str, Any]:
-    if values["factor"] is not None:
-        return {"score": "confidence", "select": "factor", "factor": values["factor"]}
-    threshold = _cost(values["confidence_threshold"])
-    return {"score": "confidence", "select": "threshold", "threshold": threshold, "force_best": True}
-
-
-def _dinfer_rules(values: dict, shifted: bool) -> dict[str, Any]:
-    credit = tuple(values[f"credit_{name}"] for name in ("decay", "exponent", "weight"))
-    return {
-        "score": "confidence",
-        "select": DECODERS[values["decoder"]],
-        "threshold": _cost(values["confidence_threshold"]),
-        "relaxed_threshold": _cost(values["low_threshold"]),
-        "credit": credit if values["decoder"] == "credit" else None,
-    }
-
-
-def _entropy_bound_rules(values: dict, shifted: bool) -> dict[str, Any]:
-    return {"score": "entropy", "select": "entropy_bound", "threshold": values["entropy_bound"]}
-
-
-def _local_leap_rules(values: dict, shifted: bool) -> dict[str, Any]:
-    return {
-        "score": "confidence",
-        "select": "neighbourhood",
-        "threshold": _cost(values["confidence_threshold"]),
-        "relaxed_threshold": _cost(values["relaxed_threshold"]),
-        "radius": values["leap_radius"],
-    }
-
-
-def _quota_rules(values: dict, shifted: bool) -> dict[str, Any]:
-    return {"score": REMASKING[values["remasking"]], "select": "quota", "steps": values["steps"] or 0}
-
-
-def _dream_rules(values: dict, shifted: bool) -> dict[str, Any]:
-    rules = {"steps": values["steps"] or 0, "alg_temp": values["alg_temp"], "score_processed": True}
-    if values["confidence_threshold"] is not None:
-        threshold = _cost(values["confidence_threshold"])
-        return rules | {"score": "confidence", "select": "quota_and_threshold", "threshold": threshold}
-    score = REMASKING[values["remasking"]]
-    if values["alg_temp"] and score == "confidence":
-        score = "probability"
-    return rules | {"score": score, "select": "coin" if values["remasking"] == "origin" else "schedule"}
-
-
-_BUILDERS = {
-    "d3llm": _threshold_rules,
-    "dparallel": _threshold_rules,
-    "fast_dllm": _fast_dllm_rules,
-    "dinfer": _dinfer_rules,
-    "dkv": _quota_rules,
-    "entropy_bound": _entropy_bound_rules,
-    "local_leap": _local_leap_rules,
-    "llada": _quota_rules,
-    "dream": _dream_rules,
-}
 
 _INHERITED = frozenset(GenerationConfig().to_dict()) | {"generation_kwargs"}
 

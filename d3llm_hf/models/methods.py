@@ -1,0 +1,199 @@
+"""The decoding methods and caches of the field as tables of settings, and what these mean to the loop.
+
+A new method is a row of `METHODS` and one of `RULES`, with at most one new selector in `selection.py`; a new setting
+is a row of `RULE_OF`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from .decoding import Rules
+
+
+# Name of a remasking strategy -> the score that ranks positions. LLaDA's and Dream's names for the same score.
+REMASKING = {
+    "entropy": "entropy",
+    "low_confidence": "confidence",
+    "maskgit_plus": "confidence",
+    "topk_margin": "margin",
+    "random": "noise",
+    "origin": "noise",
+}
+DECODERS = {"threshold": "near_best", "hierarchy": "hierarchy", "credit": "near_best"}
+
+# Kind of cache -> its settings where nothing else is said.
+CACHES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "prefix": {"cache_refresh_interval": None},
+    "dual": {"cache_refresh_interval": None},
+    "delayed": {"cache_delay": 2, "cache_refresh_interval": None},
+    "dkv": {"cache_delay": 1, "cache_refresh_interval": 8},
+    "dkv_greedy": {"cache_delay": 1, "cache_refresh_interval": 2, "cache_window": 4},
+    "vicinity": {"cache_window": 16, "cache_warmup": 4, "cache_refresh_interval": None},
+}
+CACHE_FIELDS = {name for settings in CACHES.values() for name in settings}
+
+# What every method has: field -> value where nothing else is said.
+COMMON: dict[str, Any] = {"early_stop": True, "cfg_scale": 0.0, "kv_cache": "none"}
+
+DEFAULT_METHOD = "d3llm"
+
+# Method -> its own settings where nothing else is said; then what models with shifted logits (Dream) use instead.
+METHODS: dict[str, dict[str, Any]] = {
+    "d3llm": {
+        "block_length": 32,
+        "remasking": "entropy",
+        "entropy_threshold": 0.5,
+        "block_add_threshold": 0.1,
+        "block_activation_threshold": 0.95,
+    },
+    "dparallel": {"block_length": 32, "remasking": "entropy", "entropy_threshold": 0.5},
+    "fast_dllm": {"block_length": 32, "confidence_threshold": 0.9, "factor": None},
+    "dinfer": {
+        "block_length": 32,
+        "decoder": "threshold",
+        "confidence_threshold": 0.9,
+        "low_threshold": 0.6,
+        "credit_decay": 0.8,
+        "credit_exponent": 0.2,
+        "credit_weight": 0.7,
+        "kv_cache": "vicinity",
+    },
+    "dkv": {"block_length": 32, "remasking": "low_confidence", "steps": None, "kv_cache": "dkv"},
+    "entropy_bound": {"block_length": 32, "entropy_bound": 0.1},
+    "local_leap": {
+        "block_length": 32,
+        "confidence_threshold": 0.9,
+        "relaxed_threshold": 0.75,
+        "leap_radius": 4,
+    },
+    "llada": {
+        "block_length": 32,
+        "remasking": "low_confidence",
+        "steps": None,
+        "lossless": False,
+        "draft_length": 4,
+    },
+    "dream": {
+        "block_length": None,
+        "remasking": "entropy",
+        "steps": None,
+        "confidence_threshold": None,
+        "alg_temp": 0.0,
+        "lossless": False,
+        "draft_length": 4,
+    },
+}
+SHIFTED_METHODS = {"d3llm": {"entropy_threshold": 0.4}, "dparallel": {"entropy_threshold": 0.45}}
+RANKED = ("low_confidence", "maskgit_plus", "entropy", "topk_margin", "random")
+ALLOWED_REMASKING = {
+    "d3llm": ("entropy", "random"),
+    "dparallel": ("entropy", "random"),
+    "dkv": RANKED,
+    "llada": RANKED,
+    "dream": (*RANKED, "origin"),
+}
+
+
+def _cost(probability: float | None) -> float:
+    """The cost of a position with that probability; none is reached by every position."""
+    return float("inf") if probability is None else -math.log(probability)
+
+
+# Setting -> the rule that it becomes, and how. Others keep their names, or need a closer look below.
+RULE_OF: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "remasking": ("score", REMASKING.__getitem__),
+    "entropy_threshold": ("threshold", float),
+    "entropy_bound": ("threshold", float),
+    "confidence_threshold": ("threshold", _cost),
+    "relaxed_threshold": ("relaxed_threshold", _cost),
+    "low_threshold": ("relaxed_threshold", _cost),
+    "leap_radius": ("radius", int),
+    "steps": ("steps", lambda steps: steps or 0),
+    "alg_temp": ("alg_temp", float),
+    "block_add_threshold": ("block_add_threshold", float),
+    "block_activation_threshold": ("block_activation_threshold", float),
+}
+
+# Method -> the rules that none of its settings change.
+RULES: dict[str, dict[str, Any]] = {
+    "d3llm": {"select": "threshold"},
+    "dparallel": {"select": "threshold"},
+    "fast_dllm": {"score": "confidence", "select": "threshold", "force_best": True},
+    "dinfer": {"score": "confidence"},
+    "dkv": {"select": "quota"},
+    "entropy_bound": {"score": "entropy", "select": "entropy_bound"},
+    "local_leap": {"score": "confidence", "select": "neighbourhood"},
+    "llada": {"select": "quota"},
+    "dream": {"select": "schedule", "score_processed": True},
+}
+
+
+def _entropy_threshold(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
+    """The published rules of the two families differ.
+
+    LLaDA commits `H <= threshold` and always the surest candidate of the row; Dream commits `H < threshold`, and only
+    a block that must advance is helped.
+    """
+    rules = dict.fromkeys(("inclusive", "force_best", "greedy_force"), not shifted)
+    return rules | {"eos_fill": values["early_stop"] and "block_add_threshold" in values}
+
+
+def _factor(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
+    return {} if values["factor"] is None else {"select": "factor", "factor": values["factor"]}
+
+
+def _decoder(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
+    credit = tuple(values[f"credit_{name}"] for name in ("decay", "exponent", "weight"))
+    return {"select": DECODERS[values["decoder"]], "credit": credit if values["decoder"] == "credit" else None}
+
+
+def _schedule(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
+    if values["confidence_threshold"] is not None:
+        return {"score": "confidence", "select": "quota_and_threshold"}
+    if values["remasking"] == "origin":
+        return {"select": "coin"}
+    # A temperature is put on the probability itself, not on its logarithm.
+    return {"score": "probability"} if values["alg_temp"] and REMASKING[values["remasking"]] == "confidence" else {}
+
+
+# Method -> what depends on several settings, or on the model's family.
+_FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
+    "d3llm": _entropy_threshold,
+    "dparallel": _entropy_threshold,
+    "fast_dllm": _factor,
+    "dinfer": _decoder,
+    "dream": _schedule,
+}
+
+
+def rules_of(method: str, values: dict[str, Any], length: int, logit_shift: int) -> Rules:
+    """The loop's rules.
+
+    Args:
+        method: a key of `METHODS`.
+        values: all its settings, those of its cache and those that every method has.
+        length: positions to decide, of the longest row.
+        logit_shift: of the model.
+    """
+    rules = {
+        "block_length": min(values["block_length"] or length, length),
+        "early_stop": values["early_stop"],
+        "shift": logit_shift,
+        "cfg_scale": values["cfg_scale"],
+        "kv_cache": values["kv_cache"],
+        # Dream stamps the end of a block when it comes, LLaDA when the block before is cached.
+        "serial_stamps": not logit_shift,
+    }
+    rules |= {RULE_OF[name][0]: RULE_OF[name][1](values[name]) for name in METHODS[method] if name in RULE_OF}
+    rules |= {name: values[name] or 0 for name in CACHES[values["kv_cache"]]}
+    if values.get("lossless"):
+        rules["draft_length"] = values["draft_length"]
+    rules |= RULES[method]
+    if method in _FURTHER:
+        rules |= _FURTHER[method](values, bool(logit_shift))
+    return Rules(**rules)
+
+
+__all__ = ["CACHES", "METHODS", "rules_of"]
