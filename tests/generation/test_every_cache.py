@@ -3,10 +3,11 @@ do not meet in it.
 """
 
 import threading
+from functools import cache as remembered
 
 import pytest
 import torch
-from every_setting import CACHES, METHODS, NEVER, PAIRS, go_together
+from every_setting import CACHES, METHODS, NEVER, PAIRS
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import FAMILIES, examples, model_of
@@ -25,8 +26,19 @@ from tiny import (
 )
 
 
-WHOLE = {"early_stop": False, "seed": 0}
+WHOLE = {"early_stop": False, "seed": 0, "return_dict_in_generate": True, "eos_token_id": EOS, "pad_token_id": PAD}
 FIELDS = ("step_map", "num_forwards", "num_forwards_reference", "positions_computed", "tokens_per_forward")
+
+
+def several_rows(family: str, layers: int, **chosen):
+    """Decodes a padded batch of four."""
+    inputs = left_padded([tiny_prompt(seed, 1 + 2 * seed) for seed in range(4)])
+    return model_of(family, 1, layers).generate(**inputs, max_new_tokens=14, **WHOLE | chosen)
+
+
+@remembered
+def without_a_cache(method: str, family: str, layers: int = 2):
+    return several_rows(family, layers, **METHODS[method] | {"kv_cache": "none"})
 
 
 def same_answer(first, second) -> bool:
@@ -89,31 +101,23 @@ def test_every_method_ends_within_one_forward_a_token_and_leaves_no_mask(data, m
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method, cache", [pair for pair in PAIRS if pair[1] != "none"])
 def test_a_cache_that_is_refreshed_in_every_forward_changes_nothing(method, cache, family):
-    model, inputs = model_of(family, 1, 2), left_padded([tiny_prompt(seed, 1 + 2 * seed) for seed in range(4)])
-    chosen = {"max_new_tokens": 13, "return_dict_in_generate": True, **METHODS[method], **WHOLE}
-    without = model.generate(**inputs, **chosen | {"kv_cache": "none"})
-    refreshed = CACHES[cache] | {"cache_refresh_interval": 1, "cache_delay": 1}
-    refreshed = {name: value for name, value in refreshed.items() if name != "cache_delay" or name in CACHES[cache]}
-    assert same_answer(model.generate(**inputs, **chosen | refreshed), without)
+    refreshed = METHODS[method] | CACHES[cache] | {"cache_refresh_interval": 1}
+    assert same_answer(several_rows(family, 2, **refreshed), without_a_cache(method, family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cache", ["delayed", "dkv"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cache_whose_delay_never_ends_changes_nothing(method, cache, family):
-    model, inputs = model_of(family, 1, 2), left_padded([tiny_prompt(seed, 1 + 2 * seed) for seed in range(4)])
-    chosen = {"max_new_tokens": 13, "return_dict_in_generate": True, **METHODS[method], **WHOLE}
-    without = model.generate(**inputs, **chosen | {"kv_cache": "none"})
     endless = {"kv_cache": cache, "cache_delay": NEVER, "cache_refresh_interval": NEVER}
-    assert same_answer(model.generate(**inputs, **chosen | endless), without)
+    assert same_answer(several_rows(family, 2, **METHODS[method] | endless), without_a_cache(method, family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_prefix_cache_has_nothing_to_keep_where_one_block_is_everything(method, family):
     nothing = torch.zeros(1, 0, dtype=torch.long)
-    chosen = {"max_new_tokens": 12, "return_dict_in_generate": True, "eos_token_id": EOS, "pad_token_id": PAD}
-    chosen |= METHODS[method] | WHOLE
+    chosen = {"max_new_tokens": 12} | METHODS[method] | WHOLE
     if "block_length" in chosen:
         chosen["block_length"] = 12
     without, cached = (
@@ -133,11 +137,8 @@ LEFT_BEHIND = {("d3llm", cache) for cache in ("prefix", "dual", "vicinity")}
 def test_where_keys_do_not_depend_on_the_context_no_cache_changes_anything(method, cache, family):
     # Keys of a model of one layer are those of the token and its position: a kept one is stale only if it is of a
     # token that has been decided since.
-    model, inputs = model_of(family, 1, 1), left_padded([tiny_prompt(seed, 1 + 2 * seed) for seed in range(4)])
-    chosen = {"max_new_tokens": 17, "return_dict_in_generate": True, **METHODS[method], **WHOLE}
-    without = model.generate(**inputs, **chosen | {"kv_cache": "none"})
     cached = {name: NEVER if name == "cache_refresh_interval" else value for name, value in CACHES[cache].items()}
-    output = model.generate(**inputs, **chosen | cached)
+    output, without = several_rows(family, 1, **METHODS[method] | cached), without_a_cache(method, family, 1)
     assert same_answer(output, without)
     assert (output.positions_computed <= without.positions_computed).all()
 
@@ -213,10 +214,8 @@ def test_eight_threads_over_all_caches_get_the_answers_of_one_and_change_nothing
 @pytest.mark.parametrize("at", [1, 2, 4])
 @pytest.mark.parametrize("cache", CACHES)
 def test_an_error_in_a_forward_passes_through_and_the_next_call_works(cache, at):
-    model = trained_like("llada")
-    methods = [method for method in METHODS.values() if go_together(method, cache)]
-    chosen = (methods[0] if cache == "dkv_greedy" else METHODS["entropy_bound"]) | CACHES[cache] | WHOLE
-    chosen |= {"steps": 16} if cache == "dkv_greedy" else {"entropy_bound": 0.0}
+    model, method = trained_like("llada"), "llada, random" if cache == "dkv_greedy" else "llada"
+    chosen = METHODS[method] | CACHES[cache] | WHOLE
     expected = answer(model, [1, 2, 3], **chosen)
     before, calls = attributes(model), []
 
