@@ -6,41 +6,59 @@ are those of the reference implementations with their defects corrected:
 * after the tail behind an EOS is filled, the filled positions are no candidates any more;
 * a length that is no multiple of the block ends in one shorter block;
 * the mask token is never committed, yet entropies and confidences come from the softmax over the whole vocabulary;
-* a cache holds one key and value per position; a forward of the window `[w, L)` overwrites what it forwards;
+* a cache holds one key and value per position; a forward overwrites what it forwards (`oracle_caches.py`);
 * where logits row i predicts token i + 1, a window starts one position earlier, so that the row exists;
 * `steps` that the blocks or the length do not divide: the earlier blocks get one more, quotas add up to the length;
 * every forward of a threshold method decides something, whatever the thresholds;
+* the factor rule of Fast-dLLM is the published one: the last rank must pass it as the others;
 * a forward is counted when, and only when, it is made.
+
+Beside it: `oracle_network.py` (running a model), `oracle_choices.py` (which candidates a forward commits) and
+`oracle_caches.py` (which slots it recomputes).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import oracle_choices as choices
 import torch
-from transformers.cache_utils import Cache
+from oracle_caches import Windows
+from oracle_choices import ranked
+from oracle_network import UNDECIDED, Look, Network, Scripted, look
 
 
-UNDECIDED = -1
+__all__ = ["Decoded", "Look", "Network", "Oracle", "Rules", "Scripted", "decode", "decode_with_model", "look"]
 
 
 @dataclass
 class Rules:
     """How to decode; the names are those of `generate`."""
 
-    decoding_method: str  # "llada", "dparallel", "d3llm" or "dream"
+    decoding_method: str
     max_new_tokens: int
-    block_length: int = 32
-    steps: int | None = None
+    block_length: int | None = None  # None: 32, or with "dream" the whole answer
+    steps: int | None = None  # None: one token a forward, or as many steps as there are positions ("dream")
     remasking: str = "low_confidence"
     entropy_threshold: float = 0.5
     confidence_threshold: float | None = None
+    factor: float | None = None
+    decoder: str = "threshold"  # of "dinfer": or "hierarchy", "credit"
+    low_threshold: float = 0.5
+    credit_decay: float = 0.8
+    credit_exponent: float = 0.2
+    credit_weight: float = 0.7
+    entropy_bound: float = 0.1
+    relaxed_threshold: float = 0.75
+    leap_radius: int = 4
     block_add_threshold: float = 0.1
     block_activation_threshold: float = 0.95
     early_stop: bool = False
     kv_cache: str = "none"
     cache_delay: int = 1
-    cache_refresh_interval: int = 10_000
+    cache_refresh_interval: int | None = None
+    cache_warmup: int = 4
+    cache_window: int = 16
     cfg_scale: float = 0.0
     top_k: int | None = None  # the recorded runs of Dream's own sampler kept transformers' default of 50
     mask_token_id: int = -1
@@ -51,6 +69,9 @@ class Rules:
     serial_stamps: bool = True  # multi-block LLaDA: a block's delay starts once the block before it is cached
     timestep_eps: float = 1e-3
     noise: Callable[[int, int], float] | None = None  # (forward, position) -> uniform: remasking "random" and "origin"
+    # Fast-dLLM's Dream: a block's first forward commits the block's first position, alone. Then no candidate is left
+    # whose row lies before the block, and windows start with it.
+    blind_block_start: bool = False
 
 
 @dataclass
@@ -64,95 +85,8 @@ class Decoded:
     forwards: int
     reference_forwards: int  # as the reference counts: an exit by the fill counts as one more
     positions_computed: int  # forwarded positions, twice with guidance
-    windows: list[int]  # first position forwarded, per forward
+    recomputed: list[list[int]]  # slots forwarded, per forward
     eos: int | None = None  # canvas position of the first EOS
-
-
-class SlotPerPosition(Cache):
-    """One key and value per canvas position; `window` is where the tokens of the running forward go."""
-
-    def __init__(self):
-        super().__init__(layers=[])
-        self.slots: dict[int, list[torch.Tensor]] = {}
-        self.window = 0
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if layer_idx not in self.slots:
-            assert self.window == 0, "the first forward covers the canvas"
-            self.slots[layer_idx] = [key_states.clone(), value_states.clone()]
-        for slot, fresh in zip(self.slots[layer_idx], (key_states, value_states), strict=True):
-            slot[:, :, self.window :] = fresh
-        return tuple(slot.clone() for slot in self.slots[layer_idx])
-
-    def get_seq_length(self, layer_idx=0):
-        return self.window
-
-
-class Network:
-    """Rows of a model such that row i predicts token i; forwards `[first needed row, L)` only."""
-
-    def __init__(self, model, shift: int, mask_token_id: int):
-        self.model, self.shift, self.mask_token_id = model, shift, mask_token_id
-        self.cache = SlotPerPosition()
-
-    def first_position(self, start: int) -> int:
-        return max(start - self.shift, 0)
-
-    @torch.no_grad()
-    def __call__(self, canvas: list[int], start: int) -> dict[int, torch.Tensor]:
-        ids = torch.tensor([self.mask_token_id if token == UNDECIDED else token for token in canvas])
-        first, length = self.first_position(start), len(canvas)
-        self.cache.window = first
-        raw = self.model(
-            input_ids=ids[None, first:],
-            position_ids=torch.arange(first, length)[None],
-            attention_mask=torch.ones(1, 1, length - first, length, dtype=torch.bool),
-            past_key_values=self.cache,
-        ).logits[0]
-        rows = {}
-        for position in range(start, length):
-            source = max(position - self.shift, 0)
-            rows[position] = raw[source - first]
-        return rows
-
-
-class Scripted:
-    """The same for a function from the canvas (a 1-D tensor of token ids) to its rows `(L, V)`; no cache."""
-
-    def __init__(self, logits_fn: Callable[[torch.Tensor], torch.Tensor], mask_token_id: int):
-        self.logits_fn, self.mask_token_id = logits_fn, mask_token_id
-
-    def first_position(self, start: int) -> int:
-        return start
-
-    def __call__(self, canvas: list[int], start: int) -> dict[int, torch.Tensor]:
-        ids = torch.tensor([self.mask_token_id if token == UNDECIDED else token for token in canvas])
-        rows = self.logits_fn(ids)
-        return {position: rows[position] for position in range(start, len(canvas))}
-
-
-@dataclass
-class Look:
-    """What a row of logits says of its position."""
-
-    token: int  # the most probable one that is not the mask token
-    probability: float  # its probability, the mask token counted in
-    margin: float  # that probability less the highest of all other tokens
-    entropy: float  # nats, the mask token counted in
-
-
-def look(rows: dict[int, torch.Tensor], mask_token_id: int) -> dict[int, Look]:
-    """Looks at every row, in float64."""
-    if not rows:
-        return {}
-    p = torch.stack(list(rows.values())).double().softmax(-1)  # (rows, V)
-    entropies = -(p * (p + 1e-12).log()).sum(-1)
-    allowed = p.clone()
-    allowed[:, mask_token_id] = -1.0
-    probabilities, tokens = allowed.max(-1)
-    margins = probabilities - p.scatter(1, tokens[:, None], -1.0).max(-1).values
-    columns = [column.tolist() for column in (tokens, probabilities, margins, entropies)]
-    return {position: Look(*values) for position, *values in zip(rows, *columns, strict=True)}
 
 
 def decode(network, prompt: list[int], rules: Rules) -> Decoded:
@@ -167,28 +101,39 @@ def decode_with_model(model, prompt: list[int], rules: Rules) -> Decoded:
     return decode(Network(model, model.logit_shift, rules.mask_token_id), prompt, rules)
 
 
-class Oracle:
-    """The canvas of one prompt and the loop that decides it."""
+class Oracle(Windows):
+    """The canvas of one prompt and the loop that decides it. Block 0 is the prompt."""
 
     def __init__(self, network, prompt: list[int], rules: Rules):
         self.network, self.rules, self.prompt_length = network, rules, len(prompt)
         self.canvas = list(prompt) + [UNDECIDED] * rules.max_new_tokens
         self.length = len(self.canvas)
+        self.canvas_before: list[int] | None = None
         self.committed: dict[int, int] = {}
         self.decided: dict[int, int] = {}
-        self.windows: list[int] = []
+        self.recomputed: list[list[int]] = []
         self.positions_computed = self.extra_exit = 0
-        self.blocks = [
-            (start, min(start + rules.block_length, self.length))
-            for start in range(self.prompt_length, self.length, rules.block_length)
+        self.seen: dict[int, list[tuple[int, Look]]] = {}  # of "credit": every look at a position, and its forward
+        block_length = rules.block_length or (rules.max_new_tokens if rules.decoding_method == "dream" else 32)
+        self.blocks = [(0, self.prompt_length)] + [
+            (start, min(start + block_length, self.length))
+            for start in range(self.prompt_length, self.length, block_length)
         ]
+        # What the caches ask for: the blocks at work, since when, which exist, and the delayed cache's books.
+        self.current, self.opened, self.activated = self.blocks[1], 0, {0: True}
+        self.completed, self.cached, self.cached_length = {0: 0}, set(), 0
 
     def run(self) -> Decoded:
         {
             "llada": self.llada,
-            "dparallel": self.dparallel,
-            "d3llm": self.d3llm,
+            "dkv": self.llada,
             "dream": self.dream,
+            "d3llm": self.d3llm,
+            "dparallel": lambda: self.block_by_block(choices.dparallel),
+            "fast_dllm": lambda: self.block_by_block(choices.fast_dllm),
+            "dinfer": self.dinfer,
+            "entropy_bound": lambda: self.block_by_block(choices.entropy_bound),
+            "local_leap": lambda: self.block_by_block(choices.local_leap),
         }[self.rules.decoding_method]()
         return self.result()
 
@@ -196,11 +141,16 @@ class Oracle:
 
     @property
     def forwards(self) -> int:
-        return len(self.windows)
+        return len(self.recomputed)
+
+    def is_undecided(self, position: int) -> bool:
+        return position >= self.prompt_length and self.canvas[position] == UNDECIDED
 
     def undecided(self, start: int = 0, end: int | None = None) -> list[int]:
-        end = self.length if end is None else end
-        return [p for p in range(max(start, self.prompt_length), end) if self.canvas[p] == UNDECIDED]
+        return [p for p in range(start, self.length if end is None else end) if self.is_undecided(p)]
+
+    def masks(self, block: int) -> int:
+        return len(self.undecided(*self.blocks[block]))
 
     def first_eos(self) -> int | None:
         for position in range(self.prompt_length, self.length):
@@ -208,23 +158,29 @@ class Oracle:
                 return position
         return None
 
-    def forward(self, start: int = 0) -> dict[int, Look]:
-        """The undecided rows from `start` on, guided by the classifier-free rule if asked for; counts one forward."""
-        self.windows.append(self.network.first_position(start))
-        self.positions_computed += (self.length - self.windows[-1]) * (2 if self.rules.cfg_scale else 1)
-        rows = self.network(self.canvas, start)
-        rows = {p: rows[p] for p in self.undecided(start)}
+    def forward(self, wanted: list[int]) -> dict[int, torch.Tensor]:
+        """The rows of some positions, guided by the classifier-free rule if asked for; counts one forward."""
+        slots = self.slots(wanted)
+        self.canvas_before = list(self.canvas)
+        self.recomputed.append(slots)
+        self.positions_computed += len(slots) * (2 if self.rules.cfg_scale else 1)
+        rows = self.network(self.canvas, slots, wanted)
         if self.rules.cfg_scale:
             hidden = [UNDECIDED] * self.prompt_length + self.canvas[self.prompt_length :]
-            blind = self.network(hidden, start)
+            blind = self.network(hidden, slots, wanted)
             rows = {p: blind[p] + (self.rules.cfg_scale + 1) * (rows[p] - blind[p]) for p in rows}
         if self.rules.top_k:
             rows = {
                 p: row.masked_fill(row < row.topk(self.rules.top_k).values[-1], -math.inf) for p, row in rows.items()
             }
+        return rows
+
+    def look(self, rows: dict[int, torch.Tensor]) -> dict[int, Look]:
         return look(rows, self.rules.mask_token_id)
 
     def commit(self, looks: dict[int, Look], positions) -> None:
+        if self.rules.blind_block_start and self.forwards == self.opened + 1:
+            positions = [self.current[0]]
         for position in positions:
             assert self.canvas[position] == UNDECIDED, "a decided position is never decided again"
             self.canvas[position] = looks[position].token
@@ -236,6 +192,22 @@ class Oracle:
         if self.rules.early_stop and eos is not None and not self.undecided(end=eos):
             return True
         return not self.undecided()
+
+    def wasted(self) -> int:
+        """Forwards that Fast-dLLM's first code makes for blocks that their first forward has finished."""
+        rules, last, count = self.rules, 0, 0
+        by_threshold = {
+            "d3llm": rules.block_add_threshold >= 1,
+            "dparallel": True,
+            "fast_dllm": rules.factor is None,
+        }.get(rules.decoding_method, False)
+        if rules.kv_cache not in ("prefix", "dual") or rules.early_stop or not by_threshold:
+            return 0
+        for start, end in self.blocks:
+            deciding = {self.committed[p] for p in range(max(start, self.prompt_length), end)}
+            count += deciding == {last + 1}
+            last = max(deciding, default=0)
+        return count
 
     def result(self) -> Decoded:
         eos, rules = self.first_eos(), self.rules
@@ -250,54 +222,127 @@ class Oracle:
             step_map=[self.committed.get(p, -1) for p in new],
             decided_after=[self.decided.get(p, -1) for p in new],
             forwards=self.forwards,
-            reference_forwards=self.forwards + self.extra_exit,
+            reference_forwards=self.forwards + self.extra_exit + self.wasted(),
             positions_computed=self.positions_computed,
-            windows=self.windows,
+            recomputed=self.recomputed,
             eos=eos,
         )
 
     # one block after the other
 
+    def open_block(self, block: int) -> None:
+        self.current, self.opened, self.activated[block] = self.blocks[block], self.forwards, True
+
+    def works(self) -> bool:
+        """Whether the current block needs another forward."""
+        return bool(self.undecided(*self.current)) and not self.answered()
+
+    def block_by_block(self, choose, looks_of=None) -> None:
+        """In every block, what `choose` picks from the looks at its undecided positions, until none are left."""
+        for block in range(1, len(self.blocks)):
+            self.open_block(block)
+            while self.works():
+                rows = self.forward(self.undecided(*self.current))
+                looks = (looks_of or self.look)(rows)
+                self.commit(looks, sorted(choose(looks, self.rules)))
+
+    def dinfer(self) -> None:
+        """One of dInfer's decoders."""
+        if self.rules.decoder == "hierarchy":
+            self.block_by_block(choices.dinfer_hierarchy)
+        elif self.rules.decoder == "credit":
+            self.block_by_block(choices.dinfer_threshold, self.look_with_credit)
+        else:
+            self.block_by_block(choices.dinfer_threshold)
+
+    def look_with_credit(self, rows: dict[int, torch.Tensor]) -> dict[int, Look]:
+        """Looks at rows in which tokens gain that were the best before, the more the more recently and surely."""
+        rules, now = self.rules, self.forwards
+        for position, seen in self.look(rows).items():
+            self.seen.setdefault(position, []).append((now, seen))
+        fused = {}
+        for position, row in rows.items():
+            credit: dict[int, float] = {}
+            for forward, seen in self.seen[position]:
+                share = rules.credit_decay ** (now - forward) * seen.probability**rules.credit_exponent
+                credit[seen.token] = credit.get(seen.token, 0.0) + share
+            fused[position] = row.double().clone()
+            for token, amount in credit.items():
+                fused[position][token] += rules.credit_weight * math.log(1 + amount)
+        return self.look(fused)
+
+    def commit_cheapest(self, count: int) -> None:
+        """One forward that commits the best ranked positions of the current block."""
+        rules, candidates = self.rules, self.undecided(*self.current)
+        noise = {p: rules.noise(self.forwards + 1, p) for p in candidates} if rules.remasking == "random" else {}
+        if rules.kv_cache == "dkv_greedy":  # what will be committed is known before the forward
+            candidates = sorted(ranked(noise)[:count])
+        looks = self.look(self.forward(candidates))
+        self.commit(looks, ranked(choices.costs(looks, rules.remasking, noise))[:count])
+
+    def steps_per_block(self) -> list[int]:
+        """The steps shared out, the earlier blocks getting one more; a step a position where none are given."""
+        count = len(self.blocks) - 1
+        if self.rules.steps is None:
+            return [end - start for start, end in self.blocks[1:]]
+        each, more = divmod(self.rules.steps, count)
+        return [max(each + (index < more), 1) for index in range(count)]
+
     def llada(self) -> None:
-        """A fixed share of the block per forward, highest score first."""
-        each, more = divmod(self.rules.steps, len(self.blocks))
-        for index, (start, end) in enumerate(self.blocks):
-            per_block = max(each + (index < more), 1)
-            masks = len(self.undecided(start, end))
-            quotas = [masks // per_block + (i < masks % per_block) for i in range(per_block)]
-            for quota in quotas:
-                if self.answered() or not self.undecided(start, end):
+        """A fixed share of the block per forward."""
+        for block, steps in enumerate(self.steps_per_block(), start=1):
+            self.open_block(block)
+            masks = self.masks(block)
+            for i in range(steps):
+                if self.works():
+                    self.commit_cheapest(masks // steps + (i < masks % steps))
+
+    def dream(self) -> None:
+        """A share 1 - s/t of what is undecided per forward, from t = 1 down to `timestep_eps`."""
+        rules = self.rules
+        if rules.confidence_threshold is not None:
+            return self.dream_by_confidence()
+        for block, steps in enumerate(self.steps_per_block(), start=1):
+            self.open_block(block)
+            times = torch.linspace(1, rules.timestep_eps, steps + 1)
+            for i in range(steps):
+                if not self.works():
                     break
-                looks = self.forward()
-                if self.rules.remasking == "random":
-                    score = {p: self.rules.noise(self.forwards, p) for p in self.undecided(start, end)}
+                candidates, last = self.undecided(*self.current), i == steps - 1
+                share = 1 - times[i + 1] / times[i]
+                if rules.remasking == "origin":
+                    looks = self.look(self.forward(candidates))
+                    self.commit(looks, [p for p in candidates if last or rules.noise(self.forwards, p) < float(share)])
                 else:
-                    score = {p: looks[p].probability for p in self.undecided(start, end)}
-                self.commit(looks, sorted(score, key=lambda p: (-score[p], p))[:quota])
+                    count = int(torch.tensor(float(len(candidates))) * share)
+                    self.commit_cheapest(len(candidates) if last else count)
 
-    def dparallel(self) -> None:
-        """Every position of the block whose entropy is low, and always the lowest."""
-        for start, end in self.blocks:
-            while self.undecided(start, end) and not self.answered():
-                looks = self.forward()
-                h = {p: looks[p].entropy for p in self.undecided(start, end)}
-                lowest = min(h, key=lambda p: (h[p], p))
-                self.commit(looks, [p for p in h if p == lowest or self.accepts(h[p])])
-
-    def accepts(self, h: float) -> bool:
-        return h < self.rules.entropy_threshold if self.rules.strict else h <= self.rules.entropy_threshold
+    def dream_by_confidence(self) -> None:
+        """Quotas of equal size; only the best of a quota may be below the threshold, the others are put off."""
+        rules = self.rules
+        assert len(self.blocks) == 2, "the whole answer is one block"
+        self.open_block(1)
+        steps, put_off = rules.steps or rules.max_new_tokens, 0
+        while not self.answered():
+            looks = self.look(self.forward(self.undecided()))
+            this, before = (rules.max_new_tokens * min(i, steps) // steps for i in (self.forwards, self.forwards - 1))
+            quota = max(put_off + this - before, 1)
+            best = ranked({p: -looks[p].probability for p in looks})[:quota]
+            chosen = [
+                p for rank, p in enumerate(best) if rank == 0 or looks[p].probability >= rules.confidence_threshold
+            ]
+            put_off += this - before - len(chosen)
+            self.commit(looks, chosen)
 
     # several blocks at once
 
     def d3llm(self) -> None:
         """Blocks join while others are undecided; the first activated unfinished one always progresses.
 
-        Block 0 is the prompt. A block is created once its predecessor progressed a little, activated once it
-        progressed far, and finished once nothing of it is undecided.
+        A block is created once its predecessor progressed a little, activated once it progressed far, and finished
+        once nothing of it is undecided.
         """
-        self.blocks = [(0, self.prompt_length), *self.blocks]
-        self.activated = {0: True, 1: self.rules.block_activation_threshold <= 1.0}
-        self.completed, self.cached, self.cached_length = {0: 0}, set(), 0
+        self.activated[1] = self.rules.block_activation_threshold <= 1.0
         while self.undecided():
             eos = self.first_eos() if self.rules.early_stop else None
             if eos is not None:
@@ -306,11 +351,11 @@ class Oracle:
                     self.extra_exit = 1
                     return
             self.grow_blocks(may_create=eos is None)
-            looks = self.forward(self.window_start())
+            created = sorted(self.activated)[1:]
+            first = min(block for block in created if self.masks(block))
+            self.current = (self.blocks[first][0], self.blocks[created[-1]][1])
+            looks = self.look(self.forward(self.undecided(*self.current)))
             self.commit(looks, sorted(self.chosen(looks)))
-
-    def masks(self, block: int) -> int:
-        return len(self.undecided(*self.blocks[block]))
 
     def progress(self, block: int) -> float:
         start, end = self.blocks[block]
@@ -331,88 +376,19 @@ class Oracle:
             progress = self.progress(last)
             if progress >= self.rules.block_add_threshold or self.masks(last) == 0:
                 self.activated[last + 1] = progress >= far
-
-    def window_start(self) -> int:
-        """First position whose row the next forward computes; stamps and caches finished blocks on the way."""
-        rules, now, commit_to = self.rules, self.forwards + 1, self.cached_length
-        for block in sorted(self.activated):
-            if 0 < self.blocks[block][1] <= self.cached_length:
-                continue
-            if self.masks(block):
-                break
-            self.completed.setdefault(block, now)
-            if now - self.completed[block] >= rules.cache_delay:
-                self.cached.add(block)
-                commit_to = self.blocks[block][1]
-            elif rules.serial_stamps:
-                break
-        stabilising = any(self.masks(block) == 0 and block not in self.cached for block in self.completed)
-
-        if rules.kv_cache == "none" or rules.cache_refresh_interval == 1:
-            return 0
-        if commit_to > self.cached_length:
-            start, self.cached_length = self.cached_length, commit_to
-            return start
-        return 0 if stabilising or now % rules.cache_refresh_interval == 0 else self.cached_length
+                self.opened = self.forwards
 
     def chosen(self, looks: dict[int, Look]) -> set[int]:
         """The positions that this forward decides."""
-        created = sorted(self.activated)[1:]
-        h = {p: looks[p].entropy for block in created for p in self.undecided(*self.blocks[block])}
-
-        def lowest(among):
-            return min(among, key=lambda p: (h[p], p))
-
-        chosen = {p for p in h if self.accepts(h[p])}
+        h = {p: looks[p].entropy for p in looks}
+        chosen = {p for p in h if choices.is_low(h[p], self.rules)}
         if self.rules.always_lowest:
-            chosen.add(lowest(h))
-        unfinished = [block for block in created if self.activated[block] and self.masks(block)]
+            chosen.add(ranked(h)[0])
+        unfinished = [block for block in sorted(self.activated)[1:] if self.activated[block] and self.masks(block)]
         if unfinished:
             inside = self.undecided(*self.blocks[unfinished[0]])
             if not chosen.intersection(inside):
-                chosen.add(lowest(inside))
+                chosen.add(ranked({p: h[p] for p in inside})[0])
         if not chosen:  # an activation threshold above 1 activates nothing
-            chosen.add(lowest(h))
+            chosen.add(ranked(h)[0])
         return chosen
-
-    # the whole canvas by a schedule
-
-    def dream(self) -> None:
-        """A share 1 - s/t of what is undecided per forward, from t = 1 down to `timestep_eps`."""
-        rules = self.rules
-        if rules.confidence_threshold is not None:
-            return self.dream_by_confidence()
-        times = torch.linspace(1, rules.timestep_eps, rules.steps + 1)
-        for i in range(rules.steps):
-            if self.answered():
-                break
-            looks = self.forward()
-            candidates, last = self.undecided(), i == rules.steps - 1
-            share = 1 - times[i + 1] / times[i]
-            if rules.remasking == "origin":
-                chosen = [p for p in candidates if last or rules.noise(self.forwards, p) < float(share)]
-            else:
-                count = len(candidates) if last else int(torch.tensor(float(len(candidates))) * share)
-                score = {p: self.dream_score(looks[p]) for p in candidates}
-                chosen = sorted(score, key=lambda p: (-score[p], p))[:count]
-            self.commit(looks, chosen)
-
-    def dream_score(self, seen: Look) -> float:
-        by_name = {"maskgit_plus": seen.probability, "topk_margin": seen.margin, "entropy": -seen.entropy}
-        return by_name[self.rules.remasking]
-
-    def dream_by_confidence(self) -> None:
-        """Quotas of equal size; only the best of a quota may be below the threshold, the others are put off."""
-        rules = self.rules
-        put_off = 0
-        while not self.answered():
-            looks = self.forward()
-            score = {p: looks[p].probability for p in self.undecided()}
-            this, before = (
-                rules.max_new_tokens * min(i, rules.steps) // rules.steps for i in (self.forwards, self.forwards - 1)
-            )
-            quota = max(put_off + this - before, 1)
-            ranked = sorted(score, key=lambda p: (-score[p], p))[:quota]
-            chosen = [p for rank, p in enumerate(ranked) if rank == 0 or score[p] >= rules.confidence_threshold]
-            put_off += this - before - len(chosen)
-            self.commit(looks, chosen)

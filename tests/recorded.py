@@ -14,7 +14,11 @@ from d3llm_hf import DreamModel, LLaDAModelLM
 GOLDEN = Path(__file__).parent / "golden"
 SUITES = ("llada_d3llm", "quirks_llada", "fastdllm_llada", "dream_d3llm", "quirks_dream", "fastdllm_dream")
 
-# Dream's own sampler was recorded with transformers' default `top_k=50` in force, which changes its confidences.
+# "count only": after a block that its first forward finished, these make another for it.
+WASTED = "wasted_forward_of_finished_block"
+
+# Dream's own sampler was recorded with transformers' default `top_k=50` in force, which changes its confidences. The
+# entropies that d3LLM added to it are those of all logits.
 DREAM_TOP_K = 50
 
 
@@ -38,11 +42,8 @@ class Recorded:
 
     def rules(self) -> Rules:
         """The same settings for the oracle."""
-        known = dict(self.settings)
-        if known.get("cache_refresh_interval", 0) is None:
-            known["cache_refresh_interval"] = 10_000
         return Rules(
-            **known,
+            **self.settings,
             mask_token_id=self.mask_token_id,
             eos_token_ids=(self.eos_token_id,),
             pad_token_id=self.eos_token_id,
@@ -70,24 +71,37 @@ def limited(name: str, top_k: int):
     return Limited.from_pretrained(GOLDEN / name).eval()
 
 
+def quirks() -> dict[str, dict]:
+    """Defect of the reference -> its effect and the cases that it changes."""
+    return json.loads((GOLDEN / "quirks.json").read_text())
+
+
 def corrected_cases() -> dict[str, str]:
     """Case -> the defect of the reference on which its tokens depend."""
-    entries = json.loads((GOLDEN / "quirks.json").read_text())
     return {
         case: defect
-        for defect, entry in entries.items()
+        for defect, entry in quirks().items()
         if entry["effect"].startswith("tokens")
         for case in entry["cases"]
     }
 
 
 def recorded_cases() -> list[Recorded]:
-    """Every robust run of a method that this library has."""
+    """Every robust run of a method that this library has; runs that end in an error are not robust."""
+    return _cases(_settings)
+
+
+def blind_block_cases() -> list[Recorded]:
+    """Runs of Fast-dLLM's Dream, which commits the first position of a block blindly; only the oracle can."""
+    return _cases(_blind_block_settings)
+
+
+def _cases(settings_of) -> list[Recorded]:
     cases = []
     for suite in SUITES:
         for case in json.loads((GOLDEN / suite / "cases.json").read_text())["cases"]:
-            settings = _settings(suite, case)
-            if settings is not None and case["robust"]:
+            settings = settings_of(suite, case) if case.get("robust") else None
+            if settings is not None:
                 cases.append(_recorded(suite, case, settings))
     return cases
 
@@ -95,6 +109,10 @@ def recorded_cases() -> list[Recorded]:
 def _recorded(suite: str, case: dict, settings: dict) -> Recorded:
     args, expected = case["args"], case["expected"]
     padding = args.get("attention_mask", []).count(0)
+    steps, wasteful = expected["unmask_step"][len(case["prompt"]) :], case["id"] in quirks()[WASTED]["cases"]
+    if wasteful:  # forwards that decided nothing are not made
+        useful = sorted(set(steps))
+        steps = [useful.index(step) + 1 for step in steps]
     return Recorded(
         id=case["id"],
         model=case["model"],
@@ -102,12 +120,12 @@ def _recorded(suite: str, case: dict, settings: dict) -> Recorded:
         padding=padding,
         settings=settings,
         sequence=expected["sequence"][padding:],
-        unmask_step=expected["unmask_step"][len(case["prompt"]) :],
-        forwards=expected["n_forwards"],
-        reference_forwards=expected["nfe"],
+        unmask_step=steps,
+        forwards=len(useful) if wasteful else expected["n_forwards"],
+        reference_forwards=None if wasteful else expected["nfe"],
         mask_token_id=case["mask_id"],
         eos_token_id=case["eos_token_id"],
-        top_k=DREAM_TOP_K if suite == "fastdllm_dream" else None,
+        top_k=DREAM_TOP_K if suite == "fastdllm_dream" and args["alg"] != "entropy_threshold" else None,
         torch_seed=args.get("torch_seed"),
     )
 
@@ -148,10 +166,41 @@ def _settings(suite: str, case: dict) -> dict | None:
         if args["alg"] == "confidence_threshold":
             return settings | {"confidence_threshold": args["threshold"]}
         return settings | {"remasking": args["alg"]}
-    if method in ("generate", "llada_original", "vanilla") and args.get("threshold") is None and "error" not in case:
-        settings |= {"decoding_method": "llada", "steps": args["steps"], "block_length": args["block_length"]}
-        return settings | ({"cfg_scale": args["cfg_scale"]} if "cfg_scale" in args else {})
+    if suite == "fastdllm_llada" or method == "generate":
+        return settings | _fast_dllm_settings(method, args)
     return None
+
+
+def _fast_dllm_settings(method: str, args: dict) -> dict:
+    """LLaDA with Fast-dLLM's thresholds and caches, or with its own quota."""
+    settings = {"block_length": args["block_length"], "early_stop": args.get("early_stop", False)}
+    if "cache" in method:
+        settings["kv_cache"] = method.split("_")[0]
+    if args.get("factor") is not None:
+        return settings | {"decoding_method": "fast_dllm", "factor": args["factor"]}
+    if args.get("threshold") is not None:
+        return settings | {"decoding_method": "fast_dllm", "confidence_threshold": args["threshold"]}
+    settings |= {"decoding_method": "llada", "steps": args["steps"]}
+    return settings | ({"cfg_scale": args["cfg_scale"]} if "cfg_scale" in args else {})
+
+
+def _blind_block_settings(suite: str, case: dict) -> dict | None:
+    """What to pass to the oracle for a run with Dream's block cache."""
+    args = case["args"]
+    if case["method"] != "fast_block":
+        return None
+    settings = {
+        "max_new_tokens": args["max_new_tokens"],
+        "block_length": args["block_length"],
+        "kv_cache": "dual" if args["dual_cache"] else "prefix",
+        "blind_block_start": True,
+    }
+    if args["alg"] == "confidence_threshold":
+        return settings | {"decoding_method": "fast_dllm", "confidence_threshold": args["threshold"]}
+    if args["alg"] == "entropy_threshold":
+        return settings | {"decoding_method": "dparallel", "entropy_threshold": args["threshold"]}
+    steps = args["steps"] * (args["max_new_tokens"] // args["block_length"])  # the recorded ones are those of a block
+    return settings | {"decoding_method": "dream", "remasking": args["alg"], "steps": steps}
 
 
 def as_returned(sequence: list[int], prompt_length: int, eos_token_id: int, pad_token_id: int) -> list[int]:

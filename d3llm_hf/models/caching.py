@@ -68,8 +68,12 @@ class Plan:
     @property
     def changed(self) -> torch.Tensor:
         """Slots `(B, L)` that were decided since the last forward: what is kept of them belongs to the mask token."""
-        changed = torch.zeros(len(self.slots), len(self.slot) + 1, dtype=torch.bool, device=self.slot.device)
-        return changed.scatter(1, self.slots, self.state.changed)[:, :-1]
+        return self.spread(self.state.changed)
+
+    def spread(self, marked: torch.Tensor) -> torch.Tensor:
+        """The slots `(B, L)` of marked positions `(B, N)`."""
+        blank = torch.zeros(len(self.slots), len(self.slot) + 1, dtype=torch.bool, device=self.slot.device)
+        return blank.scatter(1, self.slots, marked)[:, :-1]
 
     def decided_in(self) -> torch.Tensor:
         """Forward `(B, L)` that decided the slot, at the earliest the first of the last block; inf where undecided."""
@@ -99,7 +103,8 @@ def vicinity(plan: Plan) -> torch.Tensor:
 def dkv(plan: Plan) -> torch.Tensor:
     """dKV-Cache-Decode: a token is kept from `cache_delay` forwards after its commit, until the next block."""
     now = (plan.state.step + 1)[:, None]
-    return (now - plan.decided_in() <= plan.rules.cache_delay) | plan.changed | plan.fresh
+    young = (now - plan.decided_in() <= plan.rules.cache_delay) | plan.fresh
+    return young | plan.changed if plan.rules.cache_delay else young
 
 
 def dkv_greedy(plan: Plan) -> torch.Tensor:
@@ -114,14 +119,14 @@ def dkv_greedy(plan: Plan) -> torch.Tensor:
     cost = cost.view(rows.shape)
     plan.among, _ = choose(cost, cost, plan.among, state, rules)
 
-    behind = (state.step + 1)[:, None] - plan.decided_in()
-    just = (behind <= rules.cache_delay) & (behind > 0)
-    near = torch.zeros_like(just)
-    for offset in range(-rules.cache_window // 2, rules.cache_window // 2 + 1):
-        at = plan.slots + offset
-        inside = plan.among & (at >= 0) & (at < len(plan.slot))
-        near |= torch.zeros_like(just).long().scatter_add(1, at.clamp(0, len(plan.slot) - 1), inside.long()).bool()
-    return just | near | plan.changed | plan.fresh
+    just = torch.zeros_like(plan.changed)
+    for back in range(rules.cache_delay):
+        just |= plan.spread((state.step_map == (state.step - back)[:, None]) & (state.step_map > 0))
+    left, right = -(-rules.cache_window // 2), rules.cache_window // 2
+    chosen = torch.nn.functional.pad(plan.spread(plan.among).float(), (right, left))
+    near = torch.nn.functional.max_pool1d(chosen, left + right + 1, stride=1) > 0
+    needed = just | near | plan.fresh
+    return needed | plan.changed if rules.cache_delay else needed
 
 
 def delayed(plan: Plan) -> torch.Tensor:
@@ -179,7 +184,8 @@ PLANS: dict[str, Callable[[Plan], torch.Tensor]] = {
 
 def wasted_by_reference(state: State, rules: Rules) -> torch.Tensor:
     """Rows `(B,)` to which Fast-dLLM's first code gives one more forward: the step that opened a block finished it."""
-    if rules.kv_cache not in ("prefix", "dual") or rules.early_stop:
+    by_threshold = rules.select == "threshold" and rules.block_add_threshold >= 1
+    if rules.kv_cache not in ("prefix", "dual") or rules.early_stop or not by_threshold:
         return torch.zeros_like(state.rows, dtype=torch.bool)
     last = (state.open_count - 1)[:, None]
     left = per_block(state.undecided, rules.block_length).gather(1, last)[:, 0]

@@ -236,8 +236,8 @@ def commit(state: State, commits: torch.Tensor, tokens: torch.Tensor) -> None:
 def fill_after_stop(state: State, stop: torch.Tensor, fill_token_id: int) -> None:
     """Decides everything after the first stop token at once, so that no forward is spent on it."""
     after = torch.arange(state.tokens.shape[1], device=stop.device) > stop[:, None]
+    state.changed = state.changed | (after & (state.tokens != fill_token_id))
     state.tokens = torch.where(after, fill_token_id, state.tokens)
-    state.changed = state.changed | (state.undecided & after)
     state.undecided = state.undecided & ~after
 
 

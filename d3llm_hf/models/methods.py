@@ -58,7 +58,6 @@ METHODS: dict[str, dict[str, Any]] = {
         "credit_decay": 0.8,
         "credit_exponent": 0.2,
         "credit_weight": 0.7,
-        "kv_cache": "vicinity",
     },
     "dkv": {"block_length": 32, "remasking": "low_confidence", "steps": None, "kv_cache": "dkv"},
     "entropy_bound": {"block_length": 32, "entropy_bound": 0.1},
