@@ -88,9 +88,19 @@ def test_options_may_stand_anywhere(argv):
 def test_every_decoding_setting_is_an_option():
     from d3llm_hf.models.generation_config_d3llm import FIELDS
 
-    assert set(generate.SETTINGS) == set(FIELDS) - {"mask_token_id"}
-    for name, (kind, _) in generate.SETTINGS.items():
+    # A prompt of the command has no gaps to fill, and its checkpoint knows its mask token.
+    assert set(generate.SETTINGS) == set(FIELDS) - {"mask_token_id", "infill"}
+    for name, (kind, text) in generate.SETTINGS.items():
         assert kind in FIELDS[name][0], name
+        assert 0 < len(text) < 100 and "\n" not in text, name
+
+
+def test_the_help_of_a_choice_names_all_of_it():
+    from d3llm_hf.models.generation_config_d3llm import CACHES, DECODERS, METHODS, REMASKING
+
+    choices = {"decoding_method": METHODS, "kv_cache": CACHES, "decoder": DECODERS, "remasking": REMASKING}
+    for name, known in choices.items():
+        assert set(known) <= set(re.findall(r"\w+", generate.SETTINGS[name][1])), name
 
 
 def test_the_prompt_comes_from_stdin_and_unicode_survives(run, llada, monkeypatch):

@@ -10,34 +10,85 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from .suites import SUITES, Suite
 
 
 _MARKED = re.compile(r"(<!-- results:begin (?P<file>\S+) -->\n).*?(<!-- results:end -->)", re.DOTALL)
 
 
+def _arguments(settings: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value!r}`" for name, value in settings.items())
+
+
+def _added(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
+    """What a row's settings add to those of the row that it is compared with; that row shows all of its own."""
+    base = {} if row["against"] == row["name"] else rows[row["against"]]["settings"]
+    return _arguments({name: value for name, value in row["settings"].items() if base.get(name) != value})
+
+
+# Column -> its head, whether it is a number, and its text for a row among all (by name).
+COLUMNS: dict[str, tuple[str, bool, Callable[[dict[str, Any], dict[str, dict[str, Any]]], str]]] = {
+    "name": ("decoding", False, lambda row, rows: row["name"]),
+    "settings": ("arguments of `generate`", False, lambda row, rows: _arguments(row["settings"])),
+    "added": ("arguments of `generate`", False, _added),
+    "batch": ("batch", True, lambda row, rows: f"{row['batch']}"),
+    "accuracy": ("accuracy", True, lambda row, rows: f"{row['accuracy']:.1f} %"),
+    "equal_tokens": ("same tokens", True, lambda row, rows: f"{row['equal_tokens']:.1f} %"),
+    "differing_answers": ("answers that differ", True, lambda row, rows: f"{row['differing_answers']}"),
+    "forwards": ("forwards", True, lambda row, rows: f"{row['forwards']}"),
+    "forwards_saved": ("forwards saved", True, lambda row, rows: f"{row['forwards_saved']:.0f} %"),
+    "tpf": ("tokens per forward", True, lambda row, rows: f"{row['tpf']:.2f}"),
+    "positions_per_token": ("positions per token", True, lambda row, rows: f"{row['positions_per_token']:.0f}"),
+    "seconds": ("s", True, lambda row, rows: f"{row['seconds']:.1f}"),
+    "cpu_seconds": ("CPU s", True, lambda row, rows: f"{row['cpu_seconds']:.1f}"),
+    "relative_cpu": ("relative", True, lambda row, rows: f"{row['relative_cpu']:.2f}"),
+}
+
+
 def table(results: dict[str, Any]) -> str:
-    """The Markdown table of a results file of `d3llm_hf.evaluation.measure`, with what it takes to repeat it."""
+    """The Markdown of a results file of `d3llm_hf.evaluation.measure`, with what it takes to repeat it.
+
+    Raises:
+        ValueError: for a suite that does not exist.
+    """
+    name = results.get("suite", "card")
+    if name not in SUITES:
+        raise ValueError(f"`suite` of a results file must be one of {list(SUITES)} (got {name!r}). Measure it again.")
+    suite, made = SUITES[name], results["provenance"]
+    notes = f" {suite.notes}" if suite.notes else ""
     lines = [
-        "| decoding | arguments of `generate` | accuracy | tokens per forward | positions per token |",
-        "|---|---|---:|---:|---:|",
-    ]
-    for row in results["rows"]:
-        arguments = ", ".join(f"`{name}={value!r}`" for name, value in row["settings"].items())
-        lines.append(
-            f"| {row['name']} | {arguments} | {row['accuracy']:.1f} % | {row['tpf']:.2f} | "
-            f"{row['positions_per_token']:.0f} |"
-        )
-    made = results["provenance"]
-    lines += [
+        *_rows(suite, results["rows"]),
         "",
         f"{results['problems']} {results['task']}; {results['parameters'] / 1e6:.2f} M parameters in float32 on "
-        f"{made['device'].upper()}, torch {made['torch']}, transformers {made['transformers']}. "
+        f"{made['device'].upper()}, torch {made['torch']}, transformers {made['transformers']}.{notes} "
         f"Regenerate: `{results['command']}`.",
     ]
+    if suite.larger is not None:
+        larger = results["larger"]
+        lines += [
+            "",
+            *_rows(suite.larger, larger["rows"]),
+            "",
+            f"{suite.larger.notes} {larger['parameters'] / 1e6:.1f} M parameters ({larger['layers']} layers of width "
+            f"{larger['width']}, {larger['vocabulary']} tokens), {larger['prompt_tokens']} tokens of prompt, "
+            f"{larger['new_tokens']} new ones, float32, one thread; rounds: {larger['rounds']}. Made by the same "
+            "command.",
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _rows(suite: Suite, rows: list[dict[str, Any]]) -> list[str]:
+    columns = [COLUMNS[column] for column in suite.columns]
+    by_name = {row["name"]: row for row in rows}
+    lines = [
+        f"| {' | '.join(head for head, _, _ in columns)} |",
+        f"|{'|'.join('---:' if number else '---' for _, number, _ in columns)}|",
+    ]
+    return lines + [f"| {' | '.join(text(row, by_name) for _, _, text in columns)} |" for row in rows]
 
 
 def fill(document: Path) -> str:
