@@ -262,7 +262,9 @@ class D3LLMGenerationConfig(GenerationConfig):
         """
         wanted = {n: chosen.get(n, getattr(self, n)) for n in ("decoding_method", "lossless", "kv_cache")}
         inherited = {name: value for name, value in own.to_dict().items() if not name.startswith("_")}
-        own_method = own.decoding_method or next(iter(METHODS))
+        own_method = own.decoding_method or ("llada" if own.lossless else next(iter(METHODS)))
+        if own.decoding_method is None and wanted["decoding_method"] is None and own.lossless:
+            self.decoding_method = own_method
         if wanted["lossless"] and wanted["decoding_method"] is None and "lossless" not in METHODS[own_method]:
             wanted["decoding_method"] = self.decoding_method = "llada"
         if (wanted["decoding_method"] or own_method) != own_method:  # its thresholds belong to its method
@@ -272,7 +274,8 @@ class D3LLMGenerationConfig(GenerationConfig):
             inherited = {n: v for n, v in inherited.items() if n not in CACHE_FIELDS}
         inherited.pop("use_cache", None)  # official configs say False of a cache that is not ours; a call may say so
         unused = self.update(**chosen)
-        infills = self.infill or unused.get("infill_mask") is not None
+        asked = own.infill if self.infill is None else self.infill
+        infills = asked or unused.get("infill_mask") is not None
         if infills and self.max_length is None and self.max_new_tokens is None:
             self.appends = False
         if self.max_length is not None or infills:  # the caller's length, in whichever form, beats the checkpoint's

@@ -176,7 +176,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
             sampling=bool(generation_config.do_sample),
             processors=Processors(logits_processor, input_ids, ledger.tokens),
         )
-        speculation = Speculation(rules, stop_ids)
+        speculation = Speculation(rules, stop_ids, sampler)
         cache = None
         if rules.kv_cache != "none":
             cache = SlotCache(self.config.get_text_config().num_hidden_layers, canvas.length)
@@ -208,6 +208,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
 
                 # 5. Score the candidates: a token and a cost each
                 scores = scorer(logits, trial, where)
+                scores.broken &= among  # of what is looked at for drafts alone nothing is asked
 
                 # 6. Commit what the rules choose, keep the drafts that came true; fill after a stop token
                 commits, forced = choose(scores.cost, scores.force_cost, among, trial, rules)
@@ -216,14 +217,14 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 state, scores = speculation.settle(trial, scores)
                 stop = stops(state, canvas)
                 wasted = wasted_by_reference(state, rules)
-                filled = torch.zeros_like(scores.broken)
+                filled = torch.zeros_like(state.rows, dtype=torch.bool)
                 if rules.eos_fill and stop_ids is not None:
                     filled = state.undecided.any(1)
                     fill_after_stop(state, stop, canvas.fill_token_id)
                 done = finished(state, rules, stop)
 
                 # 7. Rows that are finished, or that a criterion stops, leave the batch
-                keep = ledger.leave(state, done, filled, wasted, scores.broken)
+                keep = ledger.leave(state, done, filled, wasted, scores.broken.any(1))
                 if keep is not None:
                     state, canvas = state.select(keep), canvas.select(keep)
                     speculation.select(keep)

@@ -1,6 +1,6 @@
 """From logits to a token and a rank for every candidate position, in one float32 pass over the vocabulary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -23,7 +23,7 @@ class Scores:
         best_tokens: the token of a forced commit.
         cost: rank of the position; lower is committed earlier, inf where nothing was scored.
         force_cost: rank for forced commits.
-        broken (`(B,)` bool): rows whose logits held NaN, +inf, or nothing but -inf.
+        broken: positions whose logits held NaN, +inf, or nothing but -inf (bool).
     """
 
     tokens: torch.Tensor
@@ -179,6 +179,10 @@ def statistics(logits: torch.Tensor, mask_token_id: int) -> tuple[Statistics, to
     return Statistics(logits, peak, log_z, others, second, log_z + spread / z), best, finite
 
 
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, length, size))
+
+
 class Scorer:
     """Logits of the candidates to tables over the answer region, a chunk of candidates at a time.
 
@@ -199,9 +203,15 @@ class Scorer:
         """`(n, V)` logits (overwritten) of the candidates at rows and columns `where`."""
         rows, steps, columns = state.rows[where[0]], state.step[where[0]], where[1]
         size = max(1, CHUNK_ELEMENTS // logits.shape[1])
-        chunks = [slice(start, start + size) for start in range(0, logits.shape[0], size)]
-        parts = [self._chunk(logits[chunk].float(), rows[chunk], steps[chunk], columns[chunk]) for chunk in chunks]
+        parts, order = [], []
+        for entries in self._turns(state, where[0]):
+            for chunk in entries.split(size) if entries is not None else _slices(logits.shape[0], size):
+                parts.append(self._chunk(logits[chunk].float(), rows[chunk], steps[chunk], columns[chunk]))
+            order.append(entries)
         tokens, best, cost, entropy, finite = (torch.cat(part) for part in zip(*parts, strict=True))
+        if order[0] is not None:
+            back = torch.cat(order).argsort()
+            tokens, best, cost, entropy, finite = (part[back] for part in (tokens, best, cost, entropy, finite))
 
         rules = self.rules
         if rules.alg_temp:
@@ -214,8 +224,24 @@ class Scorer:
             best_tokens=state.tokens.index_put(where, best) if rules.greedy_force else chosen,
             cost=costs,
             force_cost=table.index_put(where, entropy) if rules.score == "noise" else costs,
-            broken=torch.zeros_like(state.undecided).index_put(where, ~finite).any(1),
+            broken=torch.zeros_like(state.undecided).index_put(where, ~finite),
         )
+
+    def _turns(self, state: State, canvas: torch.Tensor) -> Iterator[torch.Tensor | None]:
+        """The entries `(m,)` of `canvas` `(n,)` that are scored together; `None` for all, as they are.
+
+        Processors see the text of the batch, in which a row stands once: drafts of a row come one after the other.
+        """
+        if not self.processors or not self.rules.draft_length:
+            yield None
+            return
+        settled = self.processors.tokens
+        turn = (state.rows[:, None] == state.rows).tril(-1).sum(1)  # (T,): canvases of its row before it
+        for index in range(int(turn.max()) + 1):
+            now = (turn == index).nonzero()[:, 0]
+            self.processors.tokens = settled.index_copy(0, state.rows[now], state.tokens[now])
+            yield (turn[canvas] == index).nonzero()[:, 0]
+        self.processors.tokens = settled
 
     def _chunk(
         self, raw: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor, columns: torch.Tensor
