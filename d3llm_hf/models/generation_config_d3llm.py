@@ -185,7 +185,8 @@ class D3LLMGenerationConfig(GenerationConfig):
         alg_temp (`float`): temperature of Dream's choice of positions, 0 takes the highest ranked.
         lossless (`bool`): exactly the tokens of the method without it, in fewer forwards: drafted canvases are
             verified together. With `"llada"` (which it stands for where no method is named) and `"dream"`.
-        draft_length (`int`): canvases drafted for each forward of `lossless`.
+        draft_length (`int`): canvases drafted for each forward of `lossless`, which then holds up to
+            `draft_length + 1` canvases a row, in memory as in computation.
         infill (`bool`): also decide the mask tokens between the text of `input_ids`; `infill_mask` marks positions
             instead. Nothing is appended unless `max_new_tokens` is given as well.
         seed (`int`): makes sampling a function of this call alone; drawn from torch's global generator when unset.

@@ -45,10 +45,11 @@ class Speculation:
         states, owners, parents, last = [state], [index], [index], state
         owner = index
         for _ in range(self.rules.draft_length):
-            drafted, moved = self._step(last, owner, canvas)
+            drafted, known = self._step(last, owner, canvas)
             stop = stop_position(drafted.tokens, ~drafted.undecided & canvas.may_stop[owner], self.stop_ids)
-            # A finished canvas needs no forward, and one for which nothing could be drafted has no successor.
-            kept = (moved & ~finished(drafted, self.rules, stop)).nonzero()[:, 0]
+            # A finished canvas needs no forward, and one of which nothing is known has no successor. (A step that
+            # decides nothing by its schedule has one: the same canvas a step later.)
+            kept = (known & ~finished(drafted, self.rules, stop)).nonzero()[:, 0]
             if not len(kept):
                 break
             last, owner = drafted.select(kept), owner[kept]
@@ -61,7 +62,7 @@ class Speculation:
         return trial, canvas.select(self.owner)
 
     def _step(self, state: State, owner: torch.Tensor, canvas: Canvas) -> tuple[State, torch.Tensor]:
-        """The states after the step that the present scores suggest, and whether they decided anything."""
+        """The states after the step that the present scores suggest, and whether these say anything."""
         scores, rules = self.scores.select(owner), self.rules
         state = state.select(torch.arange(len(owner), device=owner.device))  # a copy
         open_blocks(
@@ -77,7 +78,7 @@ class Speculation:
         forward, state.forward = state.forward, state.forward + 1  # the forward that verifies the draft
         commit(state, commits, torch.where(forced, scores.best_tokens, scores.tokens))
         state.forward = forward
-        return state, commits.any(1)
+        return state, among.any(1)
 
     def settle(self, trial: State, scores: Scores) -> tuple[State, Scores]:
         """The state of the R rows as far as true steps lead, and the scores that the last of these rested on.
