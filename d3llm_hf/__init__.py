@@ -33,6 +33,7 @@ _MODULE_OF = {
     "SlotCache": "models.cache",
     "as_diffusion_lm": "adapters",
     "encode_chat": "text",
+    "encode_infill": "text",
     "encode_text": "text",
     "export_checkpoint": "hub",
     "init_checkpoint": "hub",
@@ -58,6 +59,7 @@ __all__ = [
     "__version__",
     "as_diffusion_lm",
     "encode_chat",
+    "encode_infill",
     "encode_text",
     "export_checkpoint",
     "init_checkpoint",
@@ -93,4 +95,4 @@ if TYPE_CHECKING:
     from .models.modeling_dream import DreamModel
     from .models.modeling_llada import LLaDAModel, LLaDAModelLM
     from .streamers import BatchTextStreamer, CanvasIterator, CanvasUpdate, stream_generate
-    from .text import encode_chat, encode_text
+    from .text import encode_chat, encode_infill, encode_text

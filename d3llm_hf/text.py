@@ -28,6 +28,57 @@ def encode_text(tokenizer, text: str):
     return _encoding(tokenizer, _plain_ids(tokenizer, text, add_special_tokens=True))
 
 
+def encode_infill(
+    tokenizer, parts: Sequence[str | int], mask_token_id: int | None = None, *, add_special_tokens: bool = True
+):
+    """Encodes a text with gaps, as one row: what `generate` takes to fill them.
+
+    Each piece of text is tokenized by itself. A fixed prompt and suffix are `[prompt, n, suffix]`. Several rows can
+    be padded on the left as any others if `generate` is called with `infill=True`, which finds the mask tokens.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        parts: strings, of which special tokens are encoded as ordinary characters, and integers: a gap of so many
+            positions each.
+        mask_token_id (`int`, *optional*): stands in the gaps; the tokenizer's when unset.
+        add_special_tokens (`bool`): put around the whole what the tokenizer puts around any text; False for the rest
+            of a text that has begun, such as an answer behind [`encode_chat`].
+
+    Returns:
+        `BatchEncoding` with `input_ids`, `attention_mask` and `infill_mask` (bool, True in the gaps), `(1, P)` each.
+
+    Raises:
+        TypeError: when `parts` is a string or holds something else than strings and integers.
+        ValueError: without a gap or a mask token, for a gap of less than one position, or when this tokenizer cannot
+            keep the special tokens out.
+    """
+    mask_token_id = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
+    if mask_token_id is None:
+        raise ValueError(
+            "`mask_token_id` must be given for a tokenizer without a mask token (got None). Pass the model's."
+        )
+    if isinstance(parts, str):
+        raise TypeError('`parts` must be a sequence of strings and integers (got str). Pass ["Paris is ", 3, "."].')
+    # Special tokens that the tokenizer puts around any text go around the whole: those around a letter show which.
+    letter = tokenizer("a", add_special_tokens=add_special_tokens, return_special_tokens_mask=True)
+    before = letter["special_tokens_mask"].index(0)
+    behind = letter["special_tokens_mask"][::-1].index(0)
+    ids, holes = letter["input_ids"][:before], [False] * before
+    for part in parts:
+        if isinstance(part, bool) or not isinstance(part, str | int):
+            raise TypeError(f"`parts` must hold strings and integers only (got {type(part).__name__}). Take it out.")
+        if isinstance(part, int) and part < 1:
+            raise ValueError(f"`parts` must have gaps of at least one position (got {part}). Leave it out.")
+        piece = [mask_token_id] * part if isinstance(part, int) else _plain_ids(tokenizer, part)
+        ids += piece
+        holes += [isinstance(part, int)] * len(piece)
+    if not any(holes):
+        raise ValueError("`parts` must hold at least one gap (got none). Put an integer where text is missing.")
+    encoding = _encoding(tokenizer, ids + letter["input_ids"][len(letter["input_ids"]) - behind :])
+    encoding["infill_mask"] = encoding["input_ids"].new_tensor([holes + [False] * behind]).bool()
+    return encoding
+
+
 def encode_chat(
     tokenizer, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True, **template_kwargs
 ):

@@ -1,11 +1,13 @@
 """User text never becomes a control token, and ordinary text is encoded as the tokenizer would."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from official import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from d3llm_hf import encode_chat, encode_text
+from d3llm_hf import encode_chat, encode_infill, encode_text
 
 
 TOKENIZER = tiny_tokenizer()
@@ -88,3 +90,49 @@ def test_a_tokenizer_that_cannot_split_special_tokens_refuses_them():
     assert encode_text(Unsplitting(), "fine")["input_ids"].shape == (1, 4)
     with pytest.raises(ValueError, match="cannot split them"):
         encode_text(Unsplitting(), "a<|mask|>b")
+
+
+def test_a_text_with_gaps_has_mask_tokens_in_them_and_plain_text_between():
+    encoding = encode_infill(TOKENIZER, ["ab", 2, "<|mask|>c", 1, ""])
+    ids, holes = encoding["input_ids"], encoding["infill_mask"]
+    assert encoding["attention_mask"].tolist() == [[1] * ids.shape[1]]
+    assert holes.dtype == torch.bool
+    assert (ids == TOKENIZER.mask_token_id).tolist() == holes.tolist()
+    assert holes.sum() == 3
+    assert holes[0].nonzero()[:, 0].tolist() == [2, 3, ids.shape[1] - 1]
+    assert TOKENIZER.decode(ids[~holes], clean_up_tokenization_spaces=False) == "ab<|mask|>c"
+    assert not CONTROL.intersection(ids[~holes].tolist())
+    other = encode_infill(TOKENIZER, (1, "x"), mask_token_id=7)
+    assert other["input_ids"][0, 0] == 7
+    assert other["infill_mask"].tolist() == [[True, False]]
+
+
+def test_what_a_tokenizer_puts_around_a_text_goes_around_the_whole():
+    tokenizer = tiny_tokenizer()
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|start|> $A <|end|>", special_tokens=[("<|start|>", start), ("<|end|>", end)]
+    )
+    encoding = encode_infill(tokenizer, [1, "ab", 2])
+    mask = tokenizer.mask_token_id
+    letters = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    assert encoding["input_ids"].tolist() == [[start, mask, *letters, mask, mask, end]]
+    assert encoding["infill_mask"].tolist() == [[False, True, False, False, True, True, False]]
+    rest = encode_infill(tokenizer, [1, "ab", 2], add_special_tokens=False)
+    assert rest["input_ids"].tolist() == [[mask, *letters, mask, mask]]
+
+
+def test_texts_that_cannot_have_gaps_are_refused():
+    with pytest.raises(TypeError, match=r"`parts` must be a sequence of strings and integers .got str"):
+        encode_infill(TOKENIZER, "Paris is")
+    for wrong in (2.0, True, None):
+        with pytest.raises(TypeError, match=f"strings and integers only .got {type(wrong).__name__}"):
+            encode_infill(TOKENIZER, ["a", wrong])
+    with pytest.raises(ValueError, match=r"gaps of at least one position .got 0"):
+        encode_infill(TOKENIZER, ["a", 0])
+    with pytest.raises(ValueError, match="`parts` must hold at least one gap"):
+        encode_infill(TOKENIZER, ["a", "b"])
+    tokenizer = tiny_tokenizer()
+    tokenizer.mask_token = None
+    with pytest.raises(ValueError, match="`mask_token_id` must be given"):
+        encode_infill(tokenizer, ["a", 1])

@@ -24,6 +24,7 @@ class Canvas:
         mask_token_id, fill_token_id: of an undecided position, and of what follows a stop token.
         prompt_embeds (`(B, P, D)`, *optional*): embeddings of the prompt.
         token_types (`(B, L)` long, *optional*): the prompt's token types; the answer continues the last one.
+        is_infilling: whether the call asked for positions of the prompt to be decided.
         model_kwargs: further arguments of the model's forward.
     """
 
@@ -37,6 +38,7 @@ class Canvas:
     fill_token_id: int | None
     prompt_embeds: torch.Tensor | None = None
     token_types: torch.Tensor | None = None
+    is_infilling: bool = False
     model_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -48,11 +50,6 @@ class Canvas:
     def length(self) -> int:
         """L."""
         return self.base.shape[1]
-
-    @property
-    def is_infilling(self) -> bool:
-        """Whether positions of the prompt are to be decided."""
-        return self.slots.shape[1] != self.length - self.prompt_length
 
     @classmethod
     def of_prompt(cls, model, input_ids: torch.Tensor, generation_config, model_kwargs: dict[str, Any]) -> "Canvas":
@@ -126,13 +123,14 @@ class Canvas:
             fill_token_id=None if fill is None else int(fill),
             prompt_embeds=embeds,
             token_types=token_types,
+            is_infilling=holes is not None,
             model_kwargs=extra,
         )
 
     def start(self, rules: Rules) -> State:
         """The state before the first forward: every position to decide is undecided."""
         tokens = torch.full_like(self.slots, self.mask_token_id)
-        return State.start(tokens, self.slots < self.length, rules)
+        return State.start(tokens, self.slots < self.length, rules, self.slots)
 
     @property
     def may_stop(self) -> torch.Tensor:

@@ -94,6 +94,7 @@ class State:
         step_map (`(B, N)` long): the forward (from 1) that committed the token, -1 where none did.
         rows (`(B,)` long): index of the row in the batch that `generate` was given.
         length (`(B,)` long): positions that the row has to decide; the columns behind them are nobody's.
+        slots (`(B, N)` long): where in the text a position lies; neighbours are neighbours there.
         step (`(B,)` long): decoding steps made; one a forward, or several where drafts are verified together.
         open_count (`(B,)` long): blocks that may be decoded.
         active (`(B, K)` bool): blocks that must advance in every step.
@@ -109,6 +110,7 @@ class State:
     step_map: torch.Tensor
     rows: torch.Tensor
     length: torch.Tensor
+    slots: torch.Tensor
     step: torch.Tensor
     open_count: torch.Tensor
     active: torch.Tensor
@@ -119,11 +121,14 @@ class State:
     forward: int = 0
 
     @classmethod
-    def start(cls, tokens: torch.Tensor, undecided: torch.Tensor, rules: Rules) -> "State":
+    def start(
+        cls, tokens: torch.Tensor, undecided: torch.Tensor, rules: Rules, slots: torch.Tensor | None = None
+    ) -> "State":
         """The canvas before the first forward, with its first block open; its prompt is complete since step 0.
 
         Args:
             tokens, undecided (`(B, N)`): as the attributes; what is undecided comes first in every row.
+            slots (`(B, N)`, *optional*): as the attribute; one behind the other unless said otherwise.
         """
         (batch, length), device = tokens.shape, tokens.device
         blocks = -(-length // rules.block_length)
@@ -138,6 +143,7 @@ class State:
             step_map=full(batch, length, value=-1),
             rows=torch.arange(batch, device=device),
             length=undecided.sum(1),
+            slots=torch.arange(length, device=device).expand(batch, -1) if slots is None else slots,
             step=full(batch),
             open_count=full(batch, value=1),
             active=full(batch, blocks, value=False, dtype=torch.bool),
@@ -208,7 +214,9 @@ def open_blocks(state: State, rules: Rules, stop: torch.Tensor) -> None:
 
     last = (state.open_count - 1)[:, None]
     far_enough = reached(rules.block_add_threshold).gather(1, last)[:, 0] | (left.gather(1, last)[:, 0] == 0)
-    grows = far_enough & (state.open_count < left.shape[1])
+    # Its own blocks, not those of the longest row: when a block opens decides what a cache recomputes.
+    own = (state.length + rules.block_length - 1) // rules.block_length
+    grows = far_enough & (state.open_count < own)
     if rules.eos_fill:
         grows &= stop == state.tokens.shape[1]
     opened = grows[:, None] & (block == state.open_count[:, None])

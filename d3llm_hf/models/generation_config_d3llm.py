@@ -124,7 +124,8 @@ class D3LLMGenerationConfig(GenerationConfig):
         alg_temp (`float`): temperature of Dream's choice of positions, 0 takes the highest ranked.
         lossless (`bool`): exactly the tokens of the method without it, in fewer forwards: drafted canvases are
             verified together. With `"llada"` (which it stands for where no method is named) and `"dream"`.
-        draft_length (`int`): canvases drafted for each forward of `lossless`.
+        draft_length (`int`): canvases drafted for each forward of `lossless`, which then holds up to
+            `draft_length + 1` canvases a row, in memory as in computation.
         infill (`bool`): also decide the mask tokens between the text of `input_ids`; `infill_mask` marks positions
             instead. Nothing is appended unless `max_new_tokens` is given as well.
         seed (`int`): makes sampling a function of this call alone; drawn from torch's global generator when unset.
@@ -201,7 +202,9 @@ class D3LLMGenerationConfig(GenerationConfig):
         """
         wanted = {n: chosen.get(n, getattr(self, n)) for n in ("decoding_method", "lossless", "kv_cache")}
         inherited = {name: value for name, value in own.to_dict().items() if not name.startswith("_")}
-        own_method = own.decoding_method or DEFAULT_METHOD
+        own_method = own.decoding_method or ("llada" if own.lossless else DEFAULT_METHOD)
+        if own.decoding_method is None and wanted["decoding_method"] is None and own.lossless:
+            self.decoding_method = own_method
         if wanted["lossless"] and wanted["decoding_method"] is None and "lossless" not in METHODS[own_method]:
             wanted["decoding_method"] = self.decoding_method = "llada"
         if (wanted["decoding_method"] or own_method) != own_method:  # its thresholds belong to its method
@@ -214,7 +217,8 @@ class D3LLMGenerationConfig(GenerationConfig):
                 inherited.pop(other, None)
         inherited.pop("use_cache", None)  # official configs say False of a cache that is not ours; a call may say so
         unused = self.update(**chosen)
-        infills = self.infill or unused.get("infill_mask") is not None
+        asked = own.infill if self.infill is None else self.infill
+        infills = asked or unused.get("infill_mask") is not None
         if infills and self.max_length is None and self.max_new_tokens is None:
             self.appends = False
         if self.max_length is not None or infills:  # the caller's length, in whichever form, beats the checkpoint's

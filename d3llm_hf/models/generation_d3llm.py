@@ -185,7 +185,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 vocab_size=self.config.get_text_config().vocab_size,
             ),
         )
-        speculation = Speculation(rules, stop_ids)
+        speculation = Speculation(rules, stop_ids, sampler)
         cache = None
         if rules.kv_cache != "none":
             cache = SlotCache(self.config.get_text_config().num_hidden_layers, canvas.length)
@@ -217,6 +217,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
 
                 # 5. Score the candidates: a token and a cost each
                 scores = scorer(logits, trial, drawn, where)
+                scores.broken *= among  # of what is looked at for drafts alone nothing is asked
 
                 # 6. Commit what the rules choose, keep the drafts that came true; fill after a stop token
                 commits, forced = choose(scores.cost, scores.force_cost, among, trial, rules)
@@ -234,7 +235,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 done = finished(state, rules, stop)
 
                 # 7. Rows that are finished, or that a criterion stops, leave the batch
-                keep = ledger.leave(state, done, filled, wasted, scores.broken)
+                keep = ledger.leave(state, done, filled, wasted, scores.broken.amax(1))
                 if keep is not None:
                     state, canvas = state.select(keep), canvas.select(keep)
                     speculation.select(keep)

@@ -45,11 +45,12 @@ class Ledger:
                 "`pad_token_id` must be set when a stopping criterion can end a row early (got None). Pass it to "
                 "`generate` or set it in the generation config."
             )
-        if self.criteria and canvas.is_infilling:
-            names = sorted({type(criterion).__name__ for criterion in self.criteria})
+        readers = [criterion for criterion in self.criteria if not isinstance(criterion, MaxTimeCriteria)]
+        if readers and canvas.is_infilling:
+            names = sorted({type(criterion).__name__ for criterion in readers})
             raise ValueError(
                 f"Stopping criteria read a text from left to right, which infilling does not write (got {names}). "
-                "Leave them out, or give `max_new_tokens` without `infill_mask`."
+                "Leave them out (`max_time` may stay), or give `max_new_tokens` without `infill_mask`."
             )
         if self.stream is not None:
             self.stream.check_batch(canvas.batch)
@@ -120,7 +121,8 @@ class Ledger:
         ends = torch.minimum(first_true(~decided), stop + 1).clamp_max(self.tokens.shape[1]).tolist()
         stopped = self._ask_criteria(rows, ends) if self.criteria else set()
         if self.stream is not None:
-            self.stream.follow(self.tokens, rows, self.prefix, ends, stop, stopped)
+            limits = torch.minimum(stop + 1, self.length).tolist()
+            self.stream.follow(self.tokens, rows, self.prefix, ends, limits, stopped)
         self.prefix = ends
         return stopped
 
@@ -157,14 +159,15 @@ class Ledger:
     def answers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The text `(B, L)`, padded behind its end; the step map; and tokens before the first stop token `(B,)`.
 
-        The step map is `(B, N)` for the new tokens, and `(B, L)` where positions of the prompt were decided.
+        The step map is `(B, N)` for the new tokens, and `(B, L)` with infilling. A hole that the time limit left
+        undecided keeps the mask token.
         """
         column = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         stop = stop_position(self.tokens, (self.step_map > 0) & self.may_stop, self.stop_ids)
         end = torch.minimum(stop + 1, self.length)
         answer, steps = self.tokens, self.step_map
         if self.fill_token_id is not None:
-            answer = torch.where(column < end[:, None], answer, self.fill_token_id)
+            answer = torch.where((column < end[:, None]) | ~self.may_stop, answer, self.fill_token_id)
         tokens = torch.minimum(stop, self.length)
         if not self.canvas.is_infilling:
             return torch.cat([self.shown, answer], dim=1), steps, tokens

@@ -19,10 +19,10 @@ class Places:
 
     Attributes:
         rows, columns (`(n,)` long): in the answers that are looked at.
-        owners (`(n,)` long): rows of the batch that `generate` was given.
+        owners (`(T,)` long): rows of the batch that `generate` was given, one for each row of `text`.
         batch: how many these are.
         slots (`(n,)` long): tokens of the text before the candidate, the prompt's padding included.
-        text (`(B, P + N)` long): `UNKNOWN` on padding, where undecided, and behind the first stop token.
+        text (`(T, P + N)` long): `UNKNOWN` on padding, where undecided, and behind the first stop token.
         prompt_length: P.
         stop_ids (`(S,)`, *optional*): the stop tokens.
     """
@@ -92,7 +92,7 @@ def _repetition(processor: lp.RepetitionPenaltyLogitsProcessor, scores: torch.Te
     text = torch.cat([prompt, answer], dim=1)
     ignored = processor.prompt_ignore_length
     if ignored is not None:
-        ignored = torch.as_tensor(ignored, device=text.device).reshape(-1, 1)
+        ignored = torch.as_tensor(ignored, device=text.device).reshape(-1, 1).expand(at.batch, 1)[at.owners]
         text = text.masked_fill(torch.arange(text.shape[1], device=text.device) < ignored, UNKNOWN)
     return _penalise(scores, text, at.rows, processor.penalty)
 
@@ -102,7 +102,7 @@ def _encoder_repetition(
 ) -> torch.Tensor:
     ids = processor.encoder_input_ids
     ids = ids.repeat_interleave(at.batch // ids.shape[0], dim=0)
-    return _penalise(scores, ids.to(scores.device), at.owners, processor.penalty)
+    return _penalise(scores, ids.to(scores.device), at.owners[at.rows], processor.penalty)
 
 
 def _sequence_bias(sequences: Sequences, scores: torch.Tensor, at: Places) -> torch.Tensor:
@@ -263,7 +263,7 @@ class Processors:
         at = Places(
             rows,
             columns,
-            owners=self.owners[rows],
+            owners=self.owners,
             batch=self.prompt.shape[0],
             slots=self.prompt.shape[1] + columns,
             text=visible_text(self.known_prompt[self.owners], self.tokens, self.decided, self.stop_ids),
@@ -287,7 +287,7 @@ class Processors:
             answers[self.owners[of_copy]] = self.tokens[of_copy]
             for column in at.columns[of_copy[at.rows]].unique().tolist():
                 here = (at.columns == column) & of_copy[at.rows]
-                owners = at.owners[here]
+                owners = self.owners[at.rows[here]]
                 batch = scores.new_zeros(self.prompt.shape[0], scores.shape[1])
                 batch[owners] = scores[here]
                 text = torch.cat([self.prompt, answers[:, :column]], dim=1)

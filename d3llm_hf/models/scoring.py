@@ -27,8 +27,8 @@ class Scores:
         best_tokens: the token of a forced commit.
         cost: rank of the position; lower is committed earlier, inf where nothing was scored.
         force_cost: rank for forced commits.
-        broken (`(B,)` long): `NOT_FINITE` in rows whose logits held NaN, +inf, or nothing but -inf, `NOTHING_LEFT` in
-            rows where processors left no token of a position, 0 in all others.
+        broken (long): `NOT_FINITE` where logits held NaN, +inf, or nothing but -inf, `NOTHING_LEFT` where processors
+            left no token, 0 elsewhere.
     """
 
     tokens: torch.Tensor
@@ -226,7 +226,7 @@ class Scorer:
             best_tokens=state.tokens.index_put(where, best) if rules.greedy_force else chosen,
             cost=costs,
             force_cost=table.index_put(where, entropy) if rules.score == "noise" else costs,
-            broken=torch.zeros_like(state.tokens).index_put(where, fault).amax(1),
+            broken=torch.zeros_like(state.tokens).index_put(where, fault),
         )
 
     def _chunk(

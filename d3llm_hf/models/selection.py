@@ -64,7 +64,8 @@ def by_hierarchy(cost: torch.Tensor, among: torch.Tensor, state: State, rules: R
 
     Below `relaxed_threshold` only the surest of all is committed.
     """
-    starts = among & ~torch.nn.functional.pad(among, (1, 0))[:, :-1]
+    follows = torch.nn.functional.pad(among[:, :-1] & (state.slots.diff(dim=1) == 1), (1, 0))  # no text in between
+    starts = among & ~follows
     run = (starts.long().cumsum(1) - 1).clamp_min(0)  # (B, N): which run of neighbours a candidate belongs to
     lowest = torch.full_like(cost, float("inf")).scatter_reduce(1, run, cost.masked_fill(~among, float("inf")), "amin")
     first_of = among & (cost == lowest.gather(1, run))
@@ -81,8 +82,11 @@ def by_hierarchy(cost: torch.Tensor, among: torch.Tensor, state: State, rules: R
 def by_neighbourhood(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
     """LocalLeap (arXiv:2510.07081): sure candidates are anchors, around which less certainty suffices."""
     anchors = among & (cost <= rules.threshold)
-    width = 2 * rules.radius + 1
-    near = torch.nn.functional.max_pool1d(anchors.float()[:, None], width, stride=1, padding=rules.radius)[:, 0] > 0
+    # Distances in the text, whose given parts count as well: to the last anchor before, and to the next one behind.
+    far = rules.radius + 1
+    before = state.slots.masked_fill(~anchors, -far).cummax(1).values
+    behind = (-state.slots).masked_fill(~anchors, torch.iinfo(torch.long).min // 2).flip(1).cummax(1).values.flip(1)
+    near = torch.minimum(state.slots - before, -behind - state.slots) <= rules.radius
     return among & (anchors | (near & (cost <= rules.relaxed_threshold))) | best(cost, among)
 
 

@@ -7,11 +7,13 @@ drafts together. A draft that equals what the true step before it left has had i
 can be taken as well, and so on until one differs. The tokens are those of decoding step by step, whatever the drafts.
 """
 
+from dataclasses import replace
+
 import torch
 
 from .canvas import Canvas
 from .decoding import Rules, State, candidates, commit, finished, open_blocks, stop_position
-from .scoring import Scores
+from .scoring import Sampler, Scores
 from .selection import choose
 
 
@@ -21,10 +23,11 @@ class Speculation:
     Args:
         rules: of the method.
         stop_ids (`(S,)`, *optional*): the stop tokens.
+        sampler: gives the costs of random remasking, which are known before the forward.
     """
 
-    def __init__(self, rules: Rules, stop_ids: torch.Tensor | None):
-        self.rules, self.stop_ids = rules, stop_ids
+    def __init__(self, rules: Rules, stop_ids: torch.Tensor | None, sampler: Sampler):
+        self.rules, self.stop_ids, self.sampler = rules, stop_ids, sampler
         self.scores: Scores | None = None  # of the forward that decided the present canvases
 
     def extend(self, state: State, canvas: Canvas) -> tuple[State, Canvas]:
@@ -42,10 +45,11 @@ class Speculation:
         states, owners, parents, last = [state], [index], [index], state
         owner = index
         for _ in range(self.rules.draft_length):
-            drafted, moved = self._step(last, owner, canvas)
+            drafted, known = self._step(last, owner, canvas)
             stop = stop_position(drafted.tokens, ~drafted.undecided & canvas.may_stop[owner], self.stop_ids)
-            # A finished canvas needs no forward, and one for which nothing could be drafted has no successor.
-            kept = (moved & ~finished(drafted, self.rules, stop)).nonzero()[:, 0]
+            # A finished canvas needs no forward, and one of which nothing is known has no successor. (A step that
+            # decides nothing by its schedule has one: the same canvas a step later.)
+            kept = (known & ~finished(drafted, self.rules, stop)).nonzero()[:, 0]
             if not len(kept):
                 break
             last, owner = drafted.select(kept), owner[kept]
@@ -58,18 +62,23 @@ class Speculation:
         return trial, canvas.select(self.owner)
 
     def _step(self, state: State, owner: torch.Tensor, canvas: Canvas) -> tuple[State, torch.Tensor]:
-        """The states after the step that the present scores suggest, and whether they decided anything."""
+        """The states after the step that the present scores suggest, and whether these say anything."""
         scores, rules = self.scores.select(owner), self.rules
         state = state.select(torch.arange(len(owner), device=owner.device))  # a copy
         open_blocks(
             state, rules, stop_position(state.tokens, ~state.undecided & canvas.may_stop[owner], self.stop_ids)
         )
         among = candidates(state, rules) & scores.cost.isfinite()
-        commits, forced = choose(scores.cost, scores.force_cost, among, state, rules)
+        cost = scores.cost
+        if rules.score == "noise":
+            where = among.nonzero(as_tuple=True)
+            noise = self.sampler.noise(state.rows[where[0]], state.step[where[0]], where[1])
+            cost = cost.index_put(where, noise)
+        commits, forced = choose(cost, scores.force_cost, among, state, rules)
         forward, state.forward = state.forward, state.forward + 1  # the forward that verifies the draft
         commit(state, commits, torch.where(forced, scores.best_tokens, scores.tokens))
         state.forward = forward
-        return state, commits.any(1)
+        return state, among.any(1)
 
     def settle(self, trial: State, scores: Scores) -> tuple[State, Scores]:
         """The state of the R rows as far as true steps lead, and the scores that the last of these rested on.
@@ -86,13 +95,14 @@ class Speculation:
             same = (trial.tokens[self.parent] == tokens) & (trial.undecided[self.parent] == undecided)
             node = torch.arange(len(self.owner), device=self.owner.device)
             decided = self.parent == node
-            true = same.all(1) | decided
+            true, broken = same.all(1) | decided, scores.broken
             for _ in range(self.rules.draft_length):
-                true = true & true[self.parent]
+                true, broken = true & true[self.parent], torch.maximum(broken, broken[self.parent])
             # 2. Later drafts have higher indices: of a row's true canvases the last has taken the most steps
             last = torch.zeros_like(node).scatter_reduce(0, self.owner, node.where(true, 0), "amax")
             last = last[: int(decided.sum())]
-            trial, scores = trial.select(last), scores.select(last)
+            # Of what a draft's forward gave, only what the row rests on may be held against it.
+            trial, scores = trial.select(last), replace(scores, broken=broken).select(last)
         self.scores = scores
         return trial, scores
 

@@ -88,7 +88,7 @@ class Stream:
         rows: list[int],
         before: list[int],
         ends: list[int],
-        stop: torch.Tensor,
+        limits: list[int],
         stopped: set[int],
     ) -> None:
         """Tells what a forward has decided of some rows.
@@ -97,14 +97,13 @@ class Stream:
             tokens (`(B, N)` long): the whole batch.
             rows: those that took part.
             before, ends: lengths of all rows' decided prefixes, until this forward and now.
-            stop (`(B,)` long): columns of the first stop tokens.
+            limits: lengths of all rows' drafts: behind the first stop token, or all that the row has to decide.
             stopped: rows that a criterion ends here.
         """
         tokens = tokens.to("cpu", copy=True)  # a streamer may keep what it is given
-        stops = stop.tolist()
         for row in rows:
             place = {"row": row} if self._by_row else {}
-            start, limit = ends[row], min(stops[row] + 1, tokens.shape[1])
+            start, limit = ends[row], limits[row]
             if start > before[row]:
                 self._streamer.put(tokens[row, before[row] : start], **place)
             if start < limit and row not in stopped and hasattr(self._streamer, "put_draft"):
