@@ -70,16 +70,16 @@ class OtherNetwork:
 
     def __init__(self, model, other: Other, mask_token_id: int = MASK):
         self.forward = other.model_class.forward.__get__(model)
-        self.other, self.mask_token_id = other, mask_token_id
+        self.other, self.shift, self.mask_token_id = other, other.shift, mask_token_id
 
-    def first_position(self, start: int) -> int:
-        return 0
+    def source(self, position: int) -> int:
+        return max(position - self.shift, 0)
 
     @torch.no_grad()
-    def __call__(self, canvas: list[int], start: int) -> dict[int, torch.Tensor]:
+    def __call__(self, canvas: list[int], slots: list[int], wanted: list[int]) -> dict[int, torch.Tensor]:
         ids = torch.tensor([[self.mask_token_id if token == UNDECIDED else token for token in canvas]])
         raw = self.forward(input_ids=ids, position_ids=self.other.first + torch.arange(len(canvas))[None]).logits[0]
-        return {position: raw[max(position - self.other.shift, 0)] for position in range(start, len(canvas))}
+        return {position: raw[self.source(position)] for position in wanted}
 
 
 def cached_network(model, other: Other, mask_token_id: int = MASK) -> Network:

@@ -34,6 +34,9 @@ CACHES = (
     {"cache_delay": 1, "cache_refresh_interval": 10_000},
     {"cache_delay": 2, "cache_refresh_interval": 3},
     {"cache_delay": 0, "cache_refresh_interval": 4, "block_add_threshold": 0.0, "block_activation_threshold": 0.5},
+    {"kv_cache": "prefix"},
+    {"kv_cache": "dual"},
+    {"kv_cache": "dkv", "cache_delay": 1, "cache_refresh_interval": 8},
 )
 WITH_CACHE = (*ENCODERS[:2], *DECODERS)
 
@@ -75,11 +78,11 @@ def test_a_stock_model_decodes_as_the_oracle_does_with_its_own_forward(other, me
     compare(model, other, OtherNetwork(model, other), tiny_prompt(seed, 2 + 2 * seed), **METHODS[method])
 
 
-@pytest.mark.parametrize("settings", CACHES, ids=["delayed", "refreshed", "eager blocks"])
+@pytest.mark.parametrize("settings", CACHES, ids=["delayed", "refreshed", "eager blocks", "prefix", "dual", "dkv"])
 @named(WITH_CACHE)
-def test_with_the_delayed_cache_a_stock_model_decodes_as_the_oracle_does(other, settings):
-    settings = settings | {"kv_cache": "delayed", "block_length": 4, "entropy_threshold": 1.2}
-    seed = settings["cache_delay"]
+def test_with_a_cache_a_stock_model_decodes_as_the_oracle_does(other, settings):
+    settings = {"kv_cache": "delayed", "block_length": 4, "entropy_threshold": 1.2} | settings
+    seed = settings.get("cache_delay", 3)
     model = diffusion(other, seed)
     assert model.supports_slot_cache
     network = cached_network(model, other)
