@@ -194,8 +194,8 @@ class D3LLMGenerationConfig(GenerationConfig):
         draft_length (`int`): canvases drafted for each forward of `lossless`.
         infill (`bool`): also decide the mask tokens between the text of `input_ids`; `infill_mask` marks positions
             instead. Nothing is appended unless `max_new_tokens` is given as well.
-        seed (`int` or list of `int`): makes sampling a function of this call alone; drawn from torch's global generator
-            when unset. With one for each row, a row draws what it would draw alone with its seed.
+        seed (`int` or list of `int`): makes sampling a function of this call alone; drawn from torch's global
+            generator when unset. With one for each row, a row draws what it would draw alone with its seed.
         mask_token_id (`int`): the model config's when unset.
 
     Raises:
