@@ -12,14 +12,13 @@ def same_number(prediction: str, reference: str) -> bool:
     Raises:
         ValueError: for a reference that holds no such number: every prediction would count as wrong.
     """
-    if "####" not in reference:
-        reference = f"#### {reference.strip()}"
-    if extract_answer(reference) is None:
+    marked = reference if "####" in reference else f"#### {reference.strip()}"
+    if extract_answer(marked) is None:
         raise ValueError(
             f"`answer` must hold an integer for the scorer `number`, alone or after `####` (got {reference[-80:]!r}). "
             "Set `answer_column`, or another `scorer`."
         )
-    return exact_match(prediction, reference)
+    return exact_match(prediction, marked)
 
 
 def boxed(text: str) -> str | None:

@@ -2,7 +2,7 @@
 
     manifest.json                        schema version, teacher, tokenizer, settings, data set, its own checksum
     trajectories-00000.parquet           the records of samples 0 to shard_size - 1
-    trajectories-00000.parquet.sha256    its checksum, written last: a shard without it is not finished
+    trajectories-00000.sha256            its checksum, written last: a shard without it is not finished
 
 Which sample lies in which shard depends on its index alone, so that runs can be broken off, resumed, and split over
 processes. Nothing is pickled; `datasets.load_dataset(folder)` reads the shards without this module.
@@ -97,7 +97,7 @@ class TrajectoryStore:
         _seal(path).unlink(missing_ok=True)
         write_whole(path, content)
         write_whole(_seal(path), _sealed(path, content))
-        for left in self.folder.glob(f".{path.name}*.partial"):  # of a process that was killed
+        for left in self.folder.glob(f".{path.stem}.*.partial"):  # of a process that was killed
             left.unlink(missing_ok=True)
 
     def read(self, shard: int) -> pa.Table:
@@ -114,13 +114,15 @@ class TrajectoryStore:
         try:
             # One thread: a table this small is not worth a pool.
             file = pq.ParquetFile(pa.BufferReader(content))
-            if file.metadata.num_rows > len(self.sample_ids(shard)):
-                raise _damaged(path, f"hold {len(self.sample_ids(shard))} records at most", file.metadata.num_rows)
-            table = file.read(use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+            too_long = file.metadata.num_rows > len(self.sample_ids(shard))
+            table = SCHEMA.empty_table() if too_long else file.read(use_threads=False)
+            names = table.schema.names
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise _damaged(path, "be a Parquet file", error) from None
+        if too_long:
+            raise _damaged(path, f"hold {len(self.sample_ids(shard))} records at most", file.metadata.num_rows)
         if not table.schema.equals(SCHEMA):
-            raise _damaged(path, f"have the columns {SCHEMA.names}", table.schema.names)
+            raise _damaged(path, f"have the columns {SCHEMA.names}", names)
         owner = (table.schema.metadata or {}).get(_METADATA_KEY, b"")
         if owner != self.manifest["checksum"].encode():
             raise _damaged(path, f"belong to the run of {MANIFEST}", "a shard of another one")
@@ -199,10 +201,11 @@ def load_manifest(folder: str | os.PathLike) -> dict[str, Any]:
         manifest = None
     if not isinstance(manifest, dict):
         raise _damaged(path, "hold a JSON object", "something else")
-    if manifest.get("schema_version") != SCHEMA_VERSION:
+    version = manifest.get("schema_version")
+    if version != SCHEMA_VERSION:
         raise TrajectoryError(
-            f"`{path}` must have the schema version {SCHEMA_VERSION} (got {manifest.get('schema_version')!r}). Read it "
-            "with the release that wrote it, or extract the trajectories again."
+            f"`{path}` must have the schema version {SCHEMA_VERSION} (got {version!r}). Read it with the release that "
+            "wrote it, or extract the trajectories again."
         )
     if manifest.get("checksum") != _manifest_checksum(manifest) or content != canonical:
         raise _damaged(path, "agree with its checksum", "other bytes")
@@ -238,10 +241,10 @@ def read_trajectories(folder: str | os.PathLike, tokenizer=None, *, partial: boo
         )
     there = []
     for path in sorted(folder.glob("trajectories-*")):
-        match = re.fullmatch(r"trajectories-(\d{5,9})\.parquet(\.sha256)?", path.name)
-        if match is None or int(match[1]) >= store.num_shards or store.path(int(match[1])).name not in path.name:
+        match = re.fullmatch(r"trajectories-(\d{5,9})\.(parquet|sha256)", path.name)
+        if match is None or int(match[1]) >= store.num_shards or store.path(int(match[1])).stem != path.stem:
             raise _damaged(path, f"be one of the {store.num_shards} shards of the run", "a file of another name")
-        if match[2]:
+        if match[2] == "sha256":
             there.append(int(match[1]))
     if len(there) < store.num_shards and not partial:
         raise TrajectoryError(
@@ -290,7 +293,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _seal(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
+    return path.with_suffix(".sha256")
 
 
 def _sealed(path: Path, content: bytes) -> bytes:
