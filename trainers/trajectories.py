@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import d3llm_hf
 
 from .trajectory_answers import SCORERS
 from .trajectory_prompts import Prompts, Sample
@@ -139,7 +142,7 @@ def extract_trajectories(
     4. The shard is written, whole or not at all.
 
     A record depends on its sample, the settings and the batches of its shard alone: a run that is broken off and
-    resumed, with any number of processes, writes the same records as an unbroken one.
+    resumed, with any number of processes, writes the same records as an unbroken one on such hardware.
 
     Args:
         model: the teacher, a model with [`D3LLMGenerationMixin`]; put into evaluation mode.
@@ -220,8 +223,8 @@ class Teacher:
                     if attempt == 0 or record["correct"]:
                         found[sample.sample_id] = record
                     self._count(record, attempt)
-                bar.update(len(batch) if attempt == 0 else 0)
                 bar.set_postfix_str(self.summary(), refresh=False)
+                bar.update(len(batch) if attempt == 0 else 0)
             pending = wrong
         records = [found[sample_id] for sample_id in sorted(found)]
         return [record for record in records if record["correct"] is not False or not self.args.only_correct]
@@ -326,13 +329,17 @@ def _manifest(model, tokenizer, prompts: Prompts, args: TrajectoryConfig, score,
     if score is not None:
         settings["scorer"] = f"{score.__module__}.{score.__qualname__}"
     mask_token_id = getattr(model.config, "mask_token_id", None)
+    defaults = json.loads(model.generation_config.to_json_string())
+    defaults.pop("transformers_version", None)
     return {
+        "versions": {package.__name__: package.__version__ for package in (d3llm_hf, torch, transformers)},
         "teacher": {
-            "name": model.config.name_or_path,
+            "name": name.name if (name := Path(model.config.name_or_path)).is_absolute() else str(name),
             "revision": getattr(model.config, "_commit_hash", None),
             "weights_sha256": weights_sha256(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "vocab_size": _vocab_size(model),
+            "generation_config": defaults,  # what `generate` takes where the settings say nothing
             "mask_token_id": tokenizer.mask_token_id if mask_token_id is None else mask_token_id,
         },
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),

@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 1 << 20  # bytes; a larger file is none of ours
 _METADATA_KEY = b"d3llm_trajectories"
 # What may differ when a run is resumed: names, whose contents are compared by fingerprint.
-_DESCRIPTIVE = {"teacher.name", "teacher.revision", "dataset.name", "checksum"}
+_DESCRIPTIVE = re.compile(r"teacher\.name|teacher\.revision|dataset\.name|checksum|versions\..*")
 # What reading relies on: path in the manifest -> type and least value.
 _REQUIRED = {
     "teacher.vocab_size": (int, 1),
@@ -178,7 +178,7 @@ def open_store(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> Trajec
     found = load_manifest(folder)
     old, new = _leaves(found), _leaves(json.loads(_canonical(wanted)))
     for name in sorted(old.keys() | new.keys()):
-        if name not in _DESCRIPTIVE and old.get(name) != new.get(name):
+        if not _DESCRIPTIVE.fullmatch(name) and old.get(name) != new.get(name):
             raise TrajectoryError(
                 f"`{name}` must be what the extraction in `{folder}` was started with (got {new.get(name)!r}, which "
                 f"is not {old.get(name)!r}). Pass the same, or use another folder."

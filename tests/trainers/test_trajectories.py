@@ -715,8 +715,16 @@ def test_another_teacher_or_tokenizer_or_check_does_not_take_up_a_run(model, tok
         extract(model, changed, folder)
     with pytest.raises(TrajectoryError, match=r"`settings.scorer` must be .*same_number"):
         extract(model, tokenizer, folder, score=same_number)
-    model.config.name_or_path = "elsewhere"
+    model.config.name_or_path = "/some/where/else"
     extract(model, tokenizer, folder)  # what it is called does not matter
+    assert TrajectoryStore(folder, load_manifest(folder)).is_complete(2)
+
+
+def test_a_manifest_names_a_local_teacher_without_its_folder(tokenizer, tmp_path):
+    model = tiny_model("llada", vocab_size=512)
+    model.config.name_or_path = "/home/somebody/teacher"
+    extract(model, tokenizer, tmp_path, dataset=rows(1), score=None, chosen=SMALL)
+    assert load_manifest(tmp_path)["teacher"]["name"] == "teacher"
 
 
 def test_shards_without_a_manifest_are_not_taken_up(model, tokenizer, folder):
