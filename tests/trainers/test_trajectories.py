@@ -28,6 +28,7 @@ from tiny import tiny_model
 from d3llm_hf.evaluation.word_problems import generate_problems
 from d3llm_hf.hub import embedded_checkpoints
 from trainers import run_trajectories, trajectory_store
+from trainers.script_utils import parse_args_with_config
 from trainers.sft_collator import tokenize_conversations
 from trainers.trajectories import Teacher, TrajectoryConfig, extract_trajectories, seed_of
 from trainers.trajectory_answers import boxed, same_boxed, same_number
@@ -836,6 +837,20 @@ def test_the_command_line_names_what_is_wrong(arguments, message, capsys):
     with pytest.raises((SystemExit, ValueError)) as error:
         run_trajectories.main(given)
     assert message in capsys.readouterr().err + str(error.value)
+
+
+def test_help_explains_every_argument(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_trajectories.main(["--help"])
+    assert ended.value.code == 0 and "Temperatures of the attempts" in capsys.readouterr().out
+
+
+def test_required_arguments_may_come_from_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: a\noutput_dir: b\ndataset_name: c\nmax_new_tokens: 8\n")
+    types = (run_trajectories.TrajectoryScriptArguments, TrajectoryConfig)
+    script_args, args = parse_args_with_config(types, ["--config", str(recipe), "--output_dir", "d"])
+    assert (script_args.model_name_or_path, script_args.output_dir, args.max_new_tokens) == ("a", "d", 8)
 
 
 def _as_rank(rank: int, port: int, arguments: list[str]) -> None:
