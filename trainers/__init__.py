@@ -12,12 +12,21 @@ if TYPE_CHECKING:
     from .sft_collator import MaskedDiffusionSFTCollator
     from .sft_config import MaskedDiffusionSFTConfig
     from .sft_trainer import MaskedDiffusionSFTTrainer
+    from .trajectories import TrajectoryConfig, extract_trajectories
+    from .trajectory_records import TrajectoryError, canvas_at, read_published_states
+    from .trajectory_store import read_trajectories
 
 _MODULES = {
     "MaskedDiffusionSFTCollator": "sft_collator",
     "MaskedDiffusionSFTConfig": "sft_config",
     "MaskedDiffusionSFTTrainer": "sft_trainer",
     "MuonWithAdamW": "muon",
+    "TrajectoryConfig": "trajectories",
+    "TrajectoryError": "trajectory_records",
+    "canvas_at": "trajectory_records",
+    "extract_trajectories": "trajectories",
+    "read_published_states": "trajectory_records",
+    "read_trajectories": "trajectory_store",
 }
 
 __all__ = [
@@ -25,6 +34,12 @@ __all__ = [
     "MaskedDiffusionSFTConfig",
     "MaskedDiffusionSFTTrainer",
     "MuonWithAdamW",
+    "TrajectoryConfig",
+    "TrajectoryError",
+    "canvas_at",
+    "extract_trajectories",
+    "read_published_states",
+    "read_trajectories",
 ]
 
 

@@ -38,6 +38,9 @@ class SFTScriptArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to start from. Without it, a new model of `model_config`."}
     )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a checkpoint on the Hub."}
+    )
     model_config: str | None = field(  # a mapping when it comes from a recipe
         default=None,
         metadata={
@@ -143,7 +146,8 @@ def load_tokenizer(script_args: SFTScriptArguments):
     from trainers.build_tokenizer import build_tokenizer
 
     name = script_args.tokenizer_name_or_path or script_args.model_name_or_path
-    tokenizer = build_tokenizer() if name is None else AutoTokenizer.from_pretrained(name)
+    revision = None if script_args.tokenizer_name_or_path else script_args.model_revision
+    tokenizer = build_tokenizer() if name is None else AutoTokenizer.from_pretrained(name, revision=revision)
     if tokenizer.eos_token is None:
         tokenizer.eos_token = tokenizer.sep_token
     return tokenizer
@@ -192,10 +196,12 @@ def _load_checkpoint(script_args: SFTScriptArguments, tokenizer, dtype):
 
     from d3llm_hf import D3LLMGenerationMixin, as_diffusion_lm
 
-    name = script_args.model_name_or_path
-    config = AutoConfig.from_pretrained(name)
+    name, revision = script_args.model_name_or_path, script_args.model_revision
+    config = AutoConfig.from_pretrained(name, revision=revision)
     auto = AutoModelForMaskedLM if type(config) in AutoModelForMaskedLM._model_mapping else AutoModelForCausalLM
-    model = auto.from_pretrained(name, dtype=dtype, attn_implementation=script_args.attn_implementation)
+    model = auto.from_pretrained(
+        name, revision=revision, dtype=dtype, attn_implementation=script_args.attn_implementation
+    )
     if isinstance(model, D3LLMGenerationMixin):
         return model
     mask_token_id = getattr(config, "mask_token_id", None)
