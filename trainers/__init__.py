@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .distill_callbacks import NoiseCurriculumCallback, WindowCurriculumCallback
+    from .distill_collator import PseudoTrajectoryCollator
+    from .distill_config import PseudoTrajectoryDistillConfig
+    from .distill_trainer import PseudoTrajectoryDistillTrainer
+    from .lora import lora_target_modules
     from .muon import MuonWithAdamW
     from .sft_collator import MaskedDiffusionSFTCollator
     from .sft_config import MaskedDiffusionSFTConfig
@@ -18,6 +23,12 @@ _MODULES = {
     "MaskedDiffusionSFTConfig": "sft_config",
     "MaskedDiffusionSFTTrainer": "sft_trainer",
     "MuonWithAdamW": "muon",
+    "NoiseCurriculumCallback": "distill_callbacks",
+    "PseudoTrajectoryCollator": "distill_collator",
+    "PseudoTrajectoryDistillConfig": "distill_config",
+    "PseudoTrajectoryDistillTrainer": "distill_trainer",
+    "WindowCurriculumCallback": "distill_callbacks",
+    "lora_target_modules": "lora",
 }
 
 __all__ = [
@@ -25,6 +36,12 @@ __all__ = [
     "MaskedDiffusionSFTConfig",
     "MaskedDiffusionSFTTrainer",
     "MuonWithAdamW",
+    "NoiseCurriculumCallback",
+    "PseudoTrajectoryCollator",
+    "PseudoTrajectoryDistillConfig",
+    "PseudoTrajectoryDistillTrainer",
+    "WindowCurriculumCallback",
+    "lora_target_modules",
 ]
 
 
