@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,8 @@ def render_distill_card(
     Args:
         trainer ([`PseudoTrajectoryDistillTrainer`]): Recipe and results are read from its arguments and its log.
         name (`str`): Name of the checkpoint.
-        base_model (`str`, *optional*): Where the student's weights come from; what the config says if unset.
+        base_model (`str`, *optional*): Hub id that the student's weights come from; what the config says if unset and
+            no folder of this machine.
         tags (`list[str]`): For the Hub.
         metadata (`dict`): Further entries of the metadata block.
 
@@ -56,8 +58,10 @@ def render_distill_card(
     from jinja2 import Environment, StrictUndefined
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    base_model = base_model or model.config._name_or_path or None
-    is_adapter = hasattr(model, "peft_config")
+    origin = model.config._name_or_path
+    if base_model is None and origin and not Path(origin).exists():
+        base_model = origin
+    is_adapter = hasattr(model, "get_base_model")
     if base_model is not None:
         metadata = {"base_model": base_model} | metadata
     data = ModelCardData(
@@ -103,7 +107,6 @@ def _results(log_history: list[dict[str, Any]]) -> list[tuple[str, Any]]:
 
 def _recipe(trainer: PseudoTrajectoryDistillTrainer) -> list[tuple[str, Any]]:
     args = trainer.args
-    model = trainer.accelerator.unwrap_model(trainer.model)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     entropy = f"weight {args.entropy_weight}, temperature {args.entropy_temperature}"
     rows = [
@@ -120,7 +123,7 @@ def _recipe(trainer: PseudoTrajectoryDistillTrainer) -> list[tuple[str, Any]]:
         ("Weight decay, gradient clipping", f"{args.weight_decay:g}, {args.max_grad_norm:g}"),
         ("Seed", args.seed),
     ]
-    for adapter in getattr(model, "peft_config", {}).values():
+    for adapter in trainer.adapter_configs:
         targets = adapter.target_modules
         named = targets if isinstance(targets, str) else ", ".join(sorted(targets))
         rows.append((f"{adapter.peft_type.value} adapter", f"r={adapter.r}, alpha={adapter.lora_alpha}, on {named}"))

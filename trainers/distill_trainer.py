@@ -100,6 +100,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         model, processing_class = _load(model, processing_class, args)
         model = self._adopt(model, processing_class, args.label_shift, peft_config)
         model.add_model_tags(self._tag_names)
+        self.adapter_configs = list(getattr(model, "peft_config", {}).values())  # for the card, also once merged
         self.entropy_on_complement = (
             args.objective == "certainty" or self.label_shift == 1
             if args.entropy_on_complement is None
@@ -246,8 +247,8 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
                     "`eval_generate_samples` must be 0 with FSDP or DeepSpeed (got "
-                    f"{self.args.eval_generate_samples}): each process decodes prompts of its own, and these hold shards of the model. Unset it, and "
-                    "decode the saved checkpoint."
+                    f"{self.args.eval_generate_samples}): each process decodes prompts of its own, and here it holds "
+                    "a shard of the model. Unset it, and decode the saved checkpoint."
                 )
             found |= decode_and_score(
                 self.accelerator.unwrap_model(self.model),
@@ -263,6 +264,10 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         # The one moment of a resumed run at which the state is the checkpoint's and not yet the new run's.
         self.resumed_max_steps = self.state.max_steps
         super()._load_callback_state()
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.create_model_card()
+        super()._save_checkpoint(model, trial)
 
     def create_model_card(
         self,
