@@ -75,6 +75,17 @@ class WindowCurriculumCallback(_Curriculum):
         trainer ([`PseudoTrajectoryDistillTrainer`]): Whose `window` to set; added by the trainer itself.
     """
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Warn where the run ends before its last window."""
+        if args.max_steps <= 0 and args.num_train_epochs < len(args.window_sizes):
+            logger.warning(
+                "window_sizes=%s has one entry per epoch, but there are num_train_epochs=%s: the last ones are not "
+                "reached. Set as many epochs as entries.",
+                args.window_sizes,
+                args.num_train_epochs,
+            )
+        super().on_train_begin(args, state, control, **kwargs)
+
     def on_step_begin(self, args, state, control, **kwargs):
         sizes = args.window_sizes
         epoch = state.global_step / args.max_steps * len(sizes) if args.max_steps > 0 else state.epoch

@@ -43,10 +43,16 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
     window, the same at any time, so that its losses can be compared.
 
     All views of a batch go through the model in one forward. (Keys of the prompt cannot be shared between them: in a
-    bidirectional model they depend on the answer.) The head runs at the hidden positions of the window alone.
+    bidirectional model they depend on the answer.) The head runs at the hidden positions of the window alone, each of
+    which is learnt in one of the two views; a forward that takes no position mask runs it on the whole answer.
 
     Every draw comes from a generator seeded by `(seed, epoch, sample)`: workers, batch layout, order of the samples
     and resumption change no mask.
+
+    Other than the published d3LLM code, whose losses and gradients are matched for the same draws: the noise level is
+    drawn per sample, not per batch; prompts are taken as the teacher saw them, so no chat template can shift the order
+    against the text; a sample without a step map is refused instead of masked at random; no window is empty. Its
+    constant factor of 1/4 is `loss_scale`.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The student, usually a copy of the
@@ -337,6 +343,11 @@ def _prepare_dataset(dataset, args: PseudoTrajectoryDistillConfig):
         )
     if "sample_id" not in columns:
         dataset = dataset.map(lambda row, index: {"sample_id": index}, with_indices=True)
+    elif not isinstance(found := next(iter(dataset))["sample_id"], int):
+        raise ValueError(
+            f"`sample_id` must be an integer (got {found!r}): it seeds the sample's draws. Remove the column, and the "
+            "row number takes its place."
+        )
     if args.only_correct:
         before, dataset = dataset, dataset.filter(lambda correct: correct is True, input_columns=["correct"])
         if isinstance(dataset, Dataset) and len(dataset) == 0:

@@ -52,6 +52,11 @@ def test_noise_and_window_follow_the_run_and_are_logged(tmp_path, tokenizer, max
     assert all(entry["noise_floor"] <= entry["noise_level"] <= 0.8 for entry in logs)
 
 
+def test_a_run_that_ends_before_its_last_window_is_warned_of(tmp_path, tokenizer, caplog):
+    make_trainer(tmp_path, tokenizer, max_steps=-1, num_train_epochs=1).train()
+    assert "window_sizes=[4, 6] has one entry per epoch, but there are num_train_epochs=1" in caplog.text
+
+
 def test_a_curriculum_can_be_replaced(tmp_path, tokenizer):
     class Constant(TrainerCallback):
         def __init__(self, trainer):
@@ -133,19 +138,20 @@ def test_another_length_of_a_resumed_run_is_warned_of(tmp_path, tokenizer, caplo
 
 def test_per_sample_means_make_gradients_independent_of_the_batch_layout(tmp_path, tokenizer):
     norms = []
-    for size, accumulation in [(4, 1), (1, 4)]:
+    for size, accumulation, checkpointing in [(4, 1, False), (1, 4, False), (4, 1, True)]:
         trainer = make_trainer(
             tmp_path,
             tokenizer,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,
+            gradient_checkpointing=checkpointing,
             loss_reduction="sample",
             noise_start=0.7,
             max_steps=2,
         )
         trainer.train()
         norms.append([entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] == pytest.approx(norms[2], rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(tmp_path, tokenizer):
@@ -386,6 +392,7 @@ def test_every_argument_is_explained_and_the_objectives_have_defaults_of_their_o
 @pytest.mark.parametrize(
     ("changed", "arguments", "message"),
     [
+        ({"sample_id": "a"}, {}, r"`sample_id` must be an integer .got 'a'"),
         ({"step_map": None}, {}, r"must have the columns .* .got .'prompt_ids', 'response_ids'"),
         (
             {},
