@@ -102,7 +102,7 @@ def _results(log_history: list[dict[str, Any]]) -> list[tuple[str, Any]]:
     newest: dict[str, Any] = {}
     for entry in log_history:
         newest |= entry
-    return [(label, newest[f"eval_{key}"]) for key, label in _RESULTS.items() if f"eval_{key}" in newest]
+    return [(label, f"{newest[f'eval_{key}']:.4g}") for key, label in _RESULTS.items() if f"eval_{key}" in newest]
 
 
 def _recipe(trainer: PseudoTrajectoryDistillTrainer) -> list[tuple[str, Any]]:
@@ -119,7 +119,7 @@ def _recipe(trainer: PseudoTrajectoryDistillTrainer) -> list[tuple[str, Any]]:
         ("Answer canvas", f"{args.response_length} tokens"),
         ("Samples per optimizer step", batch),
         ("Optimizer steps", trainer.state.global_step),
-        ("Learning rate", f"{args.learning_rate:g}, {args.lr_scheduler_type}, {args.optim}"),
+        ("Learning rate", f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, {args.optim.value}"),
         ("Weight decay, gradient clipping", f"{args.weight_decay:g}, {args.max_grad_norm:g}"),
         ("Seed", args.seed),
     ]

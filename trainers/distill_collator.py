@@ -12,8 +12,9 @@ from .sft_collator import MaskedDiffusionSFTCollator
 class PseudoTrajectoryCollator(MaskedDiffusionSFTCollator):
     """Pads prompts and answers as [`MaskedDiffusionSFTCollator`] does, and carries the teacher's step maps.
 
-    Masking is left to the trainer: batches are collated ahead of the step that uses them, so a collator cannot know
-    the noise level of that step.
+    A teacher's answer may hold the fill that it decided itself: the end-of-text tokens behind the first one at its end
+    count as fill, but keep their steps. Masking is left to the trainer: batches are collated ahead of the step that
+    uses them, so a collator cannot know the noise level of that step.
 
     Args:
         use_target_ids (`bool`, defaults to `False`): Take the text from `target_ids`, of the teacher only the order.
@@ -53,7 +54,10 @@ class PseudoTrajectoryCollator(MaskedDiffusionSFTCollator):
                 )
         text = "target_ids" if self.use_target_ids else "response_ids"
         batch = super().__call__(
-            [{"prompt_ids": example["prompt_ids"], "response_ids": example[text]} for example in examples]
+            [
+                {"prompt_ids": example["prompt_ids"], "response_ids": self._without_fill(example[text])}
+                for example in examples
+            ]
         )
         step_map = torch.full_like(batch["labels"], -1)
         for row, example in enumerate(examples):
@@ -63,3 +67,9 @@ class PseudoTrajectoryCollator(MaskedDiffusionSFTCollator):
             "step_map": step_map,
             "sample_ids": torch.tensor([example["sample_id"] for example in examples], dtype=torch.long),
         }
+
+    def _without_fill(self, response: list[int]) -> list[int]:
+        length = len(response)
+        while length > 1 and response[length - 2 : length] == [self.eos_token_id] * 2:
+            length -= 1
+        return response[:length]

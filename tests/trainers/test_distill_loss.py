@@ -128,6 +128,15 @@ def test_the_collator_pads_step_maps_and_keeps_the_samples_names():
     assert batch["sample_ids"].tolist() == [40, 2]
 
 
+@pytest.mark.parametrize(("fill", "content"), [([], 2), ([1], 3), ([1, 1], 3)])
+def test_the_fill_that_a_teacher_decided_keeps_its_steps_and_is_no_content(fill, content):
+    response = [7, 8, *fill]
+    steps = list(range(1, len(response) + 1))
+    batch = collate([{"prompt_ids": [5], "response_ids": response, "step_map": steps, "sample_id": 0}])
+    assert batch["labels"].tolist() == [[7, 8, 1, 1]] and batch["content_lengths"].tolist() == [content]
+    assert batch["step_map"].tolist() == [(steps + [-1] * 4)[:4]]
+
+
 @pytest.mark.parametrize("target", [[9], [9, 9, 9, 9]])
 def test_the_data_sets_answer_takes_the_teachers_order_as_far_as_it_goes(target):
     example = {"prompt_ids": [5], "response_ids": [7, 8], "step_map": [2, 1], "sample_id": 0, "target_ids": target}

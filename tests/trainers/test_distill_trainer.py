@@ -319,6 +319,7 @@ def test_the_card_tells_recipe_curriculum_and_results(tmp_path, tokenizer):
         "| Tokens per forward |",
         "| Objective | `trajectory` |",
         "| LORA adapter | r=2, alpha=4, on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj |",
+        "| Learning rate | 0.01, linear, ",
         "| 0 % | 0.00 to 0.80 | 4 |",
         "| 25 % | 0.20 to 0.80 | 6 |",
         "| 100 % | 0.80 to 0.80 | 8 |",
