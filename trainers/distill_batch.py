@@ -56,12 +56,13 @@ def draw_batch(
     device = batch["labels"].device
     learnable = batch["labels"].ne(-100).cpu()  # (B, R)
     canvas_lengths, content_lengths = learnable.sum(1).tolist(), batch["content_lengths"].cpu()
+    step_map = batch["step_map"].cpu()
     views, sft = [], []
     for row, sample_id in enumerate(batch["sample_ids"].tolist()):
         generator = generator_for(*identity, sample_id)
         views.append(
             draw_view(
-                batch["step_map"][row].cpu(),
+                step_map[row],
                 generator,
                 objective=args.objective,
                 content_length=int(content_lengths[row]),

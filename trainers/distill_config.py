@@ -25,8 +25,8 @@ class PseudoTrajectoryDistillConfig(TrainingArguments):
 
     > Parameters that control the model:
 
-        model_init_kwargs (`dict` or `str`, *optional*): Arguments of `from_pretrained`, such as `dtype`, where `model`
-            is given as a string.
+        model_init_kwargs (`dict` or `str`, *optional*): Arguments of `from_pretrained` where `model` is given as a
+            string. Its `dtype` is float32 when unset, whatever the checkpoint's.
 
     > Parameters that control the data:
 

@@ -75,13 +75,19 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
     Example:
 
     ```python
+    from d3llm_hf import LLaDAModelLM
     from datasets import load_dataset
-    from trainers import PseudoTrajectoryDistillConfig, PseudoTrajectoryDistillTrainer
+    from peft import LoraConfig
+    from trainers import PseudoTrajectoryDistillConfig, PseudoTrajectoryDistillTrainer, lora_target_modules
+    from transformers import AutoTokenizer
 
+    model = LLaDAModelLM.from_pretrained("GSAI-ML/LLaDA-8B-Instruct", dtype="bfloat16")
     trainer = PseudoTrajectoryDistillTrainer(
-        model="GSAI-ML/LLaDA-8B-Instruct",
-        args=PseudoTrajectoryDistillConfig("llada-distilled", model_init_kwargs={"dtype": "bfloat16"}),
+        model=model,
+        args=PseudoTrajectoryDistillConfig("llada-distilled", num_train_epochs=6, bf16=True),
         train_dataset=load_dataset("parquet", data_files="trajectories/*.parquet", split="train"),
+        processing_class=AutoTokenizer.from_pretrained("GSAI-ML/LLaDA-8B-Instruct"),
+        peft_config=LoraConfig(r=256, lora_alpha=256, target_modules=lora_target_modules(model)),
     )
     trainer.train()
     ```
@@ -320,7 +326,8 @@ def _load(
             )
         tokenizer = with_end_of_text(AutoTokenizer.from_pretrained(name))
     if isinstance(model, str):
-        model = load_checkpoint(model, tokenizer, **(args.model_init_kwargs or {}))
+        # float32 whatever the checkpoint's: an optimizer's small steps are lost in bfloat16 weights.
+        model = load_checkpoint(model, tokenizer, **({"dtype": torch.float32} | (args.model_init_kwargs or {})))
     elif args.model_init_kwargs:
         raise ValueError(
             f"`model_init_kwargs` must be unset where `model` is an object (got {args.model_init_kwargs}). Pass them "

@@ -219,12 +219,13 @@ def test_names_that_mean_something_outside_the_layers_too_are_given_in_full():
 
 
 def test_a_student_may_be_named_and_brings_its_tokenizer(tmp_path, tokenizer, monkeypatch):
-    student(tokenizer).save_pretrained(tmp_path / "tiny")
+    student(tokenizer).bfloat16().save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
     trainer = PseudoTrajectoryDistillTrainer(str(tmp_path / "tiny"))
     assert trainer.args.output_dir == "tiny-distilled" and isinstance(trainer.model, LLaDAModelLM)
     assert trainer.processing_class.mask_token_id == trainer.mask_token_id
+    assert trainer.model.dtype == torch.float32
     args = PseudoTrajectoryDistillConfig(str(tmp_path), model_init_kwargs='{"dtype": "bfloat16"}', use_cpu=True)
     assert PseudoTrajectoryDistillTrainer(str(tmp_path / "tiny"), args).model.dtype == torch.bfloat16
 
