@@ -8,16 +8,36 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .distill_callbacks import NoiseCurriculumCallback, WindowCurriculumCallback
+    from .distill_collator import PseudoTrajectoryCollator
+    from .distill_config import PseudoTrajectoryDistillConfig
+    from .distill_trainer import PseudoTrajectoryDistillTrainer
+    from .lora import lora_target_modules
     from .muon import MuonWithAdamW
     from .sft_collator import MaskedDiffusionSFTCollator
     from .sft_config import MaskedDiffusionSFTConfig
     from .sft_trainer import MaskedDiffusionSFTTrainer
+    from .trajectories import TrajectoryConfig, extract_trajectories
+    from .trajectory_records import TrajectoryError, canvas_at, read_published_states
+    from .trajectory_store import read_trajectories
 
 _MODULES = {
     "MaskedDiffusionSFTCollator": "sft_collator",
     "MaskedDiffusionSFTConfig": "sft_config",
     "MaskedDiffusionSFTTrainer": "sft_trainer",
     "MuonWithAdamW": "muon",
+    "TrajectoryConfig": "trajectories",
+    "TrajectoryError": "trajectory_records",
+    "canvas_at": "trajectory_records",
+    "extract_trajectories": "trajectories",
+    "read_published_states": "trajectory_records",
+    "read_trajectories": "trajectory_store",
+    "NoiseCurriculumCallback": "distill_callbacks",
+    "PseudoTrajectoryCollator": "distill_collator",
+    "PseudoTrajectoryDistillConfig": "distill_config",
+    "PseudoTrajectoryDistillTrainer": "distill_trainer",
+    "WindowCurriculumCallback": "distill_callbacks",
+    "lora_target_modules": "lora",
 }
 
 __all__ = [
@@ -25,6 +45,18 @@ __all__ = [
     "MaskedDiffusionSFTConfig",
     "MaskedDiffusionSFTTrainer",
     "MuonWithAdamW",
+    "NoiseCurriculumCallback",
+    "PseudoTrajectoryCollator",
+    "PseudoTrajectoryDistillConfig",
+    "PseudoTrajectoryDistillTrainer",
+    "TrajectoryConfig",
+    "TrajectoryError",
+    "WindowCurriculumCallback",
+    "canvas_at",
+    "extract_trajectories",
+    "lora_target_modules",
+    "read_published_states",
+    "read_trajectories",
 ]
 
 

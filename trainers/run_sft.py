@@ -25,10 +25,11 @@ A data set has the columns `prompt` and `completion`, or `messages`.
 
 import json
 import logging
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from trainers.loading import check_processes, checkpoint_to_resume, float_dtype, load_checkpoint, with_end_of_text
 
 
 @dataclass
@@ -37,6 +38,9 @@ class SFTScriptArguments:
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to start from. Without it, a new model of `model_config`."}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a checkpoint on the Hub."}
     )
     model_config: str | None = field(  # a mapping when it comes from a recipe
         default=None,
@@ -82,7 +86,6 @@ class SFTScriptArguments:
 def main(argv: list[str] | None = None) -> None:
     """Train as the arguments say and save model and tokenizer to `output_dir`."""
     from transformers import set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     from trainers.script_utils import parse_args_with_config
     from trainers.sft_config import MaskedDiffusionSFTConfig
@@ -107,30 +110,10 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=_peft_config(script_args),
     )
-    resume = args.resume_from_checkpoint
-    if resume == "last":
-        resume = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     if script_args.save_dtype is not None:
-        trainer.model.to(_dtype("save_dtype", script_args.save_dtype))
+        trainer.model.to(float_dtype("save_dtype", script_args.save_dtype))
     trainer.save_model()
-
-
-def check_processes(world_size: int) -> None:
-    """Refuse processes that would each train a model of their own.
-
-    Without a GPU, accelerate joins the processes of a launcher only under `--use_cpu`; otherwise every one of them
-    trains alone, on its own part of the batch, and overwrites the others' checkpoints.
-
-    Raises:
-        ValueError: If the launcher started more processes than take part.
-    """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != world_size:
-        raise ValueError(
-            f"`use_cpu` must be set to train in several processes without a GPU (got {started} processes that would "
-            f"train {started} separate models). Add `--use_cpu`, or start one process."
-        )
 
 
 def load_tokenizer(script_args: SFTScriptArguments):
@@ -143,10 +126,9 @@ def load_tokenizer(script_args: SFTScriptArguments):
     from trainers.build_tokenizer import build_tokenizer
 
     name = script_args.tokenizer_name_or_path or script_args.model_name_or_path
-    tokenizer = build_tokenizer() if name is None else AutoTokenizer.from_pretrained(name)
-    if tokenizer.eos_token is None:
-        tokenizer.eos_token = tokenizer.sep_token
-    return tokenizer
+    revision = None if script_args.tokenizer_name_or_path else script_args.model_revision
+    tokenizer = build_tokenizer() if name is None else AutoTokenizer.from_pretrained(name, revision=revision)
+    return with_end_of_text(tokenizer)
 
 
 def load_model(script_args: SFTScriptArguments, tokenizer):
@@ -158,14 +140,21 @@ def load_model(script_args: SFTScriptArguments, tokenizer):
     """
     from d3llm_hf import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
 
-    dtype = _dtype("torch_dtype", script_args.torch_dtype)
+    dtype = float_dtype("torch_dtype", script_args.torch_dtype)
     if (script_args.model_name_or_path is None) == (script_args.model_config is None):
         raise ValueError(
             "Exactly one of `model_name_or_path` and `model_config` must be set (got both or neither). "
             "Name a checkpoint to continue from, or the shape of a new model."
         )
     if script_args.model_name_or_path is not None:
-        return _load_checkpoint(script_args, tokenizer, dtype)
+        return load_checkpoint(
+            script_args.model_name_or_path,
+            tokenizer,
+            bidirectional=script_args.bidirectional,
+            revision=script_args.model_revision,
+            dtype=dtype,
+            attn_implementation=script_args.attn_implementation,
+        )
     shape = _model_shape(script_args.model_config)
     families = {"llada": (LLaDAConfig, LLaDAModelLM), "Dream": (DreamConfig, DreamModel)}
     family = shape.pop("model_type", None)
@@ -186,39 +175,10 @@ def load_model(script_args: SFTScriptArguments, tokenizer):
     return model_class(config).to(dtype)
 
 
-def _load_checkpoint(script_args: SFTScriptArguments, tokenizer, dtype):
-    """A masked language model where the architecture has one, else its decoder; ours, or given our decoder."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
-
-    from d3llm_hf import D3LLMGenerationMixin, as_diffusion_lm
-
-    name = script_args.model_name_or_path
-    config = AutoConfig.from_pretrained(name)
-    auto = AutoModelForMaskedLM if type(config) in AutoModelForMaskedLM._model_mapping else AutoModelForCausalLM
-    model = auto.from_pretrained(name, dtype=dtype, attn_implementation=script_args.attn_implementation)
-    if isinstance(model, D3LLMGenerationMixin):
-        return model
-    mask_token_id = getattr(config, "mask_token_id", None)
-    return as_diffusion_lm(
-        model,
-        mask_token_id=tokenizer.mask_token_id if mask_token_id is None else mask_token_id,
-        bidirectional=script_args.bidirectional,
-    )
-
-
 def _model_shape(value: str | dict) -> dict:
     if isinstance(value, dict):
         return dict(value)
     return json.loads(Path(value).read_text(encoding="utf-8") if Path(value).suffix == ".json" else value)
-
-
-def _dtype(name: str, value: str):
-    import torch
-
-    dtype = getattr(torch, value, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"`{name}` must be a floating-point type of torch (got {value!r}). Pass float32 or bfloat16.")
-    return dtype
 
 
 def load_datasets(script_args: SFTScriptArguments, evaluate: bool):

@@ -1,5 +1,6 @@
 """What the `run_*.py` scripts share: `--config recipe.yaml` with command-line overrides."""
 
+import argparse
 import difflib
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ def parse_args_with_config(dataclass_types: tuple[type, ...], argv: list[str]) -
     """
     parser = HfArgumentParser(dataclass_types)
     parser.add_argument("--config", help="YAML file of defaults; arguments given here take precedence.")
-    path = parser.parse_known_args([argument for argument in argv if argument not in ("-h", "--help")])[0].config
+    recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what is required may be in the file
+    recipe.add_argument("--config")
+    path = recipe.parse_known_args(argv)[0].config
     if path is not None:
         parser.set_defaults(**_read_config(path, parser))
         for action in parser._actions:

@@ -62,11 +62,17 @@ def tokenize_conversations(
     }
 
 
-def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def render_prompt(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text before an answer: the turns in the chat template with the assistant's header, or lines without one."""
     if tokenizer.chat_template is None:
-        prompt = "\n".join(message["content"] for message in messages[:-1]) + "\n"
-        return (tokenizer.bos_token or "") + prompt, messages[-1]["content"] + tokenizer.eos_token
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+        return (tokenizer.bos_token or "") + "\n".join(turn["content"] for turn in turns) + "\n"
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+
+def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    prompt = render_prompt(messages[:-1], tokenizer)
+    if tokenizer.chat_template is None:
+        return prompt, messages[-1]["content"] + tokenizer.eos_token
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     if not whole.startswith(prompt):
         raise ValueError(

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from d3llm_hf.models.modeling_common import positions_of
-
+from .canvas_trainer import CanvasTrainer, keep_fitting
 from .muon import MuonWithAdamW, split_parameters
 from .sft_collator import MaskedDiffusionSFTCollator, tokenize_conversations
 from .sft_config import MaskedDiffusionSFTConfig
 from .sft_masking import draw_answer_mask, generator_for
-from .weights import load_converted_weights
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-logger = logging.getLogger(__name__)
-
 _TRAIN, _EVAL = 0, 1
 
 
-class MaskedDiffusionSFTTrainer(Trainer):
+class MaskedDiffusionSFTTrainer(CanvasTrainer):
     r"""Trainer of the masked-diffusion SFT objective of LLaDA (https://huggingface.co/papers/2502.09992, Algorithm 2).
 
     The prompt is never masked. The answer, filled to a canvas of `response_length` tokens, is masked at random; the
@@ -72,9 +66,6 @@ class MaskedDiffusionSFTTrainer(Trainer):
     ```
     """
 
-    # Each micro-batch's loss is a mean over its rows, so the Trainer has to divide by the accumulation steps.
-    loss_is_scaled_for_ga = False
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -92,15 +83,7 @@ class MaskedDiffusionSFTTrainer(Trainer):
                 "`processing_class` must be a tokenizer (got None): prompts and answers are tokenised here. "
                 "Pass the tokenizer of the model."
             )
-        self.mask_token_id = _mask_token_id(model, processing_class)
-        self.label_shift = getattr(model, "logit_shift", 0) if args.label_shift is None else args.label_shift
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._forward_takes = frozenset(inspect.signature(type(base).forward).parameters)
-        self._position_offset = getattr(base, "position_offset", None)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)
+        model = self._adopt(model, processing_class, args.label_shift, peft_config)
 
         with args.main_process_first(local=True, desc="tokenising the datasets"):
             train_dataset = _prepare_dataset(train_dataset, processing_class, args)
@@ -174,15 +157,6 @@ class MaskedDiffusionSFTTrainer(Trainer):
         self._record(model.training, row_loss.detach(), mask, labels)
         return (loss, outputs) if return_outputs else loss
 
-    def _model_inputs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, kept: int) -> dict[str, Any]:
-        """What the forward gets: padding moves no text, and where the forward can, only `kept` logits are made."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if "logits_to_keep" in self._forward_takes:
-            inputs["logits_to_keep"] = kept
-        if "position_ids" in self._forward_takes and self._position_offset is not None:
-            inputs["position_ids"] = positions_of(attention_mask) + self._position_offset
-        return inputs
-
     def _next_generator(self, training: bool) -> torch.Generator:
         """The generator of this forward: counts micro-steps within an optimizer step, batches within an evaluation."""
         key = (_TRAIN, self.state.global_step) if training else (_EVAL, 0)
@@ -222,25 +196,10 @@ class MaskedDiffusionSFTTrainer(Trainer):
             logs[prefix + "masked_fraction"] = round(masked / max(learnt, 1.0), 6)
         super().log(logs, start_time)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Evaluate the loss alone: logits under a random mask are of no use to a metric."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
-
     def evaluation_loop(self, *args, **kwargs):
         """As the Trainer's; every evaluation draws the same masks, so that losses can be compared over time."""
         self._draw_key = None
         return super().evaluation_loop(*args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if not load_converted_weights(self.model if model is None else model, resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if not load_converted_weights(self.model, self.state.best_model_checkpoint):
-            super()._load_best_model()
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Muon for hidden matrices and AdamW for the rest with `use_muon`; the Trainer's own choice otherwise."""
@@ -270,21 +229,6 @@ class MaskedDiffusionSFTTrainer(Trainer):
         return self.optimizer
 
 
-def _mask_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    of_model, of_tokenizer = getattr(model.config, "mask_token_id", None), tokenizer.mask_token_id
-    if of_model is None and of_tokenizer is None:
-        raise ValueError(
-            "The mask token must be known to the model's config or the tokenizer (got none in either). "
-            "Set `model.config.mask_token_id`."
-        )
-    if None not in (of_model, of_tokenizer) and of_model != of_tokenizer:
-        raise ValueError(
-            f"`mask_token_id` must be the same in config and tokenizer (got {of_model} and {of_tokenizer}). "
-            "Set `model.config.mask_token_id` or `tokenizer.mask_token`."
-        )
-    return of_tokenizer if of_model is None else of_model
-
-
 def _prepare_dataset(dataset, tokenizer: PreTrainedTokenizerBase, args: MaskedDiffusionSFTConfig):
     """Tokenise unless that is done, and leave out what does not fit the canvas."""
     if dataset is None:
@@ -294,27 +238,4 @@ def _prepare_dataset(dataset, tokenizer: PreTrainedTokenizerBase, args: MaskedDi
         dataset = dataset.map(
             tokenize_conversations, batched=True, fn_kwargs={"tokenizer": tokenizer}, remove_columns=columns
         )
-    fitting = dataset.filter(
-        _fits,
-        input_columns=["prompt_ids", "response_ids"],
-        fn_kwargs={"prompt_length": args.max_prompt_length, "response_length": args.response_length},
-    )
-    if isinstance(fitting, Dataset) and len(fitting) < len(dataset):
-        if len(fitting) == 0:
-            raise ValueError(
-                f"At least one example must fit `max_prompt_length` and `response_length` (got "
-                f"{args.max_prompt_length} and {args.response_length}, and none of {len(dataset)} does). Raise them."
-            )
-        logger.warning(
-            "%d of %d examples do not fit max_prompt_length=%d and response_length=%d and are left out; raise these "
-            "to keep them.",
-            len(dataset) - len(fitting),
-            len(dataset),
-            args.max_prompt_length,
-            args.response_length,
-        )
-    return fitting
-
-
-def _fits(prompt_ids: list[int], response_ids: list[int], prompt_length: int, response_length: int) -> bool:
-    return len(prompt_ids) <= prompt_length and len(response_ids) <= response_length
+    return keep_fitting(dataset, args.max_prompt_length, args.response_length)

@@ -56,9 +56,15 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "lossless": ((bool,), "True or False", lambda v: True),
     "draft_length": ((int,), "a positive integer (canvases)", lambda v: v > 0),
     "infill": ((bool,), "True or False", lambda v: True),
-    "seed": ((int,), "a non-negative integer", lambda v: v >= 0),
+    "seed": ((int, list, tuple), "a non-negative integer, or a list of one for each row", lambda v: _are_seeds(v)),
     "mask_token_id": ((int,), "a token id", lambda v: v >= 0),
 }
+
+
+def _are_seeds(value: int | list[int] | tuple[int, ...]) -> bool:
+    seeds = [value] if isinstance(value, int) else value
+    return len(seeds) > 0 and all(type(seed) is int and seed >= 0 for seed in seeds)
+
 
 CALL_FIELDS = ("decoding_method", "infill", "seed", "mask_token_id")
 
@@ -128,7 +134,8 @@ class D3LLMGenerationConfig(GenerationConfig):
             `draft_length + 1` canvases a row, in memory as in computation.
         infill (`bool`): also decide the mask tokens between the text of `input_ids`; `infill_mask` marks positions
             instead. Nothing is appended unless `max_new_tokens` is given as well.
-        seed (`int`): makes sampling a function of this call alone; drawn from torch's global generator when unset.
+        seed (`int` or list of `int`): makes sampling a function of this call alone; drawn from torch's global
+            generator when unset. With one for each row, a row draws what it would draw alone with its seed.
         mask_token_id (`int`): the model config's when unset.
 
     Raises:

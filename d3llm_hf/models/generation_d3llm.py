@@ -169,6 +169,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         state = canvas.start(rules)
         stop_ids = generation_config._eos_token_tensor
         sampler = self._sampler(generation_config)
+        sampler.check_batch(canvas.batch)
         ledger = Ledger(canvas, state, input_ids, stop_ids, stopping_criteria, streamer)
         scorer = Scorer(
             rules,

@@ -1,6 +1,6 @@
 """From logits to a token and a rank for every candidate position, in one float32 pass over the vocabulary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -95,17 +95,25 @@ class Sampler:
     """Counter-based random numbers: a function of (seed, row, step, position), whatever else is in the batch.
 
     No generator is kept or advanced, so a row's numbers do not depend on which other rows are still running, and the
-    same seed gives the same text on every device.
+    same seed gives the same text on every device. With a seed for each row, a row draws what it would draw alone.
     """
 
     TOKEN, POSITION = 0, 1  # streams: one draws tokens, the other ranks positions
 
-    def __init__(self, seed: int | None):
+    def __init__(self, seed: int | Sequence[int] | None):
         # torch's global generator is touched only when nobody gave a seed, and then `set_seed` makes calls repeatable.
         self._seed = seed
 
+    def check_batch(self, batch: int) -> None:
+        """Refuses seeds of single rows that are not one for each."""
+        if isinstance(self._seed, Sequence) and len(self._seed) != batch:
+            raise ValueError(
+                f"`seed` must be one integer, or one for each row (got {len(self._seed)} for {batch} rows). Pass as "
+                "many as there are rows."
+            )
+
     @property
-    def seed(self) -> int:
+    def seed(self) -> int | Sequence[int]:
         """The seed of this call, drawn when first needed where none was given."""
         if self._seed is None:
             self._seed = int(torch.randint(2**62, ()))
@@ -116,7 +124,10 @@ class Sampler:
     ) -> torch.Tensor:
         """Uniform numbers in [0, 1) for `(n,)` rows, steps and columns, float64."""
         step = torch.as_tensor(step, device=rows.device)  # arithmetic that wraps
-        counter = torch.full_like(rows, _signed(self.seed))
+        if isinstance(self.seed, Sequence):
+            counter, rows = rows.new_tensor([_signed(seed) for seed in self.seed])[rows], torch.zeros_like(rows)
+        else:
+            counter = torch.full_like(rows, _signed(self.seed))
         for part in (rows, columns, step * 2 + stream):
             counter = _mix(counter + _GOLDEN * (part + 1))
         return (counter.bitwise_right_shift(11) & ((1 << 53) - 1)).double() * 2.0**-53

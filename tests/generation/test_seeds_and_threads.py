@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny import ScriptedModel, answer, attributes, same_attributes, trained_like
+from tiny import PAD, ScriptedModel, answer, attributes, left_padded, same_attributes, trained_like
 
 
 SAMPLING = {"do_sample": True, "temperature": 1.0, "decoding_method": "d3llm", "entropy_threshold": 1.0}
@@ -36,6 +36,23 @@ def test_two_seeds_give_different_answers():
     answers = [answer(model, [1, 2, 3], seed=seed, **SAMPLING).sequences for seed in range(101)]
     different = sum(not torch.equal(a, b) for a, b in pairwise(answers))
     assert different >= 95
+
+
+@pytest.mark.parametrize("chosen", [SAMPLING, {"decoding_method": "llada", "remasking": "random"}])
+def test_with_a_seed_for_each_row_a_row_draws_what_it_draws_alone(chosen):
+    model, prompts, seeds = trained_like("llada"), [[1, 2, 3], [4, 5], [1, 2, 3], [1, 2, 3]], [7, 2**64 + 8, 9, 7]
+    settings = chosen | {"max_new_tokens": 16, "pad_token_id": PAD, "return_dict_in_generate": True}
+    batch = model.generate(**left_padded(prompts), seed=seeds, **settings)
+    for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        alone = answer(model, prompt, seed=seed, **chosen)
+        assert torch.equal(batch.sequences[row, -16:], alone.sequences[0, -16:])
+        assert torch.equal(batch.step_map[row], alone.step_map[0])
+    assert not torch.equal(batch.step_map[0], batch.step_map[2]) and torch.equal(batch.step_map[0], batch.step_map[3])
+
+
+def test_seeds_that_are_not_one_for_each_row_are_refused():
+    with pytest.raises(ValueError, match=r"`seed` must be one integer, or one for each row \(got 2 for 1 rows\)"):
+        answer(trained_like("llada"), [1, 2, 3], seed=[1, 2])
 
 
 def test_without_a_seed_the_global_generator_decides():

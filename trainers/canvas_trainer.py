@@ -1,0 +1,131 @@
+"""What the trainers of masked diffusion models share: how a canvas reaches the model, and loading what was saved."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from d3llm_hf.models.modeling_common import positions_of
+
+from .weights import load_converted_weights
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+
+class CanvasTrainer(Trainer):
+    """A Trainer over canvases: prompts padded on the left, answers of `response_length` tokens on the right.
+
+    Attributes:
+        mask_token_id (`int`): Token of a hidden position.
+        label_shift (`int`): 0 if logits row i predicts token i, 1 if row i - 1 does.
+    """
+
+    # Each micro-batch's loss is a mean, so the Trainer has to divide by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def _adopt(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        label_shift: int | None,
+        peft_config: PeftConfig | None,
+    ) -> PreTrainedModel:
+        """Read off the model what the canvases need, and give it its adapter; called before the Trainer is set up."""
+        self.mask_token_id = mask_token_id(model, tokenizer)
+        self.label_shift = getattr(model, "logit_shift", 0) if label_shift is None else label_shift
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._forward_takes = frozenset(inspect.signature(type(base).forward).parameters)
+        self._position_offset = getattr(base, "position_offset", None)
+        self._keeps_marked_positions = getattr(base, "supports_position_mask", False)
+        if peft_config is None:
+            return model
+        from peft import get_peft_model
+
+        return get_peft_model(model, peft_config)
+
+    def _model_inputs(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, kept: int | torch.Tensor
+    ) -> dict[str, Any]:
+        """What the forward gets: padding moves no text, and where the forward can, only `kept` logits are made."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if "logits_to_keep" in self._forward_takes:
+            inputs["logits_to_keep"] = kept
+        if "position_ids" in self._forward_takes and self._position_offset is not None:
+            inputs["position_ids"] = positions_of(attention_mask) + self._position_offset
+        return inputs
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Evaluate the loss alone: logits under a random mask are of no use to a metric."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if not load_converted_weights(self.model if model is None else model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not load_converted_weights(self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+
+def mask_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The mask token that model and tokenizer agree on.
+
+    Raises:
+        ValueError: If neither knows one, or they differ.
+    """
+    of_model, of_tokenizer = getattr(model.config, "mask_token_id", None), tokenizer.mask_token_id
+    if of_model is None and of_tokenizer is None:
+        raise ValueError(
+            "The mask token must be known to the model's config or the tokenizer (got none in either). "
+            "Set `model.config.mask_token_id`."
+        )
+    if None not in (of_model, of_tokenizer) and of_model != of_tokenizer:
+        raise ValueError(
+            f"`mask_token_id` must be the same in config and tokenizer (got {of_model} and {of_tokenizer}). "
+            "Set `model.config.mask_token_id` or `tokenizer.mask_token`."
+        )
+    return of_tokenizer if of_model is None else of_model
+
+
+def keep_fitting(dataset, prompt_length: int, response_length: int, response_column: str = "response_ids"):
+    """Leave out the examples that do not fit the canvas, and say how many.
+
+    Raises:
+        ValueError: If none fits.
+    """
+    fitting = dataset.filter(
+        _fits,
+        input_columns=["prompt_ids", response_column],
+        fn_kwargs={"prompt_length": prompt_length, "response_length": response_length},
+    )
+    if isinstance(fitting, Dataset) and len(fitting) < len(dataset):
+        if len(fitting) == 0:
+            raise ValueError(
+                f"At least one example must fit `max_prompt_length` and `response_length` (got "
+                f"{prompt_length} and {response_length}, and none of {len(dataset)} does). Raise them."
+            )
+        logger.warning(
+            "%d of %d examples do not fit max_prompt_length=%d and response_length=%d and are left out; raise these "
+            "to keep them.",
+            len(dataset) - len(fitting),
+            len(dataset),
+            prompt_length,
+            response_length,
+        )
+    return fitting
+
+
+def _fits(prompt_ids: list[int], response_ids: list[int], prompt_length: int, response_length: int) -> bool:
+    return len(prompt_ids) <= prompt_length and len(response_ids) <= response_length

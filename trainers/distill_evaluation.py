@@ -1,0 +1,80 @@
+"""Decoding of held-out prompts while a student is trained: tokens per forward, and exact match where it is known."""
+
+from __future__ import annotations
+
+import re
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from d3llm_hf.evaluation.word_problems import extract_answer
+
+
+if TYPE_CHECKING:
+    from .distill_config import PseudoTrajectoryDistillConfig
+
+
+def decode_and_score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Any,
+    args: PseudoTrajectoryDistillConfig,
+    accelerator: Any,
+) -> dict[str, float]:
+    """Decode the first `eval_generate_samples` prompts, shared out over the processes.
+
+    Returns:
+        `tpf`: answer tokens before the stop tokens over forwards, both summed over the prompts; and, if the data set
+        has the column `eval_answer_column`, `exact_match` between 0 and 1.
+    """
+    rows = list(islice(iter(dataset), args.eval_generate_samples))
+    has_answers = bool(rows) and args.eval_answer_column in rows[0]
+    own = rows[args.process_index :: args.world_size]
+    tokens, forwards, matches = 0.0, 0.0, 0.0
+    training = model.training
+    model.eval()
+    for start in range(0, len(own), args.per_device_eval_batch_size):
+        batch = own[start : start + args.per_device_eval_batch_size]
+        inputs = _left_padded([row["prompt_ids"] for row in batch], tokenizer, args.device)
+        output = model.generate(
+            **inputs,
+            **({"max_new_tokens": args.response_length, "do_sample": False} | args.eval_generate_kwargs),
+            return_dict_in_generate=True,
+        )
+        tokens += (output.tokens_per_forward * output.num_forwards).sum().item()
+        forwards += output.num_forwards.sum().item()
+        if has_answers:
+            answers = output.sequences[:, inputs["input_ids"].shape[1] :]
+            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+            matches += sum(same_answer(t, row[args.eval_answer_column]) for t, row in zip(texts, batch, strict=True))
+    model.train(training)
+    sums = torch.tensor([[tokens, forwards, matches]], device=args.device)
+    tokens, forwards, matches = accelerator.gather(sums).sum(0).tolist()
+    found = {"tpf": round(tokens / max(forwards, 1.0), 4)}
+    return found | ({"exact_match": round(matches / len(rows), 4)} if has_answers else {})
+
+
+def same_answer(prediction: str, reference: str) -> bool:
+    """Whether a text gives the reference answer.
+
+    It does if both are the same text, white space at both ends aside, or if the reference is an integer or ends in
+    `#### <integer>` and the text has the same integer behind its last `####`.
+    """
+    if prediction.strip() == reference.strip():
+        return True
+    bare = re.fullmatch(r"-?\d[\d,]*", reference.strip())
+    wanted = extract_answer(f"#### {bare[0]}" if bare else reference)
+    return wanted is not None and extract_answer(prediction) == wanted
+
+
+def _left_padded(
+    prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> dict[str, torch.Tensor]:
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    width = max(map(len, prompts))
+    return {
+        "input_ids": torch.tensor([[pad_token_id] * (width - len(p)) + p for p in prompts], device=device),
+        "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device),
+    }

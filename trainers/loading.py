@@ -1,0 +1,82 @@
+"""What the training scripts share before a model is trained: loading it, and refusing a launch that would go wrong."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+
+def check_processes(world_size: int) -> None:
+    """Refuse processes that would each train a model of their own.
+
+    Without a GPU, accelerate joins the processes of a launcher only under `--use_cpu`; otherwise every one of them
+    trains alone, on its own part of the batch, and overwrites the others' checkpoints.
+
+    Raises:
+        ValueError: If the launcher started more processes than take part.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != world_size:
+        raise ValueError(
+            f"`use_cpu` must be set to train in several processes without a GPU (got {started} processes that would "
+            f"train {started} separate models). Add `--use_cpu`, or start one process."
+        )
+
+
+def checkpoint_to_resume(args: Any) -> str | None:
+    """The checkpoint to go on from: `resume_from_checkpoint`, where `last` is the newest of `output_dir`, if any."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if args.resume_from_checkpoint != "last":
+        return args.resume_from_checkpoint
+    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+
+
+def with_end_of_text(tokenizer: Any) -> Any:
+    """The tokenizer; where it has no end of text, as BERT's, its separator ends an answer."""
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.sep_token
+    return tokenizer
+
+
+def load_checkpoint(name: str, tokenizer: Any, *, bidirectional: bool = False, **kwargs: Any) -> Any:
+    """A masked language model where the architecture has one, else its decoder; ours, or given our decoder.
+
+    Args:
+        name (`str`): Folder or id of the checkpoint.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Names the mask token where the config does not.
+        bidirectional (`bool`, defaults to `False`): Let causal attention attend to all positions.
+        kwargs: Further arguments of `from_pretrained`, such as `dtype`.
+
+    Raises:
+        ValueError: If the checkpoint cannot be decoded by diffusion (see [`as_diffusion_lm`]).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    from d3llm_hf import D3LLMGenerationMixin, as_diffusion_lm
+
+    hub = {key: value for key, value in kwargs.items() if key in ("revision", "token", "trust_remote_code")}
+    config = AutoConfig.from_pretrained(name, **hub)
+    auto = AutoModelForMaskedLM if type(config) in AutoModelForMaskedLM._model_mapping else AutoModelForCausalLM
+    model = auto.from_pretrained(name, **kwargs)
+    if isinstance(model, D3LLMGenerationMixin):
+        return model
+    mask_token_id = getattr(config, "mask_token_id", None)
+    return as_diffusion_lm(
+        model,
+        mask_token_id=tokenizer.mask_token_id if mask_token_id is None else mask_token_id,
+        bidirectional=bidirectional,
+    )
+
+
+def float_dtype(name: str, value: str) -> Any:
+    """The torch dtype of that name.
+
+    Raises:
+        ValueError: If it is none, or not of floating point; `name` is the argument it came from.
+    """
+    import torch
+
+    dtype = getattr(torch, value, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"`{name}` must be a floating-point type of torch (got {value!r}). Pass float32 or bfloat16.")
+    return dtype

@@ -1,0 +1,195 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["d3llm-hf", "accelerate", "datasets", "peft", "pyyaml"]
+# ///
+"""Pseudo-trajectory distillation (d3LLM), and its random-mask and certainty-forcing (dParallel) baselines.
+
+The embedded checkpoint on one CPU core, from a folder of its own trajectories:
+
+    OMP_NUM_THREADS=1 python trainers/run_distill.py --config trainers/recipes/d3llm_llada_tiny.yaml
+
+d3LLM-LLaDA with LoRA on four 80 GB GPUs:
+
+    accelerate launch --num_processes 4 trainers/run_distill.py --config trainers/recipes/d3llm_llada_8b.yaml
+
+Trajectories are a .parquet, .json or .jsonl file, a folder of .parquet files, or a data set of the Hub. Columns:
+`prompt_ids`, `response_ids`, `step_map` (the step, from 1, at which the teacher decided each token; -1 where none
+did), and optionally `target_ids`, `correct` and `answer`.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainers.loading import check_processes, checkpoint_to_resume, float_dtype, load_checkpoint, with_end_of_text
+
+
+@dataclass
+class DistillScriptArguments:
+    """What to distil, and on what."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "The student to start from, usually the teacher: folder, id, or embedded checkpoint."}
+    )
+    dataset_name: str = field(
+        metadata={"help": "Trajectories: a file, a folder of .parquet files, or a data set of the Hub."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out trajectories. If unset, part of the training data is held out."}
+    )
+    num_eval_samples: int = field(
+        default=256, metadata={"help": "Samples to hold out for evaluation where `eval_dataset_name` is unset."}
+    )
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer; the student's if unset."})
+    bidirectional: bool = field(
+        default=False, metadata={"help": "Let a student with causal attention attend to all positions."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention backend."})
+    torch_dtype: str = field(default="float32", metadata={"help": "Data type of the weights while training."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    lora_r: int = field(default=256, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=256, metadata={"help": "Scale of the adapter, relative to its rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get an adapter. All projections of all layers if unset."}
+    )
+    merge_adapter: bool = field(
+        default=True, metadata={"help": "Merge the adapter into the weights of the final checkpoint."}
+    )
+    save_dtype: str | None = field(
+        default=None, metadata={"help": "Data type of the final checkpoint, e.g. bfloat16. As trained if unset."}
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Distil as the arguments say, and save model, tokenizer and model card to `output_dir`."""
+    from transformers import set_seed
+
+    from trainers.distill_config import PseudoTrajectoryDistillConfig
+    from trainers.distill_trainer import PseudoTrajectoryDistillTrainer
+    from trainers.script_utils import parse_args_with_config
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    script_args, args = parse_args_with_config(
+        (DistillScriptArguments, PseudoTrajectoryDistillConfig), sys.argv[1:] if argv is None else argv
+    )
+    check_processes(args.world_size)
+    set_seed(args.seed)
+    model, tokenizer = load_student(script_args, args.model_init_kwargs)
+    args.model_init_kwargs = None  # used up
+    with args.main_process_first(local=True, desc="loading the datasets"):
+        train_dataset, eval_dataset = load_trajectories(script_args, args.seed, evaluate=args.eval_strategy != "no")
+
+    trainer = PseudoTrajectoryDistillTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=_peft_config(script_args, model),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    if script_args.use_peft and script_args.merge_adapter:
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    if script_args.save_dtype is not None:
+        trainer.model.to(float_dtype("save_dtype", script_args.save_dtype))
+    card = {"finetuned_from": _hub_id(script_args.model_name_or_path), "dataset": _hub_id(script_args.dataset_name)}
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)  # saves before it pushes
+    else:
+        trainer.save_model()
+        trainer.create_model_card(**card)
+
+
+def load_student(script_args: DistillScriptArguments, model_init_kwargs: dict | None = None):
+    """The student and its tokenizer; the name may be that of an embedded checkpoint."""
+    from transformers import AutoTokenizer
+
+    from d3llm_hf.hub import embedded_checkpoints
+
+    embedded = embedded_checkpoints()
+    name, tokenizer_name = (
+        str(embedded.get(name, name))
+        for name in (
+            script_args.model_name_or_path,
+            script_args.tokenizer_name_or_path or script_args.model_name_or_path,
+        )
+    )
+    tokenizer = with_end_of_text(AutoTokenizer.from_pretrained(tokenizer_name))
+    model = load_checkpoint(
+        name,
+        tokenizer,
+        bidirectional=script_args.bidirectional,
+        **{
+            "dtype": float_dtype("torch_dtype", script_args.torch_dtype),
+            "attn_implementation": script_args.attn_implementation,
+        }
+        | (model_init_kwargs or {}),
+    )
+    return model, tokenizer
+
+
+def load_trajectories(script_args: DistillScriptArguments, seed: int, evaluate: bool):
+    """`(train, eval)` datasets; the second one is named, or held out of the first by chance, or `None`.
+
+    Raises:
+        ValueError: If there is nothing to load, or nothing is left to train on.
+    """
+    train = _load(script_args.dataset_name, script_args.dataset_split)
+    if not evaluate:
+        return train, None
+    if script_args.eval_dataset_name is not None:
+        return train, _load(script_args.eval_dataset_name, script_args.dataset_split)
+    # Numbered before the split, so that a sample's draws do not depend on how many are held out.
+    if "sample_id" not in train.column_names:
+        train = train.map(lambda row, index: {"sample_id": index}, with_indices=True)
+    if not 0 < script_args.num_eval_samples < len(train):
+        raise ValueError(
+            f"`num_eval_samples` must leave samples on both sides (got {script_args.num_eval_samples} of "
+            f"{len(train)}). Lower it, or name an `eval_dataset_name`."
+        )
+    splits = train.train_test_split(test_size=script_args.num_eval_samples, seed=seed)
+    return splits["train"], splits["test"]
+
+
+def _load(name: str, split: str):
+    from datasets import load_dataset
+
+    path = Path(name)
+    if path.is_dir():
+        files = sorted(str(file) for file in path.rglob("*.parquet"))
+        if not files:
+            raise ValueError(
+                f"A folder of trajectories must hold .parquet files (got none in {name}). Name another folder."
+            )
+        return load_dataset("parquet", data_files={split: files}, split=split)
+    builders = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    if path.suffix in builders:
+        return load_dataset(builders[path.suffix], data_files={split: name}, split=split)
+    return load_dataset(name, split=split)
+
+
+def _hub_id(name: str) -> str | None:
+    """The name, if it is one of the Hub: a file or folder of this machine says nothing to the readers of a card."""
+    return None if Path(name).exists() or "/" not in name else name
+
+
+def _peft_config(script_args: DistillScriptArguments, model):
+    if not script_args.use_peft:
+        return None
+    from peft import LoraConfig
+
+    from trainers.lora import lora_target_modules
+
+    return LoraConfig(
+        r=script_args.lora_r,
+        lora_alpha=script_args.lora_alpha,
+        lora_dropout=script_args.lora_dropout,
+        target_modules=script_args.lora_target_modules or lora_target_modules(model),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["d3llm-hf", "accelerate", "datasets", "pyyaml"]
+# ///
+"""Trajectories of a teacher: in which order it decides the tokens of its answers. The data of d3LLM's distillation.
+
+The embedded checkpoint on generated word problems, on a laptop's CPU in half a minute:
+
+    python trainers/run_trajectories.py --model_name_or_path d3llm-llada --dataset_name word_problems \
+        --num_problems 64 --scorer number --max_new_tokens 64 --block_length 16 --output_dir trajectories
+
+A published teacher on your own data, on eight 80 GB GPUs (every process decodes shards of its own):
+
+    accelerate launch --num_processes 8 trainers/run_trajectories.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct \
+        --torch_dtype bfloat16 --dataset_name openai/gsm8k --dataset_config main --prompt_column question \
+        --response_column answer --scorer number --batch_size 16 --output_dir trajectories
+
+Killed at any moment and started again with the same arguments, it goes on with the shards that are not complete, and
+the result is that of an unbroken run. `trainers.read_trajectories("trajectories")` reads and verifies it.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class TrajectoryScriptArguments:
+    """Which teacher, on what."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "The teacher: a folder, an id on the Hub, or the name of an embedded checkpoint."}
+    )
+    output_dir: str = field(metadata={"help": "Folder of the shards; one that is there is resumed."})
+    dataset_name: str = field(
+        metadata={"help": "`word_problems`, a .json, .jsonl, .csv or .parquet file, or a data set of the Hub."}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a teacher on the Hub."}
+    )
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "The teacher's own if unset."})
+    bidirectional: bool = field(
+        default=False,
+        metadata={"help": "Let a checkpoint with causal attention attend to all positions."},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention backend."})
+    torch_dtype: str = field(default="float32", metadata={"help": "Data type of the weights."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set of the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split, also a slice such as `train[:1000]`."})
+    num_problems: int = field(default=1000, metadata={"help": "Generated word problems."})
+    problem_seed: int = field(default=0, metadata={"help": "Seed of the generated problems."})
+    min_problem_steps: int = field(default=2, metadata={"help": "Fewest arithmetic steps of a generated problem."})
+    max_problem_steps: int = field(default=5, metadata={"help": "Most arithmetic steps of a generated problem."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is an accelerator."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Extract as the arguments say."""
+    import torch
+    from accelerate import PartialState
+
+    from trainers.script_utils import parse_args_with_config
+    from trainers.trajectories import TrajectoryConfig, extract_trajectories
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    script_args, args = parse_args_with_config(
+        (TrajectoryScriptArguments, TrajectoryConfig), sys.argv[1:] if argv is None else argv
+    )
+    # On a CPU accelerate counts the processes of a launcher only when told that this is meant.
+    state = PartialState(cpu=script_args.use_cpu or not torch.accelerator.is_available())
+    with state.main_process_first():
+        dataset = load_prompts(script_args)
+    model, tokenizer = load_teacher(script_args)
+    extract_trajectories(
+        model.to(state.device),
+        tokenizer,
+        dataset,
+        script_args.output_dir,
+        args,
+        dataset_name=f"{script_args.dataset_name} {script_args.dataset_split}",
+        process_index=state.process_index,
+        num_processes=state.num_processes,
+        progress=state.is_main_process,
+    )
+    state.destroy_process_group()
+
+
+def load_teacher(script_args: TrajectoryScriptArguments):
+    """`(model, tokenizer)` of the checkpoint, which may be an embedded one."""
+    from d3llm_hf.hub import embedded_checkpoints
+    from trainers.run_sft import SFTScriptArguments, load_model, load_tokenizer
+
+    name = script_args.model_name_or_path
+    if not Path(name).exists():
+        name = str(embedded_checkpoints().get(name, name))
+    args = SFTScriptArguments(
+        model_name_or_path=name,
+        model_revision=script_args.model_revision,
+        tokenizer_name_or_path=script_args.tokenizer_name_or_path,
+        bidirectional=script_args.bidirectional,
+        attn_implementation=script_args.attn_implementation,
+        torch_dtype=script_args.torch_dtype,
+    )
+    tokenizer = load_tokenizer(args)
+    return load_model(args, tokenizer), tokenizer
+
+
+def load_prompts(script_args: TrajectoryScriptArguments):
+    """The data set: generated word problems, a file, or one of the Hub."""
+    from datasets import Dataset, load_dataset
+
+    from trainers.run_sft import word_problem_rows
+
+    name, split = script_args.dataset_name, script_args.dataset_split
+    if name == "word_problems":
+        if split not in ("train", "test"):
+            raise ValueError(
+                f"`dataset_split` must be train or test for generated problems (got {split!r}). Set `num_problems` "
+                "for fewer of them."
+            )
+        rows = word_problem_rows(
+            script_args.num_problems,
+            split,
+            script_args.problem_seed,
+            script_args.min_problem_steps,
+            script_args.max_problem_steps,
+        )
+        return Dataset.from_list(list(rows))
+    builders = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+    builder = builders.get(Path(name).suffix)
+    if builder is None:
+        return load_dataset(name, script_args.dataset_config, split=split)
+    return load_dataset(builder, data_files={split.split("[")[0]: name}, split=split)
+
+
+if __name__ == "__main__":
+    main()
