@@ -19,15 +19,13 @@ class Plan:
     Args:
         state, rules: before the forward, its blocks opened.
         among (`(B, N)` bool): the candidates of the forward; a plan may take some out.
-        slots (`(B, N)` long): the slot of each position to decide, ascending.
         length: L.
         sampler: gives the costs of random remasking, which are known before the forward.
     """
 
-    def __init__(
-        self, state: State, rules: Rules, among: torch.Tensor, slots: torch.Tensor, length: int, sampler: Sampler
-    ):
-        self.state, self.rules, self.among, self.slots, self.sampler = state, rules, among, slots, sampler
+    def __init__(self, state: State, rules: Rules, among: torch.Tensor, length: int, sampler: Sampler):
+        self.state, self.rules, self.among, self.sampler = state, rules, among, sampler
+        self.slots = slots = state.slots
         self.slot = torch.arange(length, device=slots.device)  # (L,)
         self.left = per_block(state.undecided, rules.block_length)  # (B, K)
         self.is_open = torch.arange(self.left.shape[1], device=slots.device) < state.open_count[:, None]

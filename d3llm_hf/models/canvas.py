@@ -10,6 +10,20 @@ from .decoding import Rules, State
 from .modeling_common import positions_of
 
 
+# Arguments of `generate` that reach the model through the canvas, or not at all; all others go to its forward.
+OWN = frozenset(
+    {
+        "attention_mask",
+        "position_ids",
+        "inputs_embeds",
+        "past_key_values",
+        "use_cache",
+        "logits_to_keep",
+        "infill_mask",
+    }
+)
+
+
 @dataclass
 class Canvas:
     """What stays the same while the answer is decoded. B rows, L slots, N positions to decide in the longest row.
@@ -68,9 +82,7 @@ class Canvas:
                 "`mask_token_id` must name the token of an undecided position (got None). Set it in the config "
                 "or pass it to `generate`; a model without a mask token cannot be decoded this way."
             )
-        known = {"attention_mask", "position_ids", "inputs_embeds", "past_key_values", "use_cache", "logits_to_keep"}
-        known.add("infill_mask")
-        extra = {name: value for name, value in model_kwargs.items() if name not in known and value is not None}
+        extra = {name: value for name, value in model_kwargs.items() if name not in OWN and value is not None}
         token_types = extra.pop("token_type_ids", None)
 
         new_length = generation_config.max_length - input_ids.shape[1]

@@ -162,6 +162,10 @@ class State:
         taken = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "forward"}
         return replace(self, **taken)
 
+    def stop(self, stop_ids: torch.Tensor | None, may_stop: torch.Tensor) -> torch.Tensor:
+        """Column of the first decided stop token `(B,)` among the positions `(B, N)` at which one ends a row, or N."""
+        return stop_position(self.tokens, ~self.undecided & may_stop, stop_ids)
+
     @staticmethod
     def cat(states: list["State"]) -> "State":
         """The rows of several states one after the other."""

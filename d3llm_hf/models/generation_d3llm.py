@@ -14,13 +14,11 @@ from .caching import PLANS, Plan, wasted_by_reference
 from .canvas import Canvas
 from .contract import CanvasContract
 from .decoding import (
-    State,
     candidates,
     commit,
     fill_after_stop,
     finished,
     open_blocks,
-    stop_position,
 )
 from .generation_config_d3llm import D3LLMGenerationConfig, unknown_field
 from .ledger import Ledger
@@ -191,9 +189,6 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         if rules.kv_cache != "none":
             cache = SlotCache(self.config.get_text_config().num_hidden_layers, canvas.length)
 
-        def stops(state: State, canvas: Canvas) -> torch.Tensor:
-            return stop_position(state.tokens, ~state.undecided & canvas.may_stop, stop_ids)
-
         with ledger:
             while self._has_unfinished_sequences(state.rows.numel() == 0, synced_gpus, device):
                 if state.rows.numel() == 0:  # another process is not finished, and its forwards are collective
@@ -204,10 +199,10 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 trial, drawn = speculation.extend(state, canvas)
 
                 # 3. Open blocks and plan which slots the next forward recomputes
-                open_blocks(trial, rules, stops(trial, drawn))
+                open_blocks(trial, rules, trial.stop(stop_ids, drawn.may_stop))
                 among, recompute = candidates(trial, rules), None
                 if cache is not None:
-                    plan = Plan(trial, rules, among, drawn.slots, drawn.length, sampler)
+                    plan = Plan(trial, rules, among, drawn.length, sampler)
                     recompute, among = PLANS[rules.kv_cache](plan), plan.among
 
                 # 4. Forward them; logits of the candidates only
@@ -227,7 +222,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 trial.forward += 1
                 commit(trial, commits, tokens)
                 state, scores = speculation.settle(trial, scores)
-                stop = stops(state, canvas)
+                stop = state.stop(stop_ids, canvas.may_stop)
                 wasted = wasted_by_reference(state, rules)
                 filled = torch.zeros_like(wasted)
                 if rules.eos_fill and stop_ids is not None:

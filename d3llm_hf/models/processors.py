@@ -245,6 +245,7 @@ class Processors:
         if self.infilling:
             given = torch.ones_like(canvas.base, dtype=torch.bool) if canvas.mask is None else canvas.mask
             self.decided = replace(canvas, base=given).fill(self.decided)
+        self.text = visible_text(self.known_prompt[self.owners], self.tokens, self.decided, self.stop_ids)
 
     def _answers(self, tokens: torch.Tensor, canvas: Canvas) -> torch.Tensor:
         """`(B, N)` tokens of the positions to decide as the answer, which is the whole text where these lie in it."""
@@ -266,7 +267,7 @@ class Processors:
             owners=self.owners,
             batch=self.prompt.shape[0],
             slots=self.prompt.shape[1] + columns,
-            text=visible_text(self.known_prompt[self.owners], self.tokens, self.decided, self.stop_ids),
+            text=self.text,
             prompt_length=self.prompt.shape[1],
             stop_ids=self.stop_ids,
         )

@@ -90,26 +90,26 @@ def by_neighbourhood(cost: torch.Tensor, among: torch.Tensor, state: State, rule
     return among & (anchors | (near & (cost <= rules.relaxed_threshold))) | best(cost, among)
 
 
-def block_of(among: torch.Tensor, rules: Rules) -> torch.Tensor:
-    """The first block `(B,)` of each row that has a marked position, the last block where none has."""
+def pace(among: torch.Tensor, state: State, rules: Rules) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the first block of each row that has a marked position, `(B,)` each.
+
+    Returns:
+        its steps: its share of `steps`, the earlier blocks one more, or as many as it has positions where there are
+        none; its positions; and its steps so far.
+    """
     marked = per_block(among, rules.block_length) > 0
-    return first_true(marked).clamp_max(marked.shape[1] - 1)
-
-
-def steps_of_block(state: State, rules: Rules, block: torch.Tensor) -> torch.Tensor:
-    """Steps `(B,)` for a block: its share of `steps`, the earlier blocks one more; its size where there are none."""
-    if not rules.steps:
-        return state.opened_size.gather(1, block[:, None])[:, 0].clamp_min(1)
-    blocks = ((state.length + rules.block_length - 1) // rules.block_length).clamp_min(1)
-    return (rules.steps // blocks + (block < rules.steps % blocks)).clamp_min(1)
+    block = first_true(marked).clamp_max(marked.shape[1] - 1)
+    size, opened = (table.gather(1, block[:, None])[:, 0] for table in (state.opened_size, state.opened_step))
+    steps = size
+    if rules.steps:
+        blocks = ((state.length + rules.block_length - 1) // rules.block_length).clamp_min(1)
+        steps = rules.steps // blocks + (block < rules.steps % blocks)
+    return steps.clamp_min(1), size, state.step - opened
 
 
 def by_quota(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
     """LLaDA's fixed quota: each block's positions spread evenly over its share of the steps, more in earlier ones."""
-    block = block_of(among, rules)
-    steps = steps_of_block(state, rules, block)
-    size = state.opened_size.gather(1, block[:, None])[:, 0]
-    done = state.step - state.opened_step.gather(1, block[:, None])[:, 0]
+    steps, size, done = pace(among, state, rules)
     quota = size // steps + (done < size % steps)
     return cheapest(cost, among, quota.clamp_min(1))  # what a constraint put off is decided after the last step
 
@@ -119,9 +119,7 @@ def decided_fraction(among: torch.Tensor, state: State, rules: Rules, eps: float
 
     Times fall linearly from 1 to `eps` over the steps of the block, in float32 as the reference counts them.
     """
-    block = block_of(among, rules)
-    steps = steps_of_block(state, rules, block)
-    done = state.step - state.opened_step.gather(1, block[:, None])[:, 0]
+    steps, _, done = pace(among, state, rules)
 
     def time(index: torch.Tensor) -> torch.Tensor:
         slope = torch.tensor(eps - 1, device=steps.device) / steps
@@ -143,10 +141,8 @@ def by_coin(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules)
 
 def by_quota_and_threshold(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
     """Dream's confidence threshold: of a quota that carries over, those under the threshold, and the cheapest."""
-    block = block_of(among, rules)
-    steps = steps_of_block(state, rules, block)
-    size, opened = (table.gather(1, block[:, None])[:, 0] for table in (state.opened_size, state.opened_step))
-    due = size * (state.step - opened + 1) // steps - (size - among.sum(1))
+    steps, size, done = pace(among, state, rules)
+    due = size * (done + 1) // steps - (size - among.sum(1))
     quota = cheapest(cost, among, due.clamp_min(1))
     return (quota & (cost <= rules.threshold)) | best(cost, among)
 

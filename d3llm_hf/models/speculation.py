@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from .canvas import Canvas
-from .decoding import Rules, State, candidates, commit, finished, open_blocks, stop_position
+from .decoding import Rules, State, candidates, commit, finished, open_blocks
 from .scoring import Sampler, Scores
 from .selection import choose
 
@@ -43,10 +43,10 @@ class Speculation:
             return state, canvas
         index = torch.arange(state.rows.shape[0], device=state.rows.device)
         states, owners, parents, last = [state], [index], [index], state
-        owner = index
+        owner, may_stop = index, canvas.may_stop
         for _ in range(self.rules.draft_length):
-            drafted, known = self._step(last, owner, canvas)
-            stop = stop_position(drafted.tokens, ~drafted.undecided & canvas.may_stop[owner], self.stop_ids)
+            drafted, known = self._step(last, owner, may_stop[owner])
+            stop = drafted.stop(self.stop_ids, may_stop[owner])
             # A finished canvas needs no forward, and one of which nothing is known has no successor. (A step that
             # decides nothing by its schedule has one: the same canvas a step later.)
             kept = (known & ~finished(drafted, self.rules, stop)).nonzero()[:, 0]
@@ -61,13 +61,11 @@ class Speculation:
         self.before = trial.tokens, trial.undecided
         return trial, canvas.select(self.owner)
 
-    def _step(self, state: State, owner: torch.Tensor, canvas: Canvas) -> tuple[State, torch.Tensor]:
+    def _step(self, state: State, owner: torch.Tensor, may_stop: torch.Tensor) -> tuple[State, torch.Tensor]:
         """The states after the step that the present scores suggest, and whether these say anything."""
         scores, rules = self.scores.select(owner), self.rules
         state = state.select(torch.arange(len(owner), device=owner.device))  # a copy
-        open_blocks(
-            state, rules, stop_position(state.tokens, ~state.undecided & canvas.may_stop[owner], self.stop_ids)
-        )
+        open_blocks(state, rules, state.stop(self.stop_ids, may_stop))
         among = candidates(state, rules) & scores.cost.isfinite()
         cost = scores.cost
         if rules.score == "noise":
