@@ -62,6 +62,11 @@ def embedded_checkpoints() -> dict[str, Path]:
     return {folder.parent.name: folder.parent for folder in sorted(root.glob("*/config.json"))}
 
 
+def checkpoint_source(name: str) -> str:
+    """What to give `from_pretrained`: an existing path as it is, an embedded checkpoint's folder, or a Hub id."""
+    return name if Path(name).exists() else str(embedded_checkpoints().get(name, name))
+
+
 def export_checkpoint(
     source: str | os.PathLike,
     destination: str | os.PathLike,

@@ -357,3 +357,11 @@ def test_no_source_file_reads_pickles():
     files = [file for folder in ("d3llm_hf", "trainers") for file in (REPOSITORY / folder).rglob("*.py")]
     assert files
     assert [str(file) for file in files if forbidden.search(file.read_text())] == []
+
+
+def test_a_name_is_an_existing_path_then_an_embedded_checkpoint_then_an_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.checkpoint_source("d3llm-llada") == str(hub.embedded_checkpoints()["d3llm-llada"])
+    assert hub.checkpoint_source("someone/a-model") == "someone/a-model"
+    (tmp_path / "d3llm-llada").mkdir()
+    assert hub.checkpoint_source("d3llm-llada") == "d3llm-llada"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +78,19 @@ class CanvasTrainer(Trainer):
     def _load_best_model(self) -> None:
         if not load_converted_weights(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
+
+
+def prepare_each(dataset, prepare: Callable[[Any], Any]):
+    """A data set prepared, each of a dictionary of them, or `None` where there is none."""
+    if isinstance(dataset, dict):
+        return {name: prepare_each(each, prepare) for name, each in dataset.items()}
+    return None if dataset is None else prepare(dataset)
+
+
+def fill_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """What a collator fills canvases with: `pad_token_id` (the end of text where there is none) and `eos_token_id`."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return {"pad_token_id": eos if pad is None else pad, "eos_token_id": eos}
 
 
 def mask_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

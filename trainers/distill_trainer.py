@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,7 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from .canvas_trainer import CanvasTrainer, keep_fitting
+from .canvas_trainer import CanvasTrainer, fill_tokens, keep_fitting, prepare_each
 from .distill_batch import COMPLEMENT, PRIMARY, SFT, BatchViews, draw_batch
 from .distill_callbacks import NoiseCurriculumCallback, WindowCurriculumCallback
 from .distill_card import render_distill_card
@@ -119,19 +120,13 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
             else args.entropy_on_complement
         )
         with args.main_process_first(local=True, desc="preparing the datasets"):
-            train_dataset = _prepare_dataset(train_dataset, args)
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {name: _prepare_dataset(dataset, args) for name, dataset in eval_dataset.items()}
-            else:
-                eval_dataset = _prepare_dataset(eval_dataset, args)
+            prepare = partial(_prepare_dataset, args=args)
+            train_dataset, eval_dataset = prepare_each(train_dataset, prepare), prepare_each(eval_dataset, prepare)
 
-        eos_token_id = processing_class.eos_token_id
-        pad_token_id = processing_class.pad_token_id
         kwargs.setdefault(
             "data_collator",
             PseudoTrajectoryCollator(
-                pad_token_id=eos_token_id if pad_token_id is None else pad_token_id,
-                eos_token_id=eos_token_id,
+                **fill_tokens(processing_class),
                 response_length=args.response_length,
                 supervise_eos_fill=args.supervise_eos_fill,
                 use_target_ids=args.use_target_ids,
@@ -338,8 +333,6 @@ def _load(
 
 def _prepare_dataset(dataset, args: PseudoTrajectoryDistillConfig):
     """Check the columns, number the samples, and leave out wrong answers and what does not fit the canvas."""
-    if dataset is None:
-        return None
     columns = dataset.column_names or list(next(iter(dataset)))
     text = "target_ids" if args.use_target_ids else "response_ids"
     needed = {"prompt_ids", "response_ids", "step_map", text} | ({"correct"} if args.only_correct else set())

@@ -68,6 +68,33 @@ def load_checkpoint(name: str, tokenizer: Any, *, bidirectional: bool = False, *
     )
 
 
+def load_named(
+    name: str, tokenizer_name: str | None, *, torch_dtype: str, bidirectional: bool = False, **kwargs: Any
+) -> tuple[Any, Any]:
+    """`(model, tokenizer)` of a folder, an embedded checkpoint or a Hub id, for decoding and training alike.
+
+    Args:
+        name (`str`): Of the checkpoint.
+        tokenizer_name (`str`, *optional*): Of another one whose tokenizer is taken.
+        torch_dtype (`str`): Floating-point type of the weights.
+        bidirectional (`bool`, defaults to `False`): See [`load_checkpoint`].
+        kwargs: Further arguments of `from_pretrained`, such as `revision`, or a `dtype` instead of the one named.
+
+    Raises:
+        ValueError: If the type is none of floating point, or the checkpoint cannot be decoded by diffusion.
+    """
+    from transformers import AutoTokenizer
+
+    from d3llm_hf.hub import checkpoint_source
+
+    dtype = float_dtype("torch_dtype", torch_dtype)
+    revision = None if tokenizer_name else kwargs.get("revision")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_source(tokenizer_name or name), revision=revision)
+    tokenizer = with_end_of_text(tokenizer)
+    kwargs = {"dtype": dtype} | kwargs
+    return load_checkpoint(checkpoint_source(name), tokenizer, bidirectional=bidirectional, **kwargs), tokenizer
+
+
 def float_dtype(name: str, value: str) -> Any:
     """The torch dtype of that name.
 

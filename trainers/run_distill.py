@@ -22,7 +22,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainers.loading import check_processes, checkpoint_to_resume, float_dtype, load_checkpoint, with_end_of_text
+from trainers.loading import check_processes, checkpoint_to_resume, float_dtype, load_named
 
 
 @dataclass
@@ -105,30 +105,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def load_student(script_args: DistillScriptArguments, model_init_kwargs: dict | None = None):
     """The student and its tokenizer; the name may be that of an embedded checkpoint."""
-    from transformers import AutoTokenizer
-
-    from d3llm_hf.hub import embedded_checkpoints
-
-    embedded = embedded_checkpoints()
-    name, tokenizer_name = (
-        str(embedded.get(name, name))
-        for name in (
-            script_args.model_name_or_path,
-            script_args.tokenizer_name_or_path or script_args.model_name_or_path,
-        )
-    )
-    tokenizer = with_end_of_text(AutoTokenizer.from_pretrained(tokenizer_name))
-    model = load_checkpoint(
-        name,
-        tokenizer,
+    return load_named(
+        script_args.model_name_or_path,
+        script_args.tokenizer_name_or_path,
+        torch_dtype=script_args.torch_dtype,
         bidirectional=script_args.bidirectional,
-        **{
-            "dtype": float_dtype("torch_dtype", script_args.torch_dtype),
-            "attn_implementation": script_args.attn_implementation,
-        }
-        | (model_init_kwargs or {}),
+        **({"attn_implementation": script_args.attn_implementation} | (model_init_kwargs or {})),
     )
-    return model, tokenizer
 
 
 def load_trajectories(script_args: DistillScriptArguments, seed: int, evaluate: bool):

@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     from accelerate import PartialState
 
+    from trainers.loading import load_named
     from trainers.script_utils import parse_args_with_config
     from trainers.trajectories import TrajectoryConfig, extract_trajectories
 
@@ -71,7 +72,14 @@ def main(argv: list[str] | None = None) -> None:
     state = PartialState(cpu=script_args.use_cpu or not torch.accelerator.is_available())
     with state.main_process_first():
         dataset = load_prompts(script_args)
-    model, tokenizer = load_teacher(script_args)
+    model, tokenizer = load_named(
+        script_args.model_name_or_path,
+        script_args.tokenizer_name_or_path,
+        torch_dtype=script_args.torch_dtype,
+        bidirectional=script_args.bidirectional,
+        revision=script_args.model_revision,
+        attn_implementation=script_args.attn_implementation,
+    )
     extract_trajectories(
         model.to(state.device),
         tokenizer,
@@ -84,26 +92,6 @@ def main(argv: list[str] | None = None) -> None:
         progress=state.is_main_process,
     )
     state.destroy_process_group()
-
-
-def load_teacher(script_args: TrajectoryScriptArguments):
-    """`(model, tokenizer)` of the checkpoint, which may be an embedded one."""
-    from d3llm_hf.hub import embedded_checkpoints
-    from trainers.run_sft import SFTScriptArguments, load_model, load_tokenizer
-
-    name = script_args.model_name_or_path
-    if not Path(name).exists():
-        name = str(embedded_checkpoints().get(name, name))
-    args = SFTScriptArguments(
-        model_name_or_path=name,
-        model_revision=script_args.model_revision,
-        tokenizer_name_or_path=script_args.tokenizer_name_or_path,
-        bidirectional=script_args.bidirectional,
-        attn_implementation=script_args.attn_implementation,
-        torch_dtype=script_args.torch_dtype,
-    )
-    tokenizer = load_tokenizer(args)
-    return load_model(args, tokenizer), tokenizer
 
 
 def load_prompts(script_args: TrajectoryScriptArguments):

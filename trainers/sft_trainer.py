@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .canvas_trainer import CanvasTrainer, keep_fitting
+from .canvas_trainer import CanvasTrainer, fill_tokens, keep_fitting, prepare_each
 from .muon import MuonWithAdamW, split_parameters
 from .sft_collator import MaskedDiffusionSFTCollator, tokenize_conversations
 from .sft_config import MaskedDiffusionSFTConfig
@@ -86,21 +87,13 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         model = self._adopt(model, processing_class, args.label_shift, peft_config)
 
         with args.main_process_first(local=True, desc="tokenising the datasets"):
-            train_dataset = _prepare_dataset(train_dataset, processing_class, args)
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {
-                    name: _prepare_dataset(dataset, processing_class, args) for name, dataset in eval_dataset.items()
-                }
-            else:
-                eval_dataset = _prepare_dataset(eval_dataset, processing_class, args)
+            prepare = partial(_prepare_dataset, tokenizer=processing_class, args=args)
+            train_dataset, eval_dataset = prepare_each(train_dataset, prepare), prepare_each(eval_dataset, prepare)
 
-        eos_token_id = processing_class.eos_token_id
-        pad_token_id = processing_class.pad_token_id
         kwargs.setdefault(
             "data_collator",
             MaskedDiffusionSFTCollator(
-                pad_token_id=eos_token_id if pad_token_id is None else pad_token_id,
-                eos_token_id=eos_token_id,
+                **fill_tokens(processing_class),
                 response_length=args.response_length,
                 supervise_eos_fill=args.supervise_eos_fill,
                 prompt_length=args.max_prompt_length if args.pad_prompt_to_max else None,
@@ -231,8 +224,6 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
 
 def _prepare_dataset(dataset, tokenizer: PreTrainedTokenizerBase, args: MaskedDiffusionSFTConfig):
     """Tokenise unless that is done, and leave out what does not fit the canvas."""
-    if dataset is None:
-        return None
     columns = dataset.column_names or list(next(iter(dataset)))
     if not {"prompt_ids", "response_ids"} <= set(columns):
         dataset = dataset.map(

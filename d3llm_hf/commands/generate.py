@@ -3,7 +3,6 @@
 import argparse
 import sys
 import time
-from pathlib import Path
 
 from ..terminal import CanvasStreamer, printable
 from .common import new_parser, tell
@@ -103,7 +102,7 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str 
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
-    from ..hub import embedded_checkpoints
+    from ..hub import checkpoint_source
     from ..models.generation_d3llm import D3LLMGenerationMixin
 
     logging.disable_progress_bar()  # a progress bar between the prompt and its answer helps nobody
@@ -115,7 +114,7 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str 
         target = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"`--device` must be a device of torch (got {device!r}). Try cpu or cuda.") from error
-    source = name if Path(name).exists() else embedded_checkpoints().get(name, name)
+    source = checkpoint_source(name)
     model = AutoModel.from_pretrained(source, dtype=dtype, revision=revision, trust_remote_code=False)
     if not isinstance(model, D3LLMGenerationMixin):
         raise ValueError(
