@@ -92,7 +92,7 @@ def aup_score(
     rho, y = _series("tpf", tpf), _series("accuracy", accuracy)
     if len(rho) != len(y):
         raise ValueError(
-            f"`tpf` and `accuracy` must have the same length (got {len(rho)} and {len(y)}). Pass one of each per point."
+            f"`tpf` and `accuracy` must have the same length (got {len(rho)} and {len(y)}). Pass one of each."
         )
     if rho.min() <= 0:
         raise ValueError(
