@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import __version__
-from .commands import export, generate, init, metric
+from .commands import export, generate, init, metric, sweep
 
 
-COMMANDS = (init, export, generate, metric)
+COMMANDS = (init, export, generate, metric, sweep)
 
 
 class _Parser(argparse.ArgumentParser):
