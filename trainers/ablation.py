@@ -8,6 +8,7 @@ is easy for one model and easy for all does not widen them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,7 @@ def tpf_at(accuracy: Sequence[float], tpf: Sequence[float], floor: float) -> flo
         NaN where the curve is under `floor` everywhere.
     """
     best = max((speed for right, speed in zip(accuracy, tpf, strict=True) if right >= floor), default=float("nan"))
-    pairs = list(zip(accuracy, tpf, strict=True))
-    for (right, speed), (next_right, next_speed) in zip(pairs, pairs[1:], strict=False):
+    for (right, speed), (next_right, next_speed) in pairwise(zip(accuracy, tpf, strict=True)):
         if (right >= floor) != (next_right >= floor):
             crossing = speed + (right - floor) / (right - next_right) * (next_speed - speed)
             best = np.fmax(best, crossing)
@@ -103,7 +103,15 @@ def summarise(
         rows with `arm`, `decoding`, `seeds`; `aup`, `tpf`, `over_teacher`, `over_twin`, each with `_interval`
         (`None` where the curve does not reach the accuracy); `curve`, a list of `value`, `accuracy` and `tpf`,
         averaged over seeds, with the smallest and largest of the seeds.
+
+    Raises:
+        ValueError: where the teacher is never right, or the grids or samples of an arm's seeds differ.
     """
+    if not any(one_token["samples"]["correct"]):
+        raise ValueError(
+            f"The teacher must answer some of the problems right (got none of {one_token['num_samples']} at one token a "
+            "forward): nothing can be measured against it. Choose another checkpoint or easier problems."
+        )
     curves = {("teacher", decoding): Curves.of([points]) for decoding, points in teacher.items()}
     curves |= {(arm, decoding): Curves.of(runs) for arm, each in arms.items() for decoding, runs in each.items()}
     grid = {decoding: [point["value"] for point in points] for decoding, points in teacher.items()}

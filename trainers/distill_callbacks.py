@@ -23,7 +23,9 @@ def noise_floor(step: int, max_steps: int, start: float, end: float) -> float:
 
 def floor_at(step: int, max_steps: int, args: PseudoTrajectoryDistillConfig) -> float:
     """Smallest noise level at an optimizer step of a run with these arguments."""
-    return noise_floor(step, max_steps, args.noise_start, args.noise_end if args.noise_curriculum else args.noise_start)
+    return noise_floor(
+        step, max_steps, args.noise_start, args.noise_end if args.noise_curriculum else args.noise_start
+    )
 
 
 def window_size(epoch: float | None, sizes: Sequence[int]) -> int:
