@@ -109,8 +109,8 @@ def summarise(
     """
     if not any(one_token["samples"]["correct"]):
         raise ValueError(
-            f"The teacher must answer some of the problems right (got none of {one_token['num_samples']} at one token a "
-            "forward): nothing can be measured against it. Choose another checkpoint or easier problems."
+            f"The teacher must answer some of the problems right (got none of {one_token['num_samples']} at one token "
+            "a forward): nothing can be measured against it. Choose another checkpoint or easier problems."
         )
     curves = {("teacher", decoding): Curves.of([points]) for decoding, points in teacher.items()}
     curves |= {(arm, decoding): Curves.of(runs) for arm, each in arms.items() for decoding, runs in each.items()}

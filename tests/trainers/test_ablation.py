@@ -94,7 +94,7 @@ def test_seeds_with_other_grids_are_refused():
 
 
 def test_a_teacher_that_is_never_right_is_refused():
-    with pytest.raises(ValueError, match="must answer some of the problems right .got none of 2"):
+    with pytest.raises(ValueError, match=r"must answer some of the problems right \(got none of 2"):
         summarise({}, {}, point([0, 0], [12] * 2, [12] * 2), twin="twin")
 
 
