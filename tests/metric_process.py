@@ -1,6 +1,6 @@
 """Loads the metric by name as a program does that never heard of this package, without a network; prints facts.
 
-    python -P metric_process.py FOLDER_OF_THE_METRIC README
+    python metric_process.py FOLDER_OF_THE_METRIC README
 
 To be run in some empty folder. The facts are one line of JSON, the last of stdout.
 """

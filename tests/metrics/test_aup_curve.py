@@ -24,7 +24,7 @@ SETTINGS = {
     "alpha": st.floats(0.0, 10.0),
     "slack": st.floats(0.0, 100.0),
 }
-cases = settings(max_examples=150, deadline=None, derandomize=True)
+cases = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 def weight(y: float, y_max: float, alpha: float) -> float:

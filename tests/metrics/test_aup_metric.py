@@ -102,5 +102,5 @@ def test_the_folder_loads_by_its_path(facts):
 
 
 def test_examples_of_the_card_and_of_the_usage_text_give_what_they_say(facts):
-    assert facts["card"] == [0, 7]
+    assert facts["card"] == [0, 9]
     assert facts["usage"] == [0, 4]
