@@ -6,13 +6,15 @@
     model = AutoModel.from_pretrained("d3LLM/d3LLM_LLaDA")  # loads through this package, without remote code
 
 Importing the package loads neither torch nor transformers and touches no network: the model families are registered
-with the Auto classes when transformers loads these, and the names below are imported when they are first used.
+with the Auto classes when transformers loads these, and the names below are imported when they are first used. Where
+`evaluate` is installed, the metric "aup" is copied to where `evaluate.load` finds it (see `metrics.registration`).
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
 from ._registration import register_families
+from .metrics.registration import register_metric
 
 
 __version__ = "0.1.0"
@@ -32,6 +34,8 @@ _MODULE_OF = {
     "LogLikelihood": "likelihood",
     "SlotCache": "models.cache",
     "as_diffusion_lm": "adapters",
+    "aup_score": "metrics.aup.curve",
+    "bootstrap_aup": "metrics.aup.curve",
     "encode_chat": "text",
     "encode_infill": "text",
     "encode_text": "text",
@@ -58,6 +62,8 @@ __all__ = [
     "SlotCache",
     "__version__",
     "as_diffusion_lm",
+    "aup_score",
+    "bootstrap_aup",
     "encode_chat",
     "encode_infill",
     "encode_text",
@@ -69,6 +75,7 @@ __all__ = [
 ]
 
 register_families()
+register_metric()
 
 
 def __getattr__(name: str):
@@ -87,6 +94,7 @@ if TYPE_CHECKING:
     from .adapters import as_diffusion_lm
     from .hub import export_checkpoint, init_checkpoint
     from .likelihood import LogLikelihood, is_greedy, log_likelihood
+    from .metrics.aup.curve import aup_score, bootstrap_aup
     from .models.cache import SlotCache
     from .models.configuration_dream import DreamConfig
     from .models.configuration_llada import LLaDAConfig

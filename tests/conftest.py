@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["D3LLM_HF_NO_METRIC"] = "1"  # importing the package writes nothing into the home of who runs the tests
 
 TESTS = Path(__file__).parent
 sys.path.append(str(TESTS))  # makes the helper modules importable, whichever import mode pytest runs in

@@ -1,0 +1,1 @@
+"""AUP, accuracy under parallelism: a metric for `evaluate`."""
