@@ -148,7 +148,7 @@ def test_the_version_is_the_one_of_the_citation_the_changelog_and_the_installed_
 
 
 def test_data_files_lie_where_the_wheel_takes_them_from():
-    for name in ("py.typed", "templates/model_card.md"):
+    for name in ("py.typed", "templates/model_card.md", "metrics/aup/README.md", "metrics/aup/requirements.txt"):
         assert (REPOSITORY / "d3llm_hf" / name).is_file()
     template = (REPOSITORY / "d3llm_hf" / "templates" / "model_card.md").read_text()
     assert (REPOSITORY / "model_cards" / "TEMPLATE.md").read_text() == template

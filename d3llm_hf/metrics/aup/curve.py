@@ -14,6 +14,7 @@ TPF are sorted by accuracy (there: as given), so that the order of the input doe
 y_min is left out like any other, as the formula has it (there: an assertion fails).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -185,7 +186,7 @@ def _score(rho: np.ndarray, y: np.ndarray, y_max: float | None, alpha: float, sl
     areas, kept, order = _areas(rho, y, np.array(best), alpha, slack)
     points = list(zip(rho[order].tolist(), y[order].tolist(), strict=True))
     return AUPResult(
-        aup=float(areas.sum()),
+        aup=math.fsum(areas),  # exact, so that the areas of 0 of points left out cannot change it
         y_max=best,
         y_min=points[0][1] - slack,
         used=tuple(point for point, keep in zip(points, kept, strict=True) if keep),
