@@ -255,7 +255,8 @@ class D3LLMLM(TemplateLM):
         # 1. The batch, its stops and its seeds
         inputs = self._padded(prompts, "left")
         width = inputs["input_ids"].shape[1]
-        eos, pad = self._stop_token_ids(asked.stops), self._pad_token_id()
+        own, control = self._stop_token_ids(asked.stops)
+        eos = [*own, *control] if self.end_at_until else own
         settings: dict[str, Any] = dict(asked.generate) | {"max_new_tokens": asked.max_new_tokens}
         if asked.stops and self.end_at_until:
             mask = settings.get("mask_token_id") or self._mask_token_id()
@@ -269,7 +270,7 @@ class D3LLMLM(TemplateLM):
             **{name: table.to(self.device) for name, table in inputs.items()},
             **settings,
             eos_token_id=eos or None,
-            pad_token_id=pad,
+            pad_token_id=self._pad_token_id(),
             return_dict_in_generate=True,
         )
         lengths = (output.tokens_per_forward * output.num_forwards).round().long().tolist()  # waits for the device
@@ -283,6 +284,7 @@ class D3LLMLM(TemplateLM):
         }
         answers = []
         for row, (ids, length) in enumerate(zip(output.sequences[:, width:].tolist(), lengths, strict=True)):
+            length = next((place for place, token in enumerate(ids[:length]) if token in control), length)
             whole = self._decode(ids[:length])
             text = before_stop(whole, asked.stops)
             took = {name: values[row] for name, values in counts.items()}
@@ -305,13 +307,13 @@ class D3LLMLM(TemplateLM):
         if own:
             logger.warning("The request's arguments replace %s of the model. Use `--gen_kwargs` for both.", own)
 
-    def _stop_token_ids(self, stops: Iterable[str]) -> list[int]:
-        """The checkpoint's stop tokens, and stop strings that are control tokens: no text shows these."""
+    def _stop_token_ids(self, stops: Iterable[str]) -> tuple[list[int], list[int]]:
+        """The checkpoint's stop tokens, and those of stop strings that are control tokens: no text shows these."""
         own = self.model.generation_config.eos_token_id
         own = self.tokenizer.eos_token_id if own is None else own
         ids = [] if own is None else [own] if isinstance(own, int) else list(own)
-        control = {str(t): i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
-        return [*ids, *(control[stop] for stop in stops if stop in control and control[stop] not in ids)]
+        control = {str(token): index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return ids, [control[stop] for stop in stops if stop in control and control[stop] not in ids]
 
     def _pad_token_id(self) -> int:
         """Fills up rows. What stands behind an answer is cut off, so that any token would do."""

@@ -15,10 +15,14 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cuto
 
 # The model's own affair: what is given, how it is cut and counted, and how many answers there are.
 RESERVED = {
-    "infill", "max_length", "min_length", "return_dict_in_generate", "num_return_sequences", "num_beams", "stop_strings",
+    "infill", "max_length", "min_length", "return_dict_in_generate", "num_return_sequences", "stop_strings",
     "use_cache", "cache_implementation", "eos_token_id", "pad_token_id", "bos_token_id", "generation_kwargs",
 }  # fmt: skip
-SETTINGS = frozenset({*FIELDS, *D3LLMGenerationConfig().to_dict()} - RESERVED - set(REFUSED) - set(LENGTHS))
+SETTINGS = frozenset(
+    name
+    for name in {*FIELDS, *D3LLMGenerationConfig().to_dict()} - RESERVED - set(REFUSED) - set(LENGTHS)
+    if not name.startswith("_") and name != "transformers_version"
+)
 """Arguments of `generate` that a model or a request may set."""
 
 
