@@ -1,7 +1,7 @@
 """Diffusion language models under EleutherAI's lm-evaluation-harness, as the model `d3llm`.
 
-    import d3llm_hf.evaluation.lm_eval_model  # registers it; `d3llm-eval` does so on the command line
-    lm_eval.simple_evaluate(model="d3llm", model_args={"pretrained": "d3llm-llada"}, tasks=["gsm8k"])
+import d3llm_hf.evaluation.lm_eval_model  # registers it; `d3llm-eval` does so on the command line
+lm_eval.simple_evaluate(model="d3llm", model_args={"pretrained": "d3llm-llada"}, tasks=["gsm8k"])
 """
 
 import importlib
