@@ -82,7 +82,7 @@ def read_records(path: str | os.PathLike) -> list[GenerationRecord]:
             records.append(GenerationRecord(**json.loads(line)))
         except (json.JSONDecodeError, TypeError) as error:
             raise ValueError(
-                f"`path` must hold one record a line (got {error} in line {number} of {str(path)!r}). Pass a file that "
-                "an evaluation wrote with `stats_path`."
+                f"`path` must hold one record a line (got {error} in line {number} of {str(path)!r}). Pass what an "
+                "evaluation wrote with `stats_path`."
             ) from error
     return records

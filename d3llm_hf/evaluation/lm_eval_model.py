@@ -299,7 +299,7 @@ class D3LLMLM(TemplateLM):
         return GenerationRecord(request.task_name, request.doc_id, request.idx, repeat, **took)
 
     def _tell_overridden(self, asked: dict[str, Any]) -> None:
-        """Warns of settings of the model that a request replaces: tasks say `do_sample: false` as a matter of course."""
+        """Warns of settings of the model that a request replaces: most tasks say `do_sample: false`."""
         own = {name: value for name, value in self.settings.items() if asked.get(name, value) != value}
         length = {name: self.settings[name] for name in LENGTHS if name in self.settings}
         if length and any(asked.get(name) not in (None, *length.values()) for name in LENGTHS):

@@ -26,7 +26,10 @@ from d3llm_hf.hub import embedded_checkpoints
 
 CHECKPOINT = embedded_checkpoints()["d3llm-llada"]
 PROBLEMS = generate_problems(5, split="test", seed=4242)
-NUMBER = {"name": "number", "filter": [{"function": "regex", "regex_pattern": "#### (-?[0-9]+)"}, {"function": "take_first"}]}  # fmt: skip
+NUMBER = {
+    "name": "number",
+    "filter": [{"function": "regex", "regex_pattern": "#### (-?[0-9]+)"}, {"function": "take_first"}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +373,7 @@ def test_wrong_arguments_are_refused_by_name(chosen, message, embedded):
 def test_a_model_that_cannot_be_evaluated_is_refused(embedded):
     with pytest.raises(TypeError, match="`tokenizer` must be given with a loaded model"):
         D3LLMLM(embedded[0])
-    with pytest.raises(TypeError, match="`pretrained` must be a LLaDA, Dream or d3LLM checkpoint.*Linear"):
+    with pytest.raises(TypeError, match=r"`pretrained` must be a LLaDA, Dream or d3LLM checkpoint.*Linear"):
         D3LLMLM(torch.nn.Linear(1, 1), tokenizer=embedded[1])
     with pytest.raises(TypeError, match="`seed` must be one integer"):
         D3LLMLM(embedded[0], tokenizer=embedded[1], seed=[1, 2])

@@ -100,9 +100,9 @@ def test_stop_strings_come_as_one_or_as_a_list(until, stops):
 # ---- records -------------------------------------------------------------------------------------------------------
 
 RECORDS = [
-    GenerationRecord("a", 0, 0, 0, prompt_tokens=3, max_new_tokens=8, tokens=6, forwards=2, forwards_reference=3, positions=22, seconds=0.5),
-    GenerationRecord("b", None, 0, 1, prompt_tokens=3, max_new_tokens=8, tokens=3, forwards=4, forwards_reference=3, positions=44, seconds=1.0),
-]  # fmt: skip  # noqa: E501
+    GenerationRecord("a", 0, 0, 0, 3, 8, tokens=6, forwards=2, forwards_reference=3, positions=22, seconds=0.5),
+    GenerationRecord("b", None, 0, 1, 3, 8, tokens=3, forwards=4, forwards_reference=3, positions=44, seconds=1.0),
+]
 
 
 def test_totals_are_ratios_of_sums():
@@ -120,7 +120,7 @@ def test_records_are_read_as_they_were_written(tmp_path):
     assert [path.name for path in file.parent.iterdir()] == ["stats.jsonl"]
     for line in ("{", '{"tokens": 1}'):
         file.write_text(json.dumps(vars(RECORDS[0])) + "\n" + line + "\n")
-        with pytest.raises(ValueError, match="`path` must hold one record a line .*line 2"):
+        with pytest.raises(ValueError, match=r"`path` must hold one record a line .*line 2"):
             read_records(file)
 
 
