@@ -249,7 +249,7 @@ def test_the_users_task_and_model_take_the_place_of_the_recipes(run):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--recipe", "gsm8k_co"], "got 'gsm8k_co'.. Did you mean 'gsm8k_cot'"),
+        (["--recipe", "gsm8k_co"], "got 'gsm8k_co'). Did you mean 'gsm8k_cot'"),
         (["--recipe", "zzz"], "`recipe` must be one of"),
         (["--recipe", "math", "--settings", "d3llm-dream-coder"], "`settings` must say whose settings"),
         (["--recipe", "math", "--pretrained", "mine"], "`settings` must say whose settings"),
@@ -260,7 +260,7 @@ def test_the_users_task_and_model_take_the_place_of_the_recipes(run):
 def test_wrong_arguments_end_with_a_message(run, words, message):
     code, out, err = run(*words)
     assert (code, out) == (2, "")
-    assert message.replace("..", "") in err.replace(").", "") or message in err
+    assert message in err
 
 
 def test_without_arguments_the_help_is_shown_and_lm_evals_is_a_subcommand_away(run):
