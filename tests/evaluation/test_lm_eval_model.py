@@ -38,6 +38,12 @@ def embedded():
     return AutoModel.from_pretrained(CHECKPOINT, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(CHECKPOINT)
 
 
+@pytest.fixture(autouse=True)
+def no_survey_of_the_machine(monkeypatch):
+    """lm-eval asks pip, the compiler and the processor about themselves after each evaluation, which takes seconds."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
 def requests_of(*asked, kind: str = "generate_until", task: str = "task", repeats: int = 1) -> list[Instance]:
     return [Instance(kind, {}, args, 0, (task, place, repeats)) for place, args in enumerate(asked)]
 
