@@ -1,7 +1,10 @@
 """What the model `d3llm` is made of: stop strings, settings of a request, records, recipes and the command."""
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -130,6 +133,26 @@ def test_a_process_alone_gathers_what_it_has():
     assert (processes.rank, processes.count, processes.device) == (0, 1, None)
     assert processes.gather_object("a") == ["a"]
     assert processes.all_gather(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_two_processes_gather_what_each_has(tmp_path):
+    script = tmp_path / "gather.py"
+    script.write_text(
+        "import torch\n"
+        "from d3llm_hf.evaluation.processes import Processes\n"
+        "processes = Processes()\n"
+        "objects = processes.gather_object('ab'[processes.rank])\n"
+        "ranks = processes.all_gather(torch.tensor([processes.rank])).tolist()\n"
+        "processes.barrier()\n"
+        f"with open(r'{tmp_path}/' + str(processes.rank), 'w') as file:\n"
+        "    file.write(f'{processes.count} {objects} {ranks}')\n"
+        "torch.distributed.destroy_process_group()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(launch, check=True, capture_output=True, timeout=300, env=environment)
+    assert (tmp_path / "0").read_text() == "2 ['a', 'b'] [0, 1]"
+    assert (tmp_path / "1").read_text() == "2 None [0, 1]"
 
 
 # ---- recipes -------------------------------------------------------------------------------------------------------
