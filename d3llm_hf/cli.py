@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import __version__
-from .commands import export, generate, init
+from .commands import bench, export, generate, init
 
 
-COMMANDS = (init, export, generate)
+COMMANDS = (init, export, generate, bench)
 
 
 class _Parser(argparse.ArgumentParser):
