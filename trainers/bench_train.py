@@ -57,7 +57,7 @@ class TrainBench:
     """What is measured.
 
     Args:
-        vocab_size, d_model, layers (`int`): Size of the model; heads are 64 wide, its MLP is three times as wide as it.
+        vocab_size, d_model, layers (`int`): Size of the model. Heads are 64 wide, the MLP three times as wide as it.
         batch_size (`int`): Samples of a batch.
         prompt_length, response_length (`int`): Canvas in tokens. Prompts and answers are made half as long or longer.
         window (`int`): Window of the answer that is learnt.
