@@ -1,6 +1,5 @@
 """Peak memory of a piece of work: the allocator's on CUDA, the process' resident memory elsewhere."""
 
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +40,8 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> tuple[int, 
 
 def _status(field: str) -> int:
     text = _PROC.joinpath("status").read_text(encoding="ascii", errors="replace")
-    return int(re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE)[1]) * 1024
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return int(fields[field].split()[0]) * 1024  # "  1234 kB"
 
 
 def _max_rss() -> int:
