@@ -335,7 +335,8 @@ def provenance(model: PreTrainedModel) -> dict[str, Any]:
 def model_fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of a model: its class, its config, its settings of decoding and its weights by name."""
     configs = [model.config.to_dict(), model.generation_config.to_dict()]
-    passing = ("transformers_version", "dtype", "auto_map")  # of where a checkpoint comes from, not what it is
+    # Of where a checkpoint comes from, not what it is; and a cache that the decoding does not have.
+    passing = ("transformers_version", "dtype", "auto_map", "architectures", "use_cache")
     known = [{n: v for n, v in config.items() if n[:1] != "_" and n not in passing} for config in configs]
     hashed = sha256(json.dumps([type(model).__name__, known], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
