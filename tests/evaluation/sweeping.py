@@ -6,11 +6,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # also for the process that a test kills
 
-from official import tiny_tokenizer  # noqa: E402
-from tiny import ScriptedModel  # noqa: E402
+from official import tiny_tokenizer
+from tiny import ScriptedModel
 
-from d3llm_hf.evaluation.grids import Curve  # noqa: E402
-from d3llm_hf.evaluation.tasks import QuestionTask  # noqa: E402
+from d3llm_hf.evaluation.grids import Curve
+from d3llm_hf.evaluation.tasks import QuestionTask
 
 
 ANSWER = "#### 42"  # 7 tokens of the byte-level tokenizer, then the stop token

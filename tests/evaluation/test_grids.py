@@ -42,7 +42,10 @@ def test_equal_values_are_one_point_and_one_is_one_point_zero():
     ("arguments", "pattern"),
     [
         ({"method": "beam"}, "`methods` must be of .*got 'beam'"),
-        ({"method": "llada", "parameter": "factor", "values": (1,)}, "`parameter` must be a setting of llada .got 'fac"),
+        (
+            {"method": "llada", "parameter": "factor", "values": (1,)},
+            "`parameter` must be a setting of llada .got 'fac",
+        ),
         ({"method": "llada", "settings": {"seed": 1}}, "`settings` must not hold `seed`: pass the sweep's seed"),
         ({"method": "llada", "parameter": "block_length"}, "`values` must be given for `block_length`"),
         ({"method": "llada", "settings": {"steps": 3}}, "`settings` must not hold `steps`, which is swept"),
@@ -54,7 +57,7 @@ def test_what_makes_no_curve_is_refused(arguments, pattern):
 
 
 def test_a_number_that_json_cannot_hold_is_refused():
-    with pytest.raises(ValueError, match="`entropy_threshold` must be finite in a sweep .got inf"):
+    with pytest.raises(ValueError, match=r"`entropy_threshold` must be finite in a sweep .got inf"):
         Curve("d3llm", values=(float("inf"),)).points(8)
 
 
@@ -92,7 +95,11 @@ def test_thresholds_go_to_the_methods_that_have_one_and_grids_to_those_that_have
     [
         (["d3llm"], {"no_grid": True, "thresholds": [1.0]}, "`no_grid` leaves no room"),
         (["d3llm"], {"grids": {"factor": [1]}}, "`grids` must name a setting of one of the methods .got 'factor'"),
-        (["d3llm"], {"grids": {"block_length": [1], "early_stop": [True]}}, "`grids` must leave one parameter for d3l"),
+        (
+            ["d3llm"],
+            {"grids": {"block_length": [1], "early_stop": [True]}},
+            "`grids` must leave one parameter for d3l",
+        ),
         (["d3llm", "d3llm"], {}, "`methods` must have different labels"),
         (["beam"], {}, "`methods` must be of"),
     ],

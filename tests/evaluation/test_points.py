@@ -102,7 +102,10 @@ def changed(**changes) -> dict:
         (point_of(tpf="fast"), "tpf='fast'"),
         (point_of(seconds=float("nan")), "seconds=nan"),
         (point_of(num_samples=5), "samples of tokens that are not num_samples=5 numbers"),
-        (point_of(samples={name: [1] * 4 for name in SAMPLES if name != "correct"}), "samples of correct that are not"),
+        (
+            point_of(samples={name: [1] * 4 for name in SAMPLES if name != "correct"}),
+            "samples of correct that are not",
+        ),
         (point_of(samples=point_of()["samples"] | {"forwards": [0] * 4}), "samples of forwards below 1"),
         (point_of(samples=point_of()["samples"] | {"tokens": [1.5] * 4}), "samples of tokens below 0 or no integers"),
         (point_of(samples=point_of()["samples"] | {"correct": [2] * 4}), "samples of correct other than 0 and 1"),
@@ -116,14 +119,14 @@ def test_a_damaged_line_is_named_with_what_is_wrong(point, found):
 
 
 def test_a_file_that_is_no_results_file_is_refused_by_name(output):
-    with pytest.raises(FileNotFoundError, match="`paths` must name results files .got .*results.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"`paths` must name results files .got .*results.jsonl"):
         read_points(output)
     append_point(output, point_of())
     for line in ("{", "\xff", ""):
         output.write_bytes(output.read_bytes().split(b"\n")[0] + b"\n" + line.encode("latin-1") + b"\n")
-        with pytest.raises(ValueError, match="results.jsonl, line 2: .*no JSON"):
+        with pytest.raises(ValueError, match=r"results.jsonl, line 2: .*no JSON"):
             read_points(output)
-    with pytest.raises(ValueError, match="`schema` must be 1 .got 2"):
+    with pytest.raises(ValueError, match=r"`schema` must be 1 .got 2"):
         check_point(point_of(schema=2))
 
 

@@ -15,12 +15,12 @@ from tiny import tiny_model
 
 sys.path.append(str(Path(__file__).parent))
 
-from sweeping import ANSWER, BOLD, CAREFUL, sure_model, task_of, without_times  # noqa: E402
+from sweeping import ANSWER, BOLD, CAREFUL, sure_model, task_of, without_times
 
-from d3llm_hf.evaluation import sweep as module  # noqa: E402
-from d3llm_hf.evaluation.grids import Curve  # noqa: E402
-from d3llm_hf.evaluation.points import read_points  # noqa: E402
-from d3llm_hf.evaluation.sweep import check_settings, commit, model_fingerprint, sweep  # noqa: E402
+from d3llm_hf.evaluation import sweep as module
+from d3llm_hf.evaluation.grids import Curve
+from d3llm_hf.evaluation.points import read_points
+from d3llm_hf.evaluation.sweep import check_settings, commit, model_fingerprint, sweep
 
 
 def run(output: Path, curves=(CAREFUL, BOLD), *, task=None, model=None, **kwargs) -> list[dict]:
@@ -167,7 +167,8 @@ def test_a_killed_sweep_loses_at_most_the_open_batch(output, tmp_path, decoded):
         [sys.executable, str(script), str(output), str(marker)], cwd=script.parents[2], stderr=subprocess.PIPE
     )
     try:
-        while not marker.exists():
+        deadline = time.monotonic() + 300
+        while not marker.exists() and time.monotonic() < deadline:
             assert process.poll() is None, process.stderr.read().decode()[-2000:]
             time.sleep(0.02)
     finally:
@@ -225,11 +226,20 @@ def test_progress_of_a_point_that_is_in_the_results_is_forgotten(output, decoded
     assert decoded == [] and not progress.exists()
 
 
+def test_a_sweep_of_several_models_goes_on_with_the_one_that_was_interrupted(output, decoded):
+    first = run(output, [CAREFUL], label="first")
+    interrupted(output)
+    decoded.clear()
+    assert run(output, [CAREFUL], label="first") == first
+    run(output, [CAREFUL])
+    assert decoded == [2, 4]
+
+
 def test_a_damaged_results_file_is_refused_before_anything_is_decoded(output, decoded):
     run(output, [CAREFUL])
     output.write_bytes(output.read_bytes()[:-20])
     decoded.clear()
-    with pytest.raises(ValueError, match="results.jsonl, line 1: a line of a results file must be a point"):
+    with pytest.raises(ValueError, match=r"results.jsonl, line 1: a line of a results file must be a point"):
         run(output, [BOLD])
     assert decoded == []
 
@@ -241,7 +251,7 @@ def test_settings_that_generate_refuses_are_refused_before_anything_is_decoded(o
         run(output, [CAREFUL, bad])
     with pytest.raises(TypeError, match="d3llm, entropy_threshold=high: `entropy_threshold` must be a number"):
         run(output, [Curve("d3llm", values=("high",))])
-    with pytest.raises(ValueError, match="`entropy_treshold` is not a generation setting. Did you mean"):
+    with pytest.raises(ValueError, match=r"`entropy_treshold` is not a generation setting. Did you mean"):
         run(output, [Curve("llada", settings={"entropy_treshold": 1}, values=())])
     with pytest.raises(ValueError, match="point: `leap_radius` is not used by"):
         check_settings({"decoding_method": "llada", "leap_radius": 1}, 8)
