@@ -341,7 +341,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     configs = [model.config.to_dict(), model.generation_config.to_dict()]
     # Of where a checkpoint comes from, not what it is; and a cache that the decoding does not have.
     passing = ("transformers_version", "dtype", "auto_map", "architectures", "use_cache")
-    known = [{n: v for n, v in config.items() if n[:1] != "_" and n not in passing} for config in configs]
+    known = [
+        {n: v for n, v in config.items() if v is not None and n[:1] != "_" and n not in passing} for config in configs
+    ]
     hashed = sha256(json.dumps([type(model).__name__, known], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
