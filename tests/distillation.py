@@ -63,9 +63,17 @@ def trajectories(count, seed=0, **more):
     return Dataset.from_list(rows(count, seed, **more))
 
 
-def make_trainer(folder, tokenizer=None, model=None, dataset=None, trainer_kwargs=None, **arguments):
+def make_trainer(
+    folder,
+    tokenizer=None,
+    model=None,
+    dataset=None,
+    trainer_kwargs=None,
+    kind=PseudoTrajectoryDistillTrainer,
+    **arguments,
+):
     tokenizer = tiny_tokenizer() if tokenizer is None else tokenizer
-    return PseudoTrajectoryDistillTrainer(
+    return kind(
         model=student(tokenizer) if model is None else model,
         args=PseudoTrajectoryDistillConfig(str(folder), **(ARGUMENTS | arguments)),
         train_dataset=trajectories(16) if dataset is None else dataset,

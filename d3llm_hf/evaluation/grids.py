@@ -46,7 +46,7 @@ class Curve:
         label: name of the curve in results; the method's where nothing is given.
         settings: further arguments of `generate`, the same at every point.
         parameter: what is swept; the method's natural parameter where nothing is given.
-        values: of the parameter; those of [`NATURAL`] where nothing is given, and one point without a grid where empty.
+        values: of the parameter; those of [`NATURAL`] where nothing is given, one point without a grid where empty.
 
     Raises:
         ValueError: for an unknown method or parameter, an argument that a sweep gives itself, or values without a

@@ -219,14 +219,16 @@ def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
 def provenance(folder: Path) -> dict[str, Any]:
     """What is needed to repeat a measurement: versions, machine, and which weights."""
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    return environment() | {"device": "cpu", "threads": torch.get_num_threads(), "weights_sha256": weights}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, and the day of a measurement."""
     return {
         "d3llm_hf": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "weights_sha256": weights,
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
 

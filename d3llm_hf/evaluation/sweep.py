@@ -59,7 +59,7 @@ def sweep(
         tokenizer: its tokenizer.
         task: prompts and a judge, see `tasks.py`.
         curves: what to visit.
-        output: results file, JSON lines; it is made or added to.
+        output: results file, JSON lines; it is made or added to, by one sweep at a time.
         label: name of the model in the results.
         max_new_tokens: length of an answer; the task's own where nothing is given.
         batch_size: prompts that are decoded together.
@@ -268,10 +268,12 @@ class Journal:
         self.held: dict[str, Any] = {}
 
     def read(self, finished: dict[str, Point], missing: Sequence[Point]) -> str | None:
-        """The key of the point that was interrupted, if there is one; that of a finished point is cleared.
+        """The key of the point that was interrupted, if it is one of this sweep; that of a finished point is cleared.
+
+        Where nothing is missing the file may be of another model or task, whose turn comes later.
 
         Raises:
-            ValueError: for a file that is damaged, or of a point that is not among `missing`.
+            ValueError: for a file that is damaged, or of another point than those that are missing.
         """
         if not self.path.exists():
             return None
@@ -285,6 +287,8 @@ class Journal:
             raise self._refused("another checksum than its own", "damaged")
         if key in finished:
             self.clear()
+            return None
+        if not missing:
             return None
         if key not in {key_of(point) for point in missing}:
             raise self._refused(f"a point of another sweep, {content.get('about')}", "foreign")
@@ -335,8 +339,11 @@ def provenance(model: PreTrainedModel) -> dict[str, Any]:
 def model_fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of a model: its class, its config, its settings of decoding and its weights by name."""
     configs = [model.config.to_dict(), model.generation_config.to_dict()]
-    passing = ("transformers_version", "dtype", "auto_map")  # of where a checkpoint comes from, not what it is
-    known = [{n: v for n, v in config.items() if n[:1] != "_" and n not in passing} for config in configs]
+    # Of where a checkpoint comes from, not what it is; and a cache that the decoding does not have.
+    passing = ("transformers_version", "dtype", "auto_map", "architectures", "use_cache")
+    known = [
+        {n: v for n, v in config.items() if v is not None and n[:1] != "_" and n not in passing} for config in configs
+    ]
     hashed = sha256(json.dumps([type(model).__name__, known], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import bench_tables
 from .suites import SUITES, Suite
 
 
@@ -50,14 +51,17 @@ COLUMNS: dict[str, tuple[str, bool, Callable[[dict[str, Any], dict[str, dict[str
 
 
 def table(results: dict[str, Any]) -> str:
-    """The Markdown of a results file of `d3llm_hf.evaluation.measure`, with what it takes to repeat it.
+    """The Markdown of a results file, with what it takes to repeat it.
 
     Raises:
         ValueError: for a suite that does not exist.
     """
     name = results.get("suite", "card")
+    if name in bench_tables.TABLES:
+        return bench_tables.TABLES[name](results)
     if name not in SUITES:
-        raise ValueError(f"`suite` of a results file must be one of {list(SUITES)} (got {name!r}). Measure it again.")
+        known = [*SUITES, *bench_tables.TABLES]
+        raise ValueError(f"`suite` of a results file must be one of {known} (got {name!r}). Measure it again.")
     suite, made = SUITES[name], results["provenance"]
     notes = f" {suite.notes}" if suite.notes else ""
     lines = [
@@ -103,7 +107,7 @@ def fill(document: Path) -> str:
         if not source.is_file():
             raise ValueError(
                 f"The marker in {document.name} must name a results file (got {match['file']!r}). Correct the marker, "
-                "or make the file with `python -m d3llm_hf.evaluation.measure`."
+                "or make the file with `python -m d3llm_hf.evaluation.measure` or `d3llm bench`."
             )
         return match[1] + table(json.loads(source.read_text(encoding="utf-8"))) + match[3]
 

@@ -2,7 +2,7 @@
 
 word_problems   the embedded word problems, generated from the seed
 gsm8k           GSM8K from a file in the Hub's format, JSON lines or Parquet with `question` and `answer`
-any other name  a task of lm-eval that generates text (see `lm_eval_tasks.py`); `lm_eval:gsm8k` is the harness's own
+any other name  a task of lm-eval that generates text (see `harness_tasks.py`); `lm_eval:gsm8k` is the harness's own
 """
 
 import json
@@ -96,7 +96,7 @@ def load_tasks(
             smaller number is drawn with the seed, of lm-eval's tasks the first are taken, as the harness does.
         seed: draws the prompts.
         data: file of `gsm8k`.
-        harness: further arguments of [`~d3llm_hf.evaluation.lm_eval_tasks.load_lm_eval_tasks`].
+        harness: further arguments of [`~d3llm_hf.evaluation.harness_tasks.load_lm_eval_tasks`].
 
     Raises:
         ValueError: for an unknown name, a number of samples that the task does not have, or options that it does not
@@ -115,7 +115,7 @@ def load_tasks(
         return [word_problems(DEFAULT_WORD_PROBLEMS if num_samples is None else num_samples, seed)]
     if name == "gsm8k":
         return [gsm8k(data, num_samples, seed)]
-    from .lm_eval_tasks import load_lm_eval_tasks
+    from .harness_tasks import load_lm_eval_tasks
 
     return load_lm_eval_tasks(name.removeprefix("lm_eval:"), num_samples=num_samples, seed=seed, **harness)
 

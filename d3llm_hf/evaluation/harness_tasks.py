@@ -40,7 +40,7 @@ class LMEvalTask:
         if task.OUTPUT_TYPE != "generate_until":
             raise ValueError(
                 f"`task` must generate text (got {self.name!r}, of lm-eval's type {task.OUTPUT_TYPE}, which decodes "
-                "nothing). Run it with `--model d3llm` of lm-eval instead."
+                "nothing). Run it with lm-eval itself."
             )
         filters = [one.name for one in task._filters]
         self.filter_name = _chosen("filter", filter_name, filters, self.name)
