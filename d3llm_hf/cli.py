@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import __version__
-from .commands import export, generate, init
+from .commands import export, generate, init, leaderboard
 
 
-COMMANDS = (init, export, generate)
+COMMANDS = (init, export, generate, leaderboard)
 
 
 class _Parser(argparse.ArgumentParser):
