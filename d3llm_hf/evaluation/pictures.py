@@ -6,6 +6,7 @@ colour and marker in all pictures. Equal boards give equal bytes.
 """
 
 import io
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
 _DASHES = ("-", "--", ":", "-.")
 _GREY = "#595959"
+_ALPHA = 3.0  # of the weight, as `aup_score` has it by default
 _SETTINGS = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 8.5,
@@ -161,10 +163,7 @@ def weighted_outline(entry: Entry) -> tuple[list[float], list[float]]:
     """
     result = entry.common.result
     tpf, accuracy = zip(*result.used, strict=True)
-    weighted = [accuracy[0] * _weight(accuracy[0], result.y_max)]
-    for (x_0, x_1), area in zip(zip(tpf, tpf[1:], strict=False), result.areas[1:], strict=True):
-        # A trapezoid's area gives its right height from its left one; points of equal tpf have no area between them.
-        weighted.append(2 * area / (x_1 - x_0) - weighted[-1] if x_1 > x_0 else weighted[-1])
+    weighted = [y * min(math.exp(-_ALPHA * (1 - y / result.y_max)), 1) for y in accuracy]
     return [0, tpf[0], *tpf], [accuracy[0], accuracy[0], *weighted]
 
 
@@ -218,15 +217,13 @@ def _bars(task: Task, styles: dict[str, dict[str, Any]]) -> "Figure":
 
 def _radar(groups: Sequence[Group], styles: dict[str, dict[str, Any]]) -> "Figure":
     """One panel per group; each axis is a task, its end the best AUP of the panel's curves on it."""
-    from math import pi
-
     heights = [4.0 + 0.17 * -(-len(group.entries) // 2) for group in groups]
     figure = _figure(sum(heights))
     parts = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False).ravel()
     for part, group in zip(parts, groups, strict=True):
         axes = part.subplots(subplot_kw={"projection": "polar"})
         best = [max(row[place].common.aup for row in group.entries.values()) for place in range(len(group.tasks))]
-        angles = [2 * pi * place / len(group.tasks) for place in range(len(group.tasks))]
+        angles = [2 * math.pi * place / len(group.tasks) for place in range(len(group.tasks))]
         for label, row in group.entries.items():
             shares = [100 * entry.common.aup / most for entry, most in zip(row, best, strict=True)]
             axes.plot(
@@ -250,8 +247,3 @@ def _plain(text: str) -> str:
     """Text that matplotlib writes as it is: `$` would begin a formula."""
     return " ".join(text.split()).replace("$", r"\$")
 
-
-def _weight(accuracy: float, y_max: float, alpha: float = 3.0) -> float:
-    from math import exp
-
-    return min(exp(-alpha * (1 - accuracy / y_max)), 1.0)
