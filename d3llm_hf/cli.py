@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import __version__
-from .commands import export, generate, init, leaderboard
+from .commands import export, generate, init, leaderboard, sweep
 
 
-COMMANDS = (init, export, generate, leaderboard)
+COMMANDS = (init, export, generate, sweep, leaderboard)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -190,9 +190,7 @@ def _entry(key: tuple, curve: tuple[Point, ...], y_max: float, several: bool) ->
     )
 
 
-def _score(
-    curve: tuple[Point, ...], y_max: float | None, published: bool
-) -> tuple[Score, list[tuple[float, float]]]:
+def _score(curve: tuple[Point, ...], y_max: float | None, published: bool) -> tuple[Score, list[tuple[float, float]]]:
     """The score, and the exact `(tpf, accuracy)` of each point that it was made of."""
     if published:
         pairs = [(point["tpf"], point["accuracy"]) for point in curve]
@@ -222,13 +220,13 @@ def _swaps(entries: Sequence[Entry]) -> list[str]:
 
 
 def _groups(tasks: Sequence[Task]) -> tuple[Group, ...]:
-    """One group for every set of two tasks or more that several curves have in common, the largest first."""
+    """One group for every set of two tasks or more that several curves have in common, those of the first curves first."""
     curves_of: dict[str, dict[str, Entry]] = {}
     for task in tasks:
         for entry in task.entries:
             curves_of.setdefault(entry.label, {})[task.name] = entry
     groups: dict[tuple[str, ...], Group] = {}
-    sets = sorted({tuple(found) for found in curves_of.values() if len(found) > 1}, key=lambda s: -len(s))
+    sets = list(dict.fromkeys(tuple(found) for found in curves_of.values() if len(found) > 1))
     for names in sets:
         members = {
             label: tuple(found[name] for name in names)

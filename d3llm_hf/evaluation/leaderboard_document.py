@@ -98,7 +98,9 @@ def document(board: Board, pictures: Collection[str]) -> list[Block]:
         blocks += [_group(group) for group in board.groups]
         if "radar.png" in pictures:
             blocks.append(
-                Picture("radar", "Radar over tasks: each curve's AUP as a share of the best on each task; see the tables.")
+                Picture(
+                    "radar", "Radar over tasks: each curve's AUP as a share of the best on each task; see the tables."
+                )
             )
     if measured:
         blocks += [Heading(2, "How it was measured", "measured"), _conditions(measured)]
@@ -223,7 +225,9 @@ def _conditions(entries: Sequence[Entry]) -> Table:
     for entry in entries:
         for point in entry.points:
             made: dict[str, Any] = point["provenance"]
-            versions = ", ".join(f"{name} {made[name]}" for name in ("d3llm_hf", "torch", "transformers") if name in made)
+            versions = ", ".join(
+                f"{name} {made[name]}" for name in ("d3llm_hf", "torch", "transformers") if name in made
+            )
             texts = [
                 entry.model,
                 entry.task,
@@ -312,13 +316,18 @@ def _markdown(block: Block) -> str:
     if isinstance(block, Paragraph):
         return _safe(block.text)
     if isinstance(block, Bullets):
-        return "\n".join(f"- {_safe(text)}" if url is None else f"- [{_safe(text)}]({url})" for text, url in block.items)
+        return "\n".join(
+            f"- {_safe(text)}" if url is None else f"- [{_safe(text)}]({url})" for text, url in block.items
+        )
     if isinstance(block, Picture):
         return f"![{_safe(block.alt)}]({block.name}.png)"
     if isinstance(block, Fold):
         return markdown(block.blocks).rstrip("\n")
     rule = "|".join("---:" if place in block.numeric else "---" for place in range(len(block.heads)))
-    lines = [" | ".join(map(_safe, block.heads)), *(" | ".join(_safe(cell.text) for cell in row) for row in block.rows)]
+    lines = [
+        " | ".join(map(_safe, block.heads)),
+        *(" | ".join(_safe(cell.text) for cell in row) for row in block.rows),
+    ]
     table = [f"| {line} |" for line in lines]
     return "\n".join([f"**{_safe(block.caption)}**", "", table[0], f"|{rule}|", *table[1:]])
 

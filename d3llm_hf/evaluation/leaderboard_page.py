@@ -25,13 +25,14 @@ nav a { display: inline-block; padding: 0.25rem 0; }
 .scroll { overflow-x: auto; margin: 1rem 0; border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: 0.875rem; }
 caption { position: sticky; left: 0; padding: 0.5rem 0.75rem; text-align: left; color: var(--soft); }
-th, td { padding: 0.4rem 0.75rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
+th, td { padding: 0.4rem 0.6rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .short { white-space: nowrap; }
 .long { min-width: 14rem; }
 thead th { padding: 0; background: var(--band); vertical-align: bottom; }
 tbody th { font-weight: 600; }
-th button { width: 100%; min-height: 2.75rem; padding: 0.4rem 0.75rem; border: 0; background: none; color: inherit;
+thead th.number { white-space: normal; }
+th button { width: 100%; min-height: 2.75rem; padding: 0.4rem 0.6rem; border: 0; background: none; color: inherit;
   font: inherit; font-weight: 600; text-align: inherit; cursor: pointer; }
 th button::after { content: "\\2195"; margin-left: 0.35em; color: var(--soft); }
 th[aria-sort="ascending"] button::after { content: "\\2191"; color: inherit; }

@@ -16,7 +16,7 @@ from .leaderboard import Board, Entry, Group, Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
 WIDTH = 5.2  # inches: on a phone, a letter is still about a millimetre and a half high
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -80,6 +80,10 @@ def _style(place: int) -> dict[str, Any]:
 
 
 def _saved(name: str, figure: "Figure") -> dict[str, bytes]:
+    from matplotlib.layout_engine import PlaceHolderLayoutEngine
+
+    figure.draw_without_rendering()  # lays it out, which takes longest and would be done again for each file
+    figure.set_layout_engine(PlaceHolderLayoutEngine(adjust_compatible=False, colorbar_gridspec=False))
     files = {}
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
@@ -121,7 +125,7 @@ def _curves(task: Task, styles: dict[str, dict[str, Any]]) -> "Figure":
     axes.set(title=_plain(task.name), xlabel="Tokens per forward", ylabel="Accuracy (%)", xlim=(0, None))
     axes.grid(True)
     axes.margins(y=0.08)
-    above.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, handlelength=2.6)
+    _legend(above, axes)
     panels = below.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for panel, entry in zip(panels, task.entries, strict=False):
         _area(panel, entry, styles[entry.label])
@@ -172,8 +176,7 @@ def _area(axes: "Axes", entry: Entry, style: dict[str, Any]) -> None:
     _curve(axes, entry, style | {"linestyle": "-"}, errors=False)
     for line in axes.lines:
         line.set(markersize=2.5, linewidth=1)
-    name = textwrap.fill(_plain(entry.label), 26, max_lines=2, placeholder="…")
-    axes.set_title(f"{name}\n", fontsize=6.5, pad=2)
+    axes.set_title(f"{_name(entry, 26)}\n", fontsize=6.5, pad=2)
     axes.annotate(
         f"{entry.common.aup:.1f}", (0, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", fontsize=7.5
     ).set_fontweight("bold")
@@ -182,7 +185,7 @@ def _area(axes: "Axes", entry: Entry, style: dict[str, Any]) -> None:
 
 def _bars(task: Task, styles: dict[str, dict[str, Any]]) -> "Figure":
     """AUPs under the common y_max with their intervals; a diamond marks the one under the curve's own."""
-    figure = _figure(0.95 + 0.36 * len(task.entries))
+    figure = _figure(1.0 + 0.36 * len(task.entries))
     axes = figure.subplots()
     for place, entry in enumerate(task.entries):
         hatch = "////" if entry.published else None
@@ -196,22 +199,13 @@ def _bars(task: Task, styles: dict[str, dict[str, Any]]) -> "Figure":
         axes.annotate(
             f"{entry.common.aup:.1f}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8
         )
-    labels = [textwrap.fill(_plain(entry.label), 26) for entry in task.entries]
-    axes.set_yticks(range(len(labels)), labels, fontsize=7.5)
+    axes.set_yticks(range(len(task.entries)), [_name(entry, 26) for entry in task.entries], fontsize=7.5)
     axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
+    axes.set_ylim(len(task.entries) - 0.5, -0.5)
     axes.grid(True, axis="x")
-    axes.set(title=_plain(task.name), xlabel="AUP (accuracy in % × tokens per forward)", xlim=(0, None))
-    axes.annotate(
-        "bar: one $y_{max}$ for all;  ◇ the curve's own $y_{max}$",
-        (1, 1),
-        (0, 4),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha="right",
-        fontsize=7,
-        color=_GREY,
-    )
+    note = "bar: one $y_{max}$ for all;  ◇ the curve's own $y_{max}$;  line: 95 % interval"
+    axes.set(title=_plain(task.name), xlim=(0, None))
+    axes.set_xlabel(f"AUP (accuracy in % × tokens per forward)\n{note}", fontsize=7.5)
     return figure
 
 
@@ -226,24 +220,37 @@ def _radar(groups: Sequence[Group], styles: dict[str, dict[str, Any]]) -> "Figur
         angles = [2 * math.pi * place / len(group.tasks) for place in range(len(group.tasks))]
         for label, row in group.entries.items():
             shares = [100 * entry.common.aup / most for entry, most in zip(row, best, strict=True)]
-            axes.plot(
-                [*angles, angles[0]], [*shares, shares[0]], **styles[label], markersize=3.5, label=_plain(label)
-            )
-        names = [textwrap.fill(_plain(name), 14) for name in group.tasks]
+            axes.plot([*angles, angles[0]], [*shares, shares[0]], **styles[label], markersize=3.5, label=_plain(label))
+        names = [textwrap.fill(_plain(name), 18, break_long_words=False) for name in group.tasks]
         axes.set_xticks(angles, [f"{name}\n{most:.1f}" for name, most in zip(names, best, strict=True)], fontsize=7.5)
-        axes.tick_params(axis="x", pad=10)
+        for text, angle in zip(axes.get_xticklabels(), angles, strict=True):  # away from the circle
+            side = math.sin(angle)
+            text.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
         axes.set_theta_zero_location("N")
         axes.set_theta_direction(-1)
         axes.set_ylim(0, 104)
         axes.set_yticks([25, 50, 75, 100], ["25 %", "50 %", "75 %", "100 %"], fontsize=6, color=_GREY)
+        axes.set_rlabel_position(180 / len(group.tasks))
         axes.spines["polar"].set_visible(False)
         axes.grid(True)
-        part.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, handlelength=2.6)
+        _legend(part, axes)
         part.suptitle("AUP as a share of the best on each task (its value at the axis)", fontsize=9)
     return figure
+
+
+def _legend(figure: "FigureBase", axes: "Axes") -> None:
+    """Below the axes, in two columns if the names are short enough."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels)) < 40 else 1
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.6)
+
+
+def _name(entry: Entry, width: int) -> str:
+    """A curve's name in two lines at most."""
+    lines = [textwrap.shorten(line, width, placeholder="…") for line in _plain(entry.label).split(" · ", 1)]
+    return "\n".join(lines)
 
 
 def _plain(text: str) -> str:
     """Text that matplotlib writes as it is: `$` would begin a formula."""
     return " ".join(text.split()).replace("$", r"\$")
-

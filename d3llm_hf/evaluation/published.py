@@ -58,7 +58,9 @@ def check(content: dict[str, Any]) -> None:
         for place, entry in enumerate(content[section]):
             name = f"`{section}[{place}]`"
             for field, types in fields.items():
-                _require(isinstance(entry.get(field), types), f"{name}.{field}", f"must be {types[-1].__name__}", entry)
+                _require(
+                    isinstance(entry.get(field), types), f"{name}.{field}", f"must be {types[-1].__name__}", entry
+                )
             named = entry["where"] if section == "contradictions" else [entry["source"]] if "source" in entry else []
             _require(set(named) <= set(sources), name, f"must name sources of {sorted(sources)}", named)
     for place, curve in enumerate(content["curves"]):
@@ -98,7 +100,9 @@ def published_points() -> list[dict[str, Any]]:
         curve's `aup` as published and the `y_max` it was made with.
     """
     content = published()
-    y_max = {(name, task["task"]): task["y_max"] for name, table in content["tables"].items() for task in table["tasks"]}
+    y_max = {
+        (name, task["task"]): task["y_max"] for name, table in content["tables"].items() for task in table["tasks"]
+    }
     return [
         {
             "schema": SCHEMA,

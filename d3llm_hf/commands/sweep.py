@@ -1,0 +1,177 @@
+"""`d3llm sweep`: tokens per forward against accuracy, for models, methods and thresholds, into one results file."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .common import new_parser, tell
+from .generate import SETTINGS, load
+
+
+def add_parser(subparsers) -> None:
+    parser = new_parser(subparsers, "sweep", run, "Measure accuracy against tokens per forward, resumably")
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="a checkpoint folder, an id on the Hub, or the name of an embedded checkpoint; LABEL=MODEL names it",
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="results file, JSON lines; made or added to")
+    group = parser.add_argument_group("grid", "A curve is a method whose natural parameter goes through some values.")
+    group.add_argument(
+        "--methods",
+        nargs="+",
+        default=["d3llm"],
+        metavar="METHOD",
+        help="decoding methods (d3llm); LABEL=METHOD:NAME=VALUE,... names the curve and gives it settings of its own",
+    )
+    group.add_argument("--thresholds", nargs="+", type=float, metavar="X", help="of methods with a threshold or bound")
+    group.add_argument(
+        "--grid", action="append", default=[], metavar="NAME=X,Y", help="values of a setting; may be repeated"
+    )
+    group.add_argument("--no-grid", action="store_true", help="one point a method, with its settings alone")
+    group.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="setting of all methods; may be repeated"
+    )
+    group = parser.add_argument_group("task")
+    group.add_argument("--task", nargs="+", default=["word_problems"], help="word_problems, gsm8k, or lm-eval's names")
+    group.add_argument("--num-samples", type=int, metavar="N", help="prompts (300 word problems, or all)")
+    group.add_argument("--seed", type=int, default=4242, help="of the prompts and of what is drawn (%(default)s)")
+    group.add_argument("--data", type=Path, metavar="FILE", help="of gsm8k: JSON lines or Parquet in the Hub's format")
+    group.add_argument(
+        "--chat", action=argparse.BooleanOptionalAction, help="use the chat template (where there is one)"
+    )
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="length of an answer (the task's own)")
+    group.add_argument("--include-path", type=Path, metavar="FOLDER", help="further tasks of lm-eval")
+    group.add_argument("--num-fewshot", type=int, metavar="N", help="examples before the question (lm-eval)")
+    group.add_argument("--metric", help="score that says what is right, 0 or 1 (lm-eval; its first)")
+    group.add_argument("--filter", dest="filter_name", help="filter of the answer (lm-eval; its first)")
+    group.add_argument(
+        "--confirm-run-unsafe-code", action="store_true", help="run what the model writes, on this machine (lm-eval)"
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--batch-size", type=int, default=25, metavar="N", help="prompts decoded together (%(default)s)"
+    )
+    group.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    group.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
+    group.add_argument("--revision", help="branch, tag or commit of models on the Hub")
+
+
+def run(args: argparse.Namespace) -> None:
+    models = _models(args.models)
+
+    from ..evaluation.grids import curves_of
+    from ..evaluation.sweep import check_settings, describe, sweep
+    from ..evaluation.tasks import load_tasks
+
+    curves = curves_of(
+        [_method(text) for text in args.methods],
+        settings=dict(_pair("--set", text) for text in args.set),
+        thresholds=args.thresholds,
+        grids=_grids(args.grid),
+        no_grid=args.no_grid,
+    )
+    harness = ("include_path", "num_fewshot", "metric", "filter_name", "confirm_run_unsafe_code")
+    tasks = [
+        task
+        for name in args.task
+        for task in load_tasks(
+            name,
+            num_samples=args.num_samples,
+            seed=args.seed,
+            data=args.data if name == "gsm8k" else None,
+            **({} if name in ("word_problems", "gsm8k") else {option: getattr(args, option) for option in harness}),
+        )
+    ]
+    for task in tasks:  # before a model is loaded; with the checkpoint's own settings it is checked again
+        length = task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
+        for curve in curves:
+            for parameter, value, settings in curve.points(length):
+                check_settings(settings, length, what=describe(curve.name, parameter, value))
+    for label, source in models.items():
+        model, tokenizer = load(source, device=args.device, dtype=args.dtype, revision=args.revision)
+        for task in tasks:
+            points = sweep(
+                model,
+                tokenizer,
+                task,
+                curves,
+                args.output,
+                label=label,
+                max_new_tokens=args.max_new_tokens,
+                batch_size=args.batch_size,
+                chat=args.chat,
+                revision=args.revision,
+            )
+            for point in points:
+                tell(summary(point))
+
+
+def summary(point: dict[str, Any]) -> str:
+    """One line about a point: tokens per forward and accuracy with their intervals, and tokens per second."""
+    from ..evaluation.sweep import describe
+
+    name = describe(point["model"], point["task"], point["method"], point["parameter"], point["value"])
+    (fewest, most), (low, high) = point["tpf_interval"], point["accuracy_interval"]
+    return (
+        f"{name}: {point['tpf']:.2f} tokens per forward ({fewest:.2f} to {most:.2f}), {point['accuracy']:.1f} % "
+        f"({low:.1f} to {high:.1f}), {point['tokens_per_second']:.0f} tokens/s"
+    )
+
+
+def _models(texts: list[str]) -> dict[str, str]:
+    """Label -> folder, id or name. A path that exists is no label, whatever signs it has."""
+    models: dict[str, str] = {}
+    for text in texts:
+        label, mark, source = text.partition("=")
+        if not mark or Path(text).exists():
+            label = source = text
+        if not label or not source or label in models:
+            raise ValueError(f"`models` must have different labels (got {texts}). Write LABEL=MODEL.")
+        models[label] = source
+    return models
+
+
+def _method(text: str) -> tuple[str, str, dict[str, Any]]:
+    """`[LABEL=]METHOD[:NAME=VALUE,...]` as label, method and settings."""
+    head, _, tail = text.partition(":")
+    label, mark, method = head.partition("=")
+    own = dict(_pair("--methods", pair) for pair in tail.split(",")) if tail else {}
+    return (label, method, own) if mark else (head, head, own)
+
+
+def _grids(texts: list[str]) -> dict[str, list[Any]]:
+    grids: dict[str, list[Any]] = {}
+    for text in texts:
+        name, mark, values = text.partition("=")
+        name = name.replace("-", "_")
+        if not mark or not values or name in grids:
+            raise ValueError(f"`--grid` must be NAME=X,Y,..., each name once (got {text!r}).")
+        grids[name] = [_value("--grid", name, value) for value in values.split(",")]
+    return grids
+
+
+def _pair(option: str, text: str) -> tuple[str, Any]:
+    name, mark, value = text.partition("=")
+    name = name.replace("-", "_")
+    if not mark or not name:
+        raise ValueError(f"`{option}` must have the form NAME=VALUE (got {text!r}).")
+    return name, _value(option, name, value)
+
+
+def _value(option: str, name: str, text: str) -> Any:
+    """A value of the type of its setting; of other arguments of `generate` a JSON value, or else the text."""
+    kind = SETTINGS[name][0] if name in SETTINGS else None
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise ValueError(f"`{option}` must give {name} a value of type {kind.__name__} (got {text!r}).") from error
+    if kind is str:
+        return text
+    try:
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except ValueError:
+        return text
