@@ -27,7 +27,7 @@ _EQUAL = 0.05  # AUPs that are shown as the same number are in no order
 
 @dataclass(frozen=True)
 class Score:
-    """An AUP under one y_max. `interval`: 95 % bootstrap over samples; None where there is no result of each sample."""
+    """An AUP under one y_max. `interval`: 95 % bootstrap over samples; None where samples are not known."""
 
     result: AUPResult
     interval: tuple[float, float] | None
@@ -129,8 +129,8 @@ def build_board(points: Sequence[Point], *, published: bool = False, title: str 
     """
     if not points and not published:
         raise ValueError(
-            "`results` must hold at least one point (got none). Make results with `d3llm sweep`, or show the published "
-            "figures with `--published`."
+            "`results` must hold at least one point (got none). Make results with `d3llm sweep`, or show the "
+            "published figures with `--published`."
         )
     _check_labels(points)
     found = {(*key, False): tuple(curve) for key, curve in curves(points).items()}
@@ -153,8 +153,9 @@ def _check_labels(points: Iterable[Point]) -> None:
         found = point["provenance"].get("model_fingerprint")
         if weights.setdefault(point["model"], found) != found:
             raise ValueError(
-                f"A model's label must stand for one model (got {point['model']!r} for {weights[point['model']]!r} and "
-                f"{found!r}). Measure one of them under another label, as in `d3llm sweep LABEL=MODEL`."
+                f"A model's label must stand for one model (got {point['model']!r} for "
+                f"{weights[point['model']]!r} and {found!r}). Measure one of them under another label, as in "
+                "`d3llm sweep LABEL=MODEL`."
             )
 
 
@@ -207,20 +208,21 @@ def _swaps(entries: Sequence[Entry]) -> list[str]:
         for low in entries[place + 1 :]:
             if high.common.aup - low.common.aup < _EQUAL:
                 continue
-            ranked = f"{high.label} ({high.common.aup:.1f}) is ahead of {low.label} ({low.common.aup:.1f})"
+            behind = []
             if low.own.aup - high.own.aup >= _EQUAL:
-                sentences.append(
-                    f"{ranked}; under each curve's own `y_max` it is behind ({high.own.aup:.1f} and {low.own.aup:.1f})."
-                )
+                behind.append(f"under each curve's own `y_max` ({high.own.aup:.1f} and {low.own.aup:.1f})")
             if high.published and low.published and low.as_published - high.as_published >= _EQUAL:
+                behind.append(f"as published ({high.as_published:.1f} and {low.as_published:.1f})")
+            if behind:
                 sentences.append(
-                    f"{ranked}; as published it is behind ({high.as_published:.1f} and {low.as_published:.1f})."
+                    f"{high.label} ({high.common.aup:.1f}) is ahead of {low.label} ({low.common.aup:.1f}), but behind "
+                    f"{' and '.join(behind)}."
                 )
     return sentences
 
 
 def _groups(tasks: Sequence[Task]) -> tuple[Group, ...]:
-    """One group for every set of two tasks or more that several curves have in common, those of the first curves first."""
+    """One group for every set of two tasks or more that several curves have in common, first ones first."""
     curves_of: dict[str, dict[str, Entry]] = {}
     for task in tasks:
         for entry in task.entries:

@@ -67,20 +67,22 @@ class Fold:
 
 Block = Heading | Paragraph | Bullets | Table | Picture | Fold
 
+_DASH = "\N{EN DASH}"
 _ABOUT = (
     "AUP, accuracy under parallelism, is the area under a curve of accuracy over tokens per forward (TPF), in percent "
     "times TPF. Accuracy below `y_max` loses weight, W = exp(-3 (1 - accuracy / `y_max`)), and points more than 5 "
-    "percentage points below the slowest one are left out (hollow in the pictures). Two AUPs can be compared only under "
-    "the same `y_max`: the ranks take the best accuracy of all curves on the task. The AUP under a curve's own best "
-    "accuracy tells how little of its own accuracy it gives up."
+    "percentage points below the slowest one are left out (hollow in the pictures). Two AUPs can be compared only "
+    "under the same `y_max`: the ranks take the best accuracy of all curves on the task. The AUP under a curve's own "
+    "best accuracy tells how little of its own accuracy it gives up."
 )
 _MEASURED = (
-    "Intervals are 95 % bootstrap intervals over the task's samples, `y_max` counting as known where it is common. Curves "
-    "whose intervals overlap widely are in no certain order."
+    "Intervals are 95 % bootstrap intervals over the task's samples, `y_max` counting as known where it is common. "
+    "Curves whose intervals overlap widely are in no certain order."
 )
 _MARKED = (
-    "Figures with a dagger (†) were published by others and not measured here: other models, harness and hardware. They "
-    "have no intervals, and two points per curve at most. Do not read a rank of † against measured curves as a result."
+    "Figures with a dagger (†) were published by others and not measured here: other models, harness and hardware. "
+    "They have no intervals, and two points per curve at most. Do not read a rank of † against measured curves as a "
+    "result."
 )
 
 
@@ -111,14 +113,16 @@ def document(board: Board, pictures: Collection[str]) -> list[Block]:
 
 def _task(task: Task, foreign: bool) -> list[Block]:
     best = task.entries[0]
+    order = "Another one changes the order:" if task.swaps else "Another one changes no order."
     blocks: list[Block] = [
         Heading(2, task.name, task.slug),
         _ranks(task, foreign),
-        Paragraph(f"The common `y_max` is {task.y_max:.1f} %. " + ("" if task.swaps else "The order is the same ")
-                  + ("Where another `y_max` changes the order:" if task.swaps else "under each curve's own.")),
-    ]  # fmt: skip
+        Paragraph(f"The common `y_max` is {task.y_max:.1f} %. {order}"),
+    ]
     if task.swaps:
-        blocks.append(Bullets(tuple((sentence, None) for sentence in task.swaps)))
+        pairs = Bullets(tuple((sentence, None) for sentence in task.swaps))
+        few = len(task.swaps) <= 4
+        blocks.append(pairs if few else Fold(f"{len(task.swaps)} pairs whose order depends on y_max", [pairs]))
     many = len(task.entries)
     blocks += [
         Picture(
@@ -141,8 +145,8 @@ def _names(entry: Entry, foreign: bool) -> list[Cell]:
 def _number(value: float | None, form: str = ".1f", unit: str = "", interval: Sequence[float] | None = None) -> Cell:
     """A number, with its interval behind it where there is one."""
     if value is None:
-        return Cell("–", None)
-    ends = "" if interval is None else f" ({interval[0]:{form}}–{interval[1]:{form}})"
+        return Cell(_DASH, None)
+    ends = "" if interval is None else f" ({interval[0]:{form}}{_DASH}{interval[1]:{form}})"
     return Cell(f"{value:{form}}{unit}{ends}", round(value, 6))
 
 
@@ -179,7 +183,7 @@ def _points(task: Task, foreign: bool) -> Table:
     for entry in task.entries:
         for point, counted in zip(entry.points, entry.counted, strict=True):
             value = point["value"]
-            setting = "–" if point["parameter"] is None else f"{point['parameter']} = {value}"
+            setting = _DASH if point["parameter"] is None else f"{point['parameter']} = {value}"
             known = isinstance(value, (int, float))
             rows.append(
                 (
@@ -232,10 +236,10 @@ def _conditions(entries: Sequence[Entry]) -> Table:
                 entry.model,
                 entry.task,
                 f"{point['num_samples']} (seed {point['seed']})",
-                *(str(made.get(name, "–")) for name in ("device", "dtype", "max_new_tokens", "batch_size")),
-                versions or "–",
-                str(made.get("date", "–"))[:10],
-                str(made.get("model_fingerprint", "–"))[:12],
+                *(str(made.get(name, _DASH)) for name in ("device", "dtype", "max_new_tokens", "batch_size")),
+                versions or _DASH,
+                str(made.get("date", _DASH))[:10],
+                str(made.get("model_fingerprint", _DASH))[:12],
             ]
             row = tuple(Cell(text, text) for text in texts)
             rows += [row] if row not in rows else []
@@ -248,7 +252,7 @@ def _published() -> list[Block]:
     sources, tables = content["sources"], content["tables"]
 
     def text(value: Any) -> Cell:
-        return Cell("–" if value is None else str(value), value)
+        return Cell(_DASH if value is None else str(value), value)
 
     def title(names: Sequence[str]) -> Cell:
         return text("; ".join(sources[name]["title"] for name in names))

@@ -31,6 +31,8 @@ th, td { padding: 0.4rem 0.6rem; text-align: left; vertical-align: top; border-t
 .long { min-width: 14rem; }
 thead th { padding: 0; background: var(--band); vertical-align: bottom; }
 tbody th { font-weight: 600; }
+tbody th, thead th:first-child { position: sticky; left: 0; background: var(--page); }
+thead th:first-child { background: var(--band); }
 thead th.number { white-space: normal; }
 th button { width: 100%; min-height: 2.75rem; padding: 0.4rem 0.6rem; border: 0; background: none; color: inherit;
   font: inherit; font-weight: 600; text-align: inherit; cursor: pointer; }
@@ -137,10 +139,10 @@ def _table(table: Table) -> str:
 
 def _cell(cell: Cell, place: int, number: bool) -> str:
     value = "" if cell.value is None else f' data-value="{_attribute(str(cell.value))}"'
-    look = "number" if number else "long" if len(cell.text) > 60 else "short" if len(cell.text) < 28 else ""
+    look = "number" if number else "short" if len(cell.text) < 28 else "long"
     tag = "th" if place == 0 else "td"
     scope = ' scope="row"' if place == 0 else ""
-    return f"<{tag}{scope}{f' class={chr(34)}{look}{chr(34)}' if look else ''}{value}>{_text(cell.text)}</{tag}>"
+    return f"<{tag}{scope} class="{look}"{value}>{_text(cell.text)}</{tag}>"
 
 
 def _text(text: str) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, FigureBase
 
-WIDTH = 5.2  # inches: on a phone, a letter is still about a millimetre and a half high
+WIDTH = 4.8  # inches, little more than a phone is wide, so that the text can be read there
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
 _DASHES = ("-", "--", ":", "-.")
@@ -26,7 +26,7 @@ _GREY = "#595959"
 _ALPHA = 3.0  # of the weight, as `aup_score` has it by default
 _SETTINGS = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 8.5,
+    "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": _GREY,
@@ -37,7 +37,7 @@ _SETTINGS = {
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "legend.fontsize": 7.5,
+    "legend.fontsize": 8,
     "lines.linewidth": 1.6,
     "svg.hashsalt": "d3llm-hf",  # else the ids in an SVG are random
     "svg.fonttype": "path",
@@ -176,11 +176,11 @@ def _area(axes: "Axes", entry: Entry, style: dict[str, Any]) -> None:
     _curve(axes, entry, style | {"linestyle": "-"}, errors=False)
     for line in axes.lines:
         line.set(markersize=2.5, linewidth=1)
-    axes.set_title(f"{_name(entry, 26)}\n", fontsize=6.5, pad=2)
+    axes.set_title(f"{_name(entry, 24)}\n", fontsize=7, pad=2)
     axes.annotate(
         f"{entry.common.aup:.1f}", (0, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", fontsize=7.5
     ).set_fontweight("bold")
-    axes.tick_params(labelsize=6.5)
+    axes.tick_params(labelsize=7)
 
 
 def _bars(task: Task, styles: dict[str, dict[str, Any]]) -> "Figure":
@@ -205,7 +205,7 @@ def _bars(task: Task, styles: dict[str, dict[str, Any]]) -> "Figure":
     axes.grid(True, axis="x")
     note = "bar: one $y_{max}$ for all;  ◇ the curve's own $y_{max}$;  line: 95 % interval"
     axes.set(title=_plain(task.name), xlim=(0, None))
-    axes.set_xlabel(f"AUP (accuracy in % × tokens per forward)\n{note}", fontsize=7.5)
+    axes.set_xlabel(f"AUP (accuracy in % \N{MULTIPLICATION SIGN} tokens per forward)\n{note}", fontsize=7.5)
     return figure
 
 
@@ -246,9 +246,9 @@ def _legend(figure: "FigureBase", axes: "Axes") -> None:
 
 
 def _name(entry: Entry, width: int) -> str:
-    """A curve's name in two lines at most."""
-    lines = [textwrap.shorten(line, width, placeholder="…") for line in _plain(entry.label).split(" · ", 1)]
-    return "\n".join(lines)
+    """A curve's name in two lines at most, cut to `width` letters each."""
+    lines = " ".join(entry.label.split()).split(" · ", 1)
+    return "\n".join(_plain(line if len(line) <= width else line[: width - 1] + "…") for line in lines)
 
 
 def _plain(text: str) -> str:

@@ -1,8 +1,9 @@
 """Published figures of diffusion language models, with their sources and where these contradict each other.
 
 `published.json` holds, as they were published: the curves of d3LLM's leaderboard (pairs of tokens per forward and
-accuracy, with the AUP and the y_max it was made with), averages, tokens per second, the ablation, and `contradictions`,
-the ledger of what differs between paper, repository, poster and the rest, each with the value that is used here.
+accuracy, with the AUP and the y_max it was made with), averages, tokens per second, the ablation, and
+`contradictions`, the ledger of what differs between paper, repository, poster and the rest, each with the value that
+is used here.
 """
 
 import json
@@ -62,7 +63,7 @@ def check(content: dict[str, Any]) -> None:
                     isinstance(entry.get(field), types), f"{name}.{field}", f"must be {types[-1].__name__}", entry
                 )
             named = entry["where"] if section == "contradictions" else [entry["source"]] if "source" in entry else []
-            _require(set(named) <= set(sources), name, f"must name sources of {sorted(sources)}", named)
+            _require(set(named) <= set(sources), f"`{name}`", f"must name sources of {sorted(sources)}", named)
     for place, curve in enumerate(content["curves"]):
         _require(
             all(len(pair) == 2 and pair[0] >= 1 and 1 < pair[1] <= 100 for pair in curve["pairs"]),
