@@ -142,7 +142,7 @@ def _cell(cell: Cell, place: int, number: bool) -> str:
     look = "number" if number else "short" if len(cell.text) < 28 else "long"
     tag = "th" if place == 0 else "td"
     scope = ' scope="row"' if place == 0 else ""
-    return f"<{tag}{scope} class="{look}"{value}>{_text(cell.text)}</{tag}>"
+    return f'<{tag}{scope} class="{look}"{value}>{_text(cell.text)}</{tag}>'
 
 
 def _text(text: str) -> str:
