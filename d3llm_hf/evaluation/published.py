@@ -57,11 +57,10 @@ def check(content: dict[str, Any]) -> None:
     sources, tables = content["sources"], content["tables"]
     for section, fields in _FIELDS.items():
         for place, entry in enumerate(content[section]):
-            name = f"`{section}[{place}]`"
+            name = f"{section}[{place}]"
             for field, types in fields.items():
-                _require(
-                    isinstance(entry.get(field), types), f"{name}.{field}", f"must be {types[-1].__name__}", entry
-                )
+                found = entry.get(field)
+                _require(isinstance(found, types), f"`{name}.{field}`", f"must be {types[-1].__name__}", found)
             named = entry["where"] if section == "contradictions" else [entry["source"]] if "source" in entry else []
             _require(set(named) <= set(sources), f"`{name}`", f"must name sources of {sorted(sources)}", named)
     for place, curve in enumerate(content["curves"]):
