@@ -96,7 +96,7 @@ def _figure(height: float) -> "Figure":
     from matplotlib.figure import Figure  # without pyplot there is no window system and no state that is shared
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.05, w_pad=0.05)
+    figure.get_layout_engine().set(h_pad=0.05, w_pad=0.12)
     return figure
 
 
@@ -104,7 +104,7 @@ def _curves(task: Task, styles: dict[str, dict[str, Any]]) -> "Figure":
     """All curves with their error bars above, each with its area below."""
     columns = 3
     rows = -(-len(task.entries) // columns)
-    legend_rows = -(-len(task.entries) // 2)
+    legend_rows = -(-len(task.entries) // _legend_columns([entry.label for entry in task.entries]))
     heights = [2.9 + 0.17 * legend_rows, 1.35 * rows + 0.25]
     figure = _figure(sum(heights))
     above, below = figure.subfigures(2, 1, height_ratios=heights)
@@ -211,7 +211,7 @@ def _bars(task: Task, styles: dict[str, dict[str, Any]]) -> "Figure":
 
 def _radar(groups: Sequence[Group], styles: dict[str, dict[str, Any]]) -> "Figure":
     """One panel per group; each axis is a task, its end the best AUP of the panel's curves on it."""
-    heights = [4.0 + 0.17 * -(-len(group.entries) // 2) for group in groups]
+    heights = [4.0 + 0.17 * -(-len(group.entries) // _legend_columns(list(group.entries))) for group in groups]
     figure = _figure(sum(heights))
     parts = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False).ravel()
     for part, group in zip(parts, groups, strict=True):
@@ -241,8 +241,12 @@ def _radar(groups: Sequence[Group], styles: dict[str, dict[str, Any]]) -> "Figur
 def _legend(figure: "FigureBase", axes: "Axes") -> None:
     """Below the axes, in two columns if the names are short enough."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = 2 if max(map(len, labels)) < 40 else 1
+    columns = _legend_columns(labels)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.6)
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    return 2 if max(map(len, labels)) < 28 else 1
 
 
 def _name(entry: Entry, width: int) -> str:
