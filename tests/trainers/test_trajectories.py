@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pyarrow as pa
@@ -485,7 +486,7 @@ def _killed_run(model, tokenizer, folder, owner, name, call):
     ("owner", "name", "call", "shards"),
     [
         (os, "replace", 1, 0),  # the manifest is written, not in its place
-        (trajectory_store.uuid, "uuid4", 4, 1),  # a shard begins to be written
+        (uuid, "uuid4", 4, 1),  # a shard begins to be written
         (os, "fsync", 7, 1),  # a shard is half in place
         (os, "replace", 5, 1),  # a shard is in its place, its checksum not
         (TrajectoryStore, "write", 3, 2),  # samples are decoded
