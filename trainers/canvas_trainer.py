@@ -137,12 +137,18 @@ class CanvasTrainer(Trainer):
             finish_checkpoint(folder, has_optimizer=not self.args.save_only_model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if not load_converted_weights(self.model if model is None else model, resume_from_checkpoint):
+        if not self._load_converted(self.model if model is None else model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not load_converted_weights(self.model, self.state.best_model_checkpoint):
+        if not self._load_converted(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
+
+    def _load_converted(self, model: torch.nn.Module, checkpoint: str) -> bool:
+        # A process with a shard of the model has a file of its own, with the names that tensors have in memory.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        return load_converted_weights(model, checkpoint)
 
 
 def prepare_each(dataset, prepare: Callable[[Any], Any]):
