@@ -24,8 +24,9 @@ from trainers.canvas_trainer import CanvasTrainer
 def environment_of(config: Path) -> dict[str, str]:
     """What `accelerate launch --config_file` adds to the environment of the processes that it starts."""
     arguments = launch_command_parser().parse_args(["--config_file", str(config), "run_distill.py"])
-    arguments = _validate_launch_command(arguments)[0]
+    arguments, defaults, _ = _validate_launch_command(arguments)
     if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
         environment = prepare_deepspeed_cmd_env(arguments)[1]
     else:
         environment = prepare_multi_gpu_env(arguments)

@@ -136,10 +136,8 @@ def test_another_length_of_a_resumed_run_is_warned_of(tmp_path, tokenizer, caplo
     assert "resumed with max_steps=3, but was begun with 2" in caplog.text
 
 
-def test_per_sample_means_make_a_run_independent_of_the_batch_layout_and_of_what_is_computed_twice(
-    tmp_path, tokenizer
-):
-    """Within 1e-3 at each of 50 steps; 1e-5 on average, which shows if a micro-batch were dropped or weighted wrongly."""
+def test_with_means_per_sample_fifty_steps_do_not_depend_on_the_batch_layout(tmp_path, tokenizer):
+    """Within 1e-3 at each step; 1e-5 on average, where a micro-batch that is dropped or weighted wrongly shows."""
     runs = []
     for size, accumulation, checkpointing in [(4, 1, False), (1, 4, False), (4, 1, True)]:
         trainer = make_trainer(
