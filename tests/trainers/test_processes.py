@@ -164,7 +164,7 @@ def test_the_configurations_mean_what_they_say(monkeypatch):
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.commands.config.config_args import load_config_from_file
 
-    kinds = {path.stem: load_config_from_file(path).distributed_type.value for path in CONFIGS.glob("*.yaml")}
+    kinds = {path.stem: load_config_from_file(str(path)).distributed_type.value for path in CONFIGS.glob("*.yaml")}
     deepspeed = dict.fromkeys(["deepspeed_zero2", "deepspeed_zero3"], "DEEPSPEED")
     assert kinds == {"ddp": "MULTI_GPU", "fsdp": "FSDP"} | deepspeed
     for name, value in joined_runs.environment_of(CONFIGS / "fsdp.yaml").items():
