@@ -1,19 +1,24 @@
-"""What the trainers of masked diffusion models share: how a canvas reaches the model, and loading what was saved."""
+"""What the trainers of masked diffusion models share: how a canvas reaches the model, and whole checkpoints."""
 
 from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from d3llm_hf.models.modeling_common import positions_of
 
 from .weights import load_converted_weights
+from .whole_checkpoints import CheckpointError, begin_checkpoint, checkpoint_to_resume, finish_checkpoint
 
 
 if TYPE_CHECKING:
@@ -24,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 class CanvasTrainer(Trainer):
     """A Trainer over canvases: prompts padded on the left, answers of `response_length` tokens on the right.
+
+    Its checkpoints list their files with checksums (see `whole_checkpoints`). `train(resume_from_checkpoint=...)`
+    takes `True` for the last whole checkpoint of the output folder, `"last"` for the same or a new run where no
+    checkpoint was ever finished, or a folder; one that is damaged raises a `CheckpointError`.
 
     Attributes:
         mask_token_id (`int`): Token of a hidden position.
@@ -71,13 +80,75 @@ class CanvasTrainer(Trainer):
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """As the Trainer's, called before each optimizer step: one that would spoil the weights is not taken."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # A loss scaler (float16) skips such steps itself, on purpose.
+        if self.accelerator.scaler is None and not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"The gradient must be finite (its norm is {float(grad_norm)} at step {self.state.global_step}). "
+                "Lower `learning_rate`, train in bfloat16 or float32, or resume from an earlier checkpoint."
+            )
+        return grad_norm
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, as the Trainer does, from a checkpoint that is whole; see the class for what may be named.
+
+        Raises:
+            CheckpointError: If the checkpoint is damaged, or there is none where one is asked for.
+        """
+        found: list[Any] = [None]
+        if self.is_world_process_zero():  # one process reads the files, and all go on from the same checkpoint
+            try:
+                found = [checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)]
+            except CheckpointError as error:
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], CheckpointError):
+            raise found[0]
+        return super().train(found[0], *args, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """As the Trainer's; the list of files comes last, before older checkpoints go."""
+        folder = self._checkpoint_folder(trial)
+        if self.args.should_save:
+            begin_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if not self.args.push_to_hub:
+            self._finish(folder)
+        if self.args.should_save:
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._finish(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _checkpoint_folder(self, trial: Any) -> Path:
+        return Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def _finish(self, folder: Path) -> None:
+        self.accelerator.wait_for_everyone()  # until all processes have written their parts
+        if self.args.should_save:
+            finish_checkpoint(folder, has_optimizer=not self.args.save_only_model)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if not load_converted_weights(self.model if model is None else model, resume_from_checkpoint):
+        if not self._load_converted(self.model if model is None else model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not load_converted_weights(self.model, self.state.best_model_checkpoint):
+        if not self._load_converted(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
+
+    def _load_converted(self, model: torch.nn.Module, checkpoint: str) -> bool:
+        # A process with a shard of the model has a file of its own, with the names that tensors have in memory.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        return load_converted_weights(model, checkpoint)
 
 
 def prepare_each(dataset, prepare: Callable[[Any], Any]):

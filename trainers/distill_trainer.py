@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -225,17 +224,6 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         kept = self._metric_sums.get(mode, {})
         self._metric_sums[mode] = {name: value + kept.get(name, 0.0) for name, value in found.items()}
         return loss
-
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """As the Trainer's, called before each optimizer step: one that would spoil the weights is not taken."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        # A loss scaler (float16) skips such steps itself, on purpose.
-        if self.accelerator.scaler is None and not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"The gradient must be finite (its norm is {float(grad_norm)} at step {self.state.global_step}). "
-                "Lower `learning_rate`, train in bfloat16 or float32, or resume from an earlier checkpoint."
-            )
-        return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with each term of the loss apart, averaged over all ranks since the last log, and the curricula."""

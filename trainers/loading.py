@@ -1,7 +1,6 @@
 """What the training scripts share before a model is trained: loading it, and refusing a launch that would go wrong."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 
@@ -22,13 +21,10 @@ def check_processes(world_size: int) -> None:
         )
 
 
-def checkpoint_to_resume(args: Any) -> str | None:
-    """The checkpoint to go on from: `resume_from_checkpoint`, where `last` is the newest of `output_dir`, if any."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    if args.resume_from_checkpoint != "last":
-        return args.resume_from_checkpoint
-    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+def resumption(chosen: str | bool | None) -> str | None:
+    """What a recipe or command line says of resuming; `true` and `last` are the last whole checkpoint, if any."""
+    said = str(chosen).lower()
+    return "last" if said in ("true", "last") else None if said in ("false", "none") else chosen
 
 
 def with_end_of_text(tokenizer: Any) -> Any:

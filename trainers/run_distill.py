@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainers.loading import check_processes, checkpoint_to_resume, float_dtype, load_named
+from trainers.loading import check_processes, float_dtype, load_named, resumption
 
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=_peft_config(script_args, model),
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.train(resume_from_checkpoint=resumption(args.resume_from_checkpoint))
     if script_args.use_peft and script_args.merge_adapter:
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     if script_args.save_dtype is not None:

@@ -29,7 +29,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainers.loading import check_processes, checkpoint_to_resume, float_dtype, load_checkpoint, with_end_of_text
+from trainers.loading import check_processes, float_dtype, load_checkpoint, resumption, with_end_of_text
 
 
 @dataclass
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=_peft_config(script_args),
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.train(resume_from_checkpoint=resumption(args.resume_from_checkpoint))
     if script_args.save_dtype is not None:
         trainer.model.to(float_dtype("save_dtype", script_args.save_dtype))
     trainer.save_model()

@@ -291,6 +291,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tokenizer):
         make_trainer(tmp_path, tokenizer, model=model).train()
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_weights_or_a_checkpoint(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=1)
+    weight = trainer.model.model.norm.weight
+    before = weight.detach().clone()
+    weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(FloatingPointError, match=r"The gradient must be finite .its norm is nan at step 0"):
+        trainer.train()
+    assert torch.equal(weight, before)
+    assert not list(tmp_path.glob("checkpoint-*")) and not any("loss" in log for log in trainer.state.log_history)
+
+
 def test_gradients_do_not_depend_on_how_a_batch_is_accumulated(tmp_path, tokenizer, monkeypatch):
     def everything_hidden(learnt, *args, **kwargs):
         return AnswerMask(learnt, learnt / learnt.sum(1, keepdim=True), torch.zeros(len(learnt), dtype=torch.bool))

@@ -12,6 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import uuid
 from pathlib import Path
 
 import pyarrow as pa
@@ -485,7 +487,7 @@ def _killed_run(model, tokenizer, folder, owner, name, call):
     ("owner", "name", "call", "shards"),
     [
         (os, "replace", 1, 0),  # the manifest is written, not in its place
-        (trajectory_store.uuid, "uuid4", 4, 1),  # a shard begins to be written
+        (uuid, "uuid4", 4, 1),  # a shard begins to be written
         (os, "fsync", 7, 1),  # a shard is half in place
         (os, "replace", 5, 1),  # a shard is in its place, its checksum not
         (TrajectoryStore, "write", 3, 2),  # samples are decoded
@@ -514,6 +516,38 @@ def test_a_run_that_is_killed_loses_the_open_shard_only_and_resumed_equals_an_un
     assert decoded == set(range(4 * shards, 10))
     # Of what was killed only a manifest that never got its name may be left.
     assert {n: c for n, c in contents(tmp_path).items() if not n.startswith(".manifest")} == contents(unbroken)
+
+
+def _slow_run(model, tokenizer, folder):
+    torch.set_num_threads(1)
+    extract(model, tokenizer, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_twenty_kills_at_random_moments_lose_and_repeat_nothing(model, tokenizer, tmp_path, unbroken):
+    fork = multiprocessing.get_context("fork")
+    draw = random.Random(0)
+    started = time.monotonic()
+    _slow_run(model, tokenizer, tmp_path / "timed")
+    length = time.monotonic() - started
+    kills = ended = 0
+    while kills < 20:
+        folder = tmp_path / str(ended)
+        process = fork.Process(target=_slow_run, args=(model, tokenizer, folder))
+        process.start()
+        process.join(draw.uniform(0, length / 2))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        ended += process.exitcode == 0
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if (folder / "manifest.json").exists():
+            held = read_trajectories(folder, partial=True)["sample_id"]
+            assert len(held) == len(set(held))
+    for run in range(ended + 1):
+        extract(model, tokenizer, tmp_path / str(run))
+        assert {n: c for n, c in contents(tmp_path / str(run)).items() if not n.startswith(".")} == contents(unbroken)
 
 
 def test_an_interrupted_writer_leaves_no_half_file(model, tokenizer, tmp_path, monkeypatch):
@@ -664,12 +698,13 @@ def test_two_hundred_flipped_bytes_are_all_detected(folder):
     assert len(read_trajectories(folder)) == 10
 
 
-def test_damaged_files_with_right_checksums_raise_nothing_but_the_named_error(folder):
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_damaged_files_with_right_checksums_raise_nothing_but_the_named_error(folder, count):
     draw = random.Random(0)
     path = folder / "trajectories-00000.parquet"
     whole, manifest = path.read_bytes(), (folder / "manifest.json").read_bytes()
     outcomes = {"read": 0, "refused": 0}
-    for turn in range(300):
+    for turn in range(count):
         content = bytearray(whole)
         if turn % 3 == 0:
             content = draw.randbytes(draw.randrange(1, 2000))
@@ -689,7 +724,7 @@ def test_damaged_files_with_right_checksums_raise_nothing_but_the_named_error(fo
             outcomes["refused"] += 1
         (folder / "manifest.json").write_bytes(manifest)
         seal(path, whole)
-    assert outcomes["refused"] > 200
+    assert outcomes["refused"] > 2 / 3 * count
 
 
 @pytest.mark.parametrize(
