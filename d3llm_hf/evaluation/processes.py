@@ -20,8 +20,8 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import Accelerator, InitProcessGroupKwargs
 
-            # The first process may be busy with metrics for hours while the others wait. On a CPU accelerate counts the
-            # processes of a launcher only when told that this is meant.
+            # The first process may be busy with metrics for hours while the others wait. On a CPU accelerate counts
+            # the processes of a launcher only when told that this is meant.
             self.accelerator = Accelerator(
                 cpu=not torch.accelerator.is_available(),
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=52))],
