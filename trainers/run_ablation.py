@@ -153,9 +153,8 @@ def train(plan: Plan, arm: str, seed: int, folder: Path) -> None:
         return
     given = plan.common | plan.arms[arm] | {"seed": seed, "output_dir": str(folder)}
     arguments = [part for name, value in given.items() for part in _as_arguments(name, value)]
-    resume = ["--resume_from_checkpoint", "true"] if any(folder.glob("checkpoint-*")) else []
     logger.info("Training %s, seed %d", arm, seed)
-    distill(["--config", plan.recipe, *arguments, *resume])
+    distill(["--config", plan.recipe, *arguments, "--resume_from_checkpoint", "last"])
 
 
 def _as_arguments(name: str, value: Any) -> list[str]:
