@@ -113,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info("%d of the points files are not there yet, %s first: no summary.", len(missing), missing[0])
         return
     results = Path(args.results) if args.results else folder / "ablation.json"
-    write_summary(plan, folder, results)
+    command = f"python trainers/run_ablation.py --config {_relative(args.config)} --output_dir {folder.name}"
+    write_summary(plan, folder, results, command + (f" --results {_relative(args.results)}" if args.results else ""))
     logger.info("The summary is in %s.", results)
 
 
@@ -192,7 +193,13 @@ def _method(settings: dict[str, Any]) -> dict[str, Any]:
     return {"method": settings["decoding_method"], "settings": rest}
 
 
-def write_summary(plan: Plan, folder: Path, results: Path) -> None:
+def _relative(path: str) -> str:
+    """A path as seen from the working folder, in so far as it lies there: results name no folder of a machine."""
+    path = Path(path).resolve()
+    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.name
+
+
+def write_summary(plan: Plan, folder: Path, results: Path, command: str) -> None:
     """The figures of a finished ablation, with what is needed to repeat them."""
     from dataclasses import asdict
 
@@ -215,6 +222,8 @@ def write_summary(plan: Plan, folder: Path, results: Path) -> None:
     )
     content = {
         "schema": 1,
+        "suite": "ablation",
+        "command": command,
         "plan": asdict(plan) | {"recipe": Path(plan.recipe).name},
         "provenance": one_token["provenance"],
         "one_token": {name: one_token[name] for name in ("accuracy", "accuracy_interval", "tpf", "num_samples")},

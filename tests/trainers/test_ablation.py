@@ -7,6 +7,7 @@ import pytest
 import yaml
 from distillation import rows
 
+from d3llm_hf.evaluation import tables
 from d3llm_hf.metrics.aup.curve import aup_score
 from trainers import run_ablation
 from trainers.ablation import summarise, tpf_at
@@ -168,6 +169,10 @@ def test_an_ablation_is_trained_decoded_and_summarised_once(tmp_path, monkeypatc
     assert [row["arm"] for row in found["rows"]] == ["teacher", *PLAN["arms"]]
     assert all(len(row["curve"]) == 2 for row in found["rows"])
     assert found["one_token"]["num_samples"] == 3 and found["plan"]["recipe"] == "recipe.yaml"
+
+    table = tables.table(found)
+    assert table.count("| random masks |") == 1 and f"{found['rows'][1]['curve'][0]['tpf']:.2f}" in table
+    assert "`python trainers/run_ablation.py --config plan.yaml --output_dir out`" in table
 
     before = (out / "ablation.json").read_bytes()
     monkeypatch.setattr("trainers.run_distill.main", lambda argv: pytest.fail("trained again"))

@@ -165,7 +165,7 @@ def test_one_command_extracts_trajectories_and_trains_on_them(teacher, tmp_path)
 
 @pytest.mark.parametrize("section", ['["word_problems"]', '{"output_dir": "elsewhere"}', '{"use_cpu": true}'])
 def test_what_else_gives_an_argument_of_the_extraction_is_refused(teacher, tmp_path, section):
-    with pytest.raises(ValueError, match="`extract` must map arguments of run_trajectories.py other than"):
+    with pytest.raises(ValueError, match=r"`extract` must map arguments of run_trajectories\.py other than"):
         run_distill.main(
             [
                 *("--model_name_or_path", "d3llm-llada", "--dataset_name", str(tmp_path), "--extract", section),
