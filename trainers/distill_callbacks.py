@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 if TYPE_CHECKING:
+    from .distill_config import PseudoTrajectoryDistillConfig
     from .distill_trainer import PseudoTrajectoryDistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,13 @@ logger = logging.getLogger(__name__)
 def noise_floor(step: int, max_steps: int, start: float, end: float) -> float:
     """Smallest noise level at an optimizer step: from `start` to `end`, linearly over the run."""
     return start + min(step / max_steps, 1.0) * (end - start) if max_steps > 0 else start
+
+
+def floor_at(step: int, max_steps: int, args: PseudoTrajectoryDistillConfig) -> float:
+    """Smallest noise level at an optimizer step of a run with these arguments."""
+    return noise_floor(
+        step, max_steps, args.noise_start, args.noise_end if args.noise_curriculum else args.noise_start
+    )
 
 
 def window_size(epoch: float | None, sizes: Sequence[int]) -> int:
@@ -40,7 +48,7 @@ class _Curriculum(TrainerCallback):
 
 
 class NoiseCurriculumCallback(_Curriculum):
-    """Raises `trainer.noise_floor` from `noise_start` to `noise_end` linearly over the run.
+    """Raises `trainer.noise_floor` from `noise_start` to `noise_end` linearly over the run, if `noise_curriculum`.
 
     The noise level of a sample is uniform between the floor and `noise_end`, so early views hide little or much, late
     ones only much.
@@ -63,7 +71,7 @@ class NoiseCurriculumCallback(_Curriculum):
         super().on_train_begin(args, state, control, **kwargs)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer.noise_floor = noise_floor(state.global_step, state.max_steps, args.noise_start, args.noise_end)
+        self.trainer.noise_floor = floor_at(state.global_step, state.max_steps, args)
 
 
 class WindowCurriculumCallback(_Curriculum):

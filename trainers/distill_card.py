@@ -11,7 +11,7 @@ import transformers
 
 import d3llm_hf
 
-from .distill_callbacks import noise_floor, window_size
+from .distill_callbacks import floor_at, window_size
 from .noisy_views import CERTAINTY_NOISE
 
 
@@ -134,7 +134,7 @@ def _curriculum(args: Any) -> list[dict[str, Any]]:
     epochs = len(args.window_sizes) if args.max_steps > 0 else args.num_train_epochs
     rows = []
     for progress in (0, 25, 50, 75, 100):
-        floor = noise_floor(progress, 100, args.noise_start, args.noise_end)
+        floor = floor_at(progress, 100, args)
         noise = CERTAINTY_NOISE if args.objective == "certainty" else f"{floor:.2f} to {args.noise_end:.2f}"
         rows.append(
             {"progress": progress, "noise": noise, "window": window_size(progress / 100 * epochs, args.window_sizes)}

@@ -49,7 +49,9 @@ class PseudoTrajectoryDistillConfig(TrainingArguments):
         windows_over_fill (`bool`, defaults to `False`): Whether windows may begin in the fill (d3LLM-Dream), or in the
             answer only (d3LLM-LLaDA). The last window reaches to the end of the canvas in either case.
         noise_start, noise_end (`float`, default to 0.0 and 0.8): The noise level is uniform between a floor and
-            `noise_end`; the floor goes from the one to the other over the run. Not used by `"certainty"`.
+            `noise_end`. Not used by `"certainty"`.
+        noise_curriculum (`bool`, defaults to `True`): Let the floor go from `noise_start` to `noise_end` over the run;
+            with `False` it stays at `noise_start`.
         window_sizes (`list[int]`, *optional*): Window per epoch, interpolated within it (with `max_steps`, spread over
             the run). `[16, 16, 24, 24, 32, 32]` when unset, `[32]` for `"certainty"`.
 
@@ -122,6 +124,9 @@ class PseudoTrajectoryDistillConfig(TrainingArguments):
     windows_over_fill: bool = field(default=False, metadata={"help": "Let windows begin in the end-of-text fill."})
     noise_start: float = field(default=0.0, metadata={"help": "Smallest noise level at the beginning."})
     noise_end: float = field(default=0.8, metadata={"help": "Largest noise level; the smallest one at the end."})
+    noise_curriculum: bool = field(
+        default=True, metadata={"help": "Raise the smallest noise level to noise_end over the run."}
+    )
     window_sizes: list[int] | None = field(
         default=None, metadata={"help": "Window per epoch. 16 16 24 24 32 32 if unset; 32 for certainty."}
     )

@@ -17,12 +17,20 @@ Trajectories are a .parquet, .json or .jsonl file, a folder of .parquet files, o
 did), and optionally `target_ids`, `correct` and `answer`.
 """
 
+from __future__ import annotations
+
+import json
 import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainers.loading import check_processes, float_dtype, load_named, resumption
+
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 @dataclass
@@ -34,6 +42,14 @@ class DistillScriptArguments:
     )
     dataset_name: str = field(
         metadata={"help": "Trajectories: a file, a folder of .parquet files, or a data set of the Hub."}
+    )
+    extract: str | None = field(  # a mapping when it comes from a recipe
+        default=None,
+        metadata={
+            "help": "Arguments of run_trajectories.py, as JSON or as a section of the recipe: decode the trajectories "
+            "into the folder `dataset_name` first, as far as they are not there. Teacher and student are one model "
+            "unless it has a `model_name_or_path`."
+        },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_dataset_name: str | None = field(
@@ -76,6 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         (DistillScriptArguments, PseudoTrajectoryDistillConfig), sys.argv[1:] if argv is None else argv
     )
     check_processes(args.world_size)
+    if script_args.extract is not None:
+        extract_first(script_args, args)
     set_seed(args.seed)
     model, tokenizer = load_student(script_args, args.model_init_kwargs)
     args.model_init_kwargs = None  # used up
@@ -101,6 +119,31 @@ def main(argv: list[str] | None = None) -> None:
     else:
         trainer.save_model()
         trainer.create_model_card(**card)
+
+
+def extract_first(script_args: DistillScriptArguments, args: TrainingArguments) -> None:
+    """The trajectories, by all processes; a folder that is complete costs a look, one that is not is gone on with.
+
+    Raises:
+        ValueError: for an argument that `run_trajectories.py` does not have, or one that is given by another.
+        TrajectoryError: for a folder of trajectories of another teacher, other prompts or settings.
+    """
+    from transformers import HfArgumentParser
+
+    from trainers.run_trajectories import TrajectoryScriptArguments, extract
+    from trainers.trajectories import TrajectoryConfig
+
+    given = json.loads(script_args.extract) if isinstance(script_args.extract, str) else script_args.extract
+    own = {"output_dir": script_args.dataset_name, "use_cpu": args.use_cpu}
+    if not isinstance(given, dict) or own.keys() & given.keys():
+        raise ValueError(
+            f"`extract` must map arguments of run_trajectories.py other than {sorted(own)}, which `dataset_name` and "
+            f"`use_cpu` give (got {given!r}). Write for example {{dataset_name: word_problems, num_problems: 2000}}."
+        )
+    defaults = {"model_name_or_path": script_args.model_name_or_path}
+    parser = HfArgumentParser((TrajectoryScriptArguments, TrajectoryConfig))
+    extract(*parser.parse_dict(defaults | given | own), args.distributed_state)
+    args.distributed_state.wait_for_everyone()
 
 
 def load_student(script_args: DistillScriptArguments, model_init_kwargs: dict | None = None):

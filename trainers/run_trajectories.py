@@ -19,10 +19,19 @@ Killed at any moment and started again with the same arguments, it goes on with 
 the result is that of an unbroken run. `trainers.read_trajectories("trajectories")` reads and verifies it.
 """
 
+from __future__ import annotations
+
 import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from trainers.trajectories import TrajectoryConfig
 
 
 @dataclass
@@ -60,9 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     from accelerate import PartialState
 
-    from trainers.loading import load_named
     from trainers.script_utils import parse_args_with_config
-    from trainers.trajectories import TrajectoryConfig, extract_trajectories
+    from trainers.trajectories import TrajectoryConfig
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     script_args, args = parse_args_with_config(
@@ -70,6 +78,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     # On a CPU accelerate counts the processes of a launcher only when told that this is meant.
     state = PartialState(cpu=script_args.use_cpu or not torch.accelerator.is_available())
+    extract(script_args, args, state)
+    state.destroy_process_group()
+
+
+def extract(script_args: TrajectoryScriptArguments, args: TrajectoryConfig, state: PartialState) -> None:
+    """This process' share of the trajectories, into the folder `output_dir`."""
+    from trainers.loading import load_named
+    from trainers.trajectories import extract_trajectories
+
     with state.main_process_first():
         dataset = load_prompts(script_args)
     model, tokenizer = load_named(
@@ -91,7 +108,6 @@ def main(argv: list[str] | None = None) -> None:
         num_processes=state.num_processes,
         progress=state.is_main_process,
     )
-    state.destroy_process_group()
 
 
 def load_prompts(script_args: TrajectoryScriptArguments):

@@ -14,10 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bench_tables
+from . import ablation_tables, bench_tables
 from .suites import SUITES, Suite
 
 
+# Results files that are not made of a suite's rows.
+_OTHERS = bench_tables.TABLES | ablation_tables.TABLES
 _MARKED = re.compile(r"(<!-- results:begin (?P<file>\S+) -->\n).*?(<!-- results:end -->)", re.DOTALL)
 
 
@@ -57,10 +59,10 @@ def table(results: dict[str, Any]) -> str:
         ValueError: for a suite that does not exist.
     """
     name = results.get("suite", "card")
-    if name in bench_tables.TABLES:
-        return bench_tables.TABLES[name](results)
+    if name in _OTHERS:
+        return _OTHERS[name](results)
     if name not in SUITES:
-        known = [*SUITES, *bench_tables.TABLES]
+        known = [*SUITES, *_OTHERS]
         raise ValueError(f"`suite` of a results file must be one of {known} (got {name!r}). Measure it again.")
     suite, made = SUITES[name], results["provenance"]
     notes = f" {suite.notes}" if suite.notes else ""

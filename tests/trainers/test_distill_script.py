@@ -15,6 +15,7 @@ from d3llm_hf import encode_text
 from trainers import run_distill
 from trainers.distill_config import PseudoTrajectoryDistillConfig
 from trainers.script_utils import parse_args_with_config
+from trainers.trajectory_store import read_trajectories
 
 
 RECIPES = sorted(Path("trainers/recipes").glob("d3llm_*.yaml"))
@@ -136,3 +137,38 @@ def test_the_published_recipes_take_64_samples_a_step_on_their_four_gpus(tmp_pat
         if path.stem != "d3llm_llada_tiny":
             assert recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * 4 == 64
     assert len(RECIPES) == 4
+
+
+def test_one_command_extracts_trajectories_and_trains_on_them(teacher, tmp_path):
+    section = {
+        "dataset_name": "word_problems",
+        "num_problems": 6,
+        "max_new_tokens": 12,
+        "block_length": 4,
+        "scorer": "number",
+        "temperatures": [0.0],
+    }
+    arguments = [
+        *("--model_name_or_path", "d3llm-llada", "--dataset_name", str(tmp_path / "trajectories")),
+        *("--extract", json.dumps(section), "--output_dir", str(tmp_path / "student"), "--use_cpu", "true"),
+        *("--response_length", "12", "--max_steps", "1", "--per_device_train_batch_size", "2"),
+        *("--report_to", "none", "--save_strategy", "no"),
+    ]
+    run_distill.main(arguments)
+    store = read_trajectories(tmp_path / "trajectories")
+    assert len(store) == 6 and (tmp_path / "student" / "model.safetensors").exists()
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "trajectories").iterdir()}
+    run_distill.main(arguments)  # what is there is not decoded again
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "trajectories").iterdir()} == before
+
+
+@pytest.mark.parametrize("section", ['["word_problems"]', '{"output_dir": "elsewhere"}', '{"use_cpu": true}'])
+def test_what_else_gives_an_argument_of_the_extraction_is_refused(teacher, tmp_path, section):
+    with pytest.raises(ValueError, match=r"`extract` must map arguments of run_trajectories\.py other than"):
+        run_distill.main(
+            [
+                *("--model_name_or_path", "d3llm-llada", "--dataset_name", str(tmp_path), "--extract", section),
+                *("--output_dir", str(tmp_path / "student"), "--use_cpu", "true"),
+            ]
+        )

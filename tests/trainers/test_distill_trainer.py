@@ -52,6 +52,15 @@ def test_noise_and_window_follow_the_run_and_are_logged(tmp_path, tokenizer, max
     assert all(entry["noise_floor"] <= entry["noise_level"] <= 0.8 for entry in logs)
 
 
+def test_without_the_noise_curriculum_the_whole_range_of_levels_is_drawn_to_the_end(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=8, noise_start=0.1, noise_end=0.8, noise_curriculum=False)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "window" in entry]
+    assert [entry["noise_floor"] for entry in logs] == [0.1] * 8
+    trainer.create_model_card()
+    assert "| 100 % | 0.10 to 0.80 |" in (tmp_path / "README.md").read_text()
+
+
 def test_a_run_that_ends_before_its_last_window_is_warned_of(tmp_path, tokenizer, caplog):
     make_trainer(tmp_path, tokenizer, max_steps=-1, num_train_epochs=1).train()
     assert "window_sizes=[4, 6] has one entry per epoch, but there are num_train_epochs=1" in caplog.text
