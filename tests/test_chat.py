@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from official import tiny_tokenizer
 from tiny import ScriptedModel
 
+import d3llm_hf
 from d3llm_hf import Chat, cli, encode_chat
 from d3llm_hf import chat as chats
 from d3llm_hf.commands import chat as command
@@ -213,7 +215,7 @@ def test_settings_hold_for_the_answers_to_come(chat):
         ({"max_new_tokens": 128}, r"less than the model's 128 positions \(got 128\)"),
         ({"max_length": 20}, "`max_length` has no meaning in a chat: the prompt grows"),
         ({"num_return_sequences": 2}, "`num_return_sequences` has no meaning in a chat"),
-        ({"do_sample": True, "top_p": 5.0}, "top_p"),
+        ({"do_sample": True, "top_p": -1.0}, "top_p"),
         ({"guidance_scale": 2.0}, "`guidance_scale` does not apply"),
     ],
 )
@@ -257,12 +259,27 @@ def test_a_length_that_nobody_says_is_that_of_the_command(model):
         Chat(model, TOKENIZER, max_new_tokens=True)
 
 
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = readme.split("\n## Chat\n")[1].split("\n## ")[0]
+    for name in re.findall(r"`/(\w+)", section):
+        assert name in command.COMMANDS
+    (example,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    d3llm_hf.init_checkpoint("d3llm-llada", tmp_path / "d3llm-llada")
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert capsys.readouterr().out.endswith("#### 11'}]\n")
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+    def fileno(self):
+        return 1
 
 
 @pytest.fixture
@@ -417,8 +434,8 @@ def test_at_a_terminal_errors_are_shown_and_the_conversation_goes_on(talk, model
     said = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert len(said) == len(lines)
     patterns = (
-        "is no command. /help lists them", "needs settings", "must have the form NAME=VALUE", "steps a value of type int",
-        "do_sample a value of type bool", "needs one of d3llm, dparallel", "needs a file", "needs a turn", "leave room",
+        "is no command. /help lists them", "needs settings", "the form NAME=VALUE", "steps a value of type int",
+        "do_sample a value of type bool", "needs one of d3llm, dpara", "needs a file", "needs a turn", "leave room",
     )  # fmt: skip
     for line, pattern in zip(said, patterns, strict=True):
         assert pattern in line
@@ -498,7 +515,6 @@ def test_a_closed_stdout_is_no_error_of_a_message(talk, monkeypatch):
 
     monkeypatch.setattr(command.Console, "_write", gone)
     monkeypatch.setattr(cli.os, "dup2", lambda *files: None)
-    monkeypatch.setattr(io.StringIO, "fileno", lambda self: 1, raising=False)
     done = talk(["hi", "so"], terminal=True)
     assert (done.code, "error" in done.err) == (0, False)
 

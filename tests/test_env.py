@@ -40,8 +40,8 @@ def test_secrets_and_the_name_of_the_user_are_not_shown(printed, monkeypatch):
     home = os.path.expanduser("~")
     values = {
         "HF_TOKEN": "hf_secret1", "HUGGING_FACE_HUB_TOKEN": "hf_secret2", "HF_SOMETHING_NEW": "secret3",
-        "D3LLM_HF_NO_METRIC": "1", "HF_ENDPOINT": "https://me:secret4@mirror.example", "HF_HUB_CACHE": f"{home}/models",
-        "OTHER_VARIABLE": "secret5",
+        "D3LLM_HF_NO_METRIC": "1", "HF_ENDPOINT": "https://me:secret4@mirror.example",
+        "HF_HUB_CACHE": f"{home}/models", "OTHER_VARIABLE": "secret5",
     }  # fmt: skip
     for name, value in values.items():
         monkeypatch.setenv(name, value)
