@@ -145,7 +145,7 @@ class Console:
         self._write((turn.text if screen is not None else "") + "\n")
         if turn.stopped:
             what = "What is shown is kept as the answer, /undo takes it back" if turn.text else "The turn is dropped"
-            tell(f"stopped after {turn.tokens} tokens. {what}.")
+            tell(f"stopped after {turn.tokens} token{'' if turn.tokens == 1 else 's'}. {what}.")
         else:
             tell(statistics(turn.output, turn.seconds))
 
