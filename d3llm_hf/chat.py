@@ -41,7 +41,8 @@ class Turn(Iterator[CanvasUpdate]):
     def __init__(self, chat: "Chat", message: str, stream: GenerationStream, left_out: int):
         self.left_out = left_out
         self.text, self.tokens = "", 0
-        self.stopped, self.seconds = False, None
+        self.stopped = False
+        self.seconds: float | None = None
         self._chat, self._message, self._stream = chat, message, stream
         self._start = time.perf_counter()
 
