@@ -23,6 +23,7 @@ _MODULE_OF = {
     "BatchTextStreamer": "streamers",
     "CanvasIterator": "streamers",
     "CanvasUpdate": "streamers",
+    "Chat": "chat",
     "D3LLMGenerationConfig": "models.generation_config_d3llm",
     "D3LLMGenerationMixin": "models.generation_d3llm",
     "D3LLMGenerationOutput": "models.generation_d3llm",
@@ -50,6 +51,7 @@ __all__ = [
     "BatchTextStreamer",
     "CanvasIterator",
     "CanvasUpdate",
+    "Chat",
     "D3LLMGenerationConfig",
     "D3LLMGenerationMixin",
     "D3LLMGenerationOutput",
@@ -92,6 +94,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from .adapters import as_diffusion_lm
+    from .chat import Chat
     from .hub import export_checkpoint, init_checkpoint
     from .likelihood import LogLikelihood, is_greedy, log_likelihood
     from .metrics.aup.curve import aup_score, bootstrap_aup

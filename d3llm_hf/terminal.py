@@ -1,5 +1,6 @@
 """Shows a canvas on a terminal while it is being decided."""
 
+import os
 import shutil
 import sys
 import unicodedata
@@ -11,6 +12,57 @@ from .row_text import decided_runs
 MASK_SIGN = "░"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 CLEAR_BELOW = "\x1b[J"
+BORDER = "│"
+"""Stands between decided text and draft where nothing may be dimmed."""
+
+
+def can_redraw(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that moves its cursor when told to."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class Redrawn:
+    """Text on a terminal that is drawn again in place: what is decided, then the canvas behind it, dimmed.
+
+    Where the environment has `NO_COLOR` ([no-color.org](https://no-color.org)) nothing is dimmed, and a line stands
+    before the draft. Of a text that is longer than the screen its end is shown.
+
+    Args:
+        stream (`TextIO`): a terminal.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.dims = not os.environ.get("NO_COLOR")
+        self.lines_drawn = 0
+
+    def draw(self, decided: str, draft: str) -> None:
+        """Puts both in the place of what was drawn before."""
+        width, height = shutil.get_terminal_size()
+        decided, draft = printable(decided), printable(draft)
+        if draft and not self.dims:
+            draft = BORDER + draft
+        lines, marks = wrap(decided + draft, len(decided), width)
+        shown = max(1, height - 1)
+        drawn = [
+            line if mark >= len(line) or not self.dims else f"{line[:mark]}{DIM}{line[mark:]}{PLAIN}"
+            for line, mark in zip(lines[-shown:], marks[-shown:], strict=True)
+        ]
+        self.stream.write(self._erasure() + "\n".join(drawn))
+        self.stream.flush()
+        self.lines_drawn = len(drawn)
+
+    def erase(self) -> None:
+        """Removes what was drawn."""
+        self.stream.write(self._erasure())
+        self.stream.flush()
+        self.lines_drawn = 0
+
+    def _erasure(self) -> str:
+        if not self.lines_drawn:
+            return ""
+        up = f"\x1b[{self.lines_drawn - 1}A" if self.lines_drawn > 1 else ""
+        return f"\r{up}{CLEAR_BELOW}"
 
 
 class CanvasStreamer:
@@ -26,9 +78,8 @@ class CanvasStreamer:
 
     def __init__(self, tokenizer, stream: TextIO | None = None):
         self.tokenizer = tokenizer
-        self.stream = sys.stdout if stream is None else stream
+        self.screen = Redrawn(sys.stdout if stream is None else stream)
         self.committed: list[int] = []
-        self.lines_drawn = 0
         self.prompt_seen = False
 
     def put(self, value) -> None:
@@ -45,29 +96,11 @@ class CanvasStreamer:
 
     def end(self) -> None:
         """Removes what was drawn."""
-        self.stream.write(self._erase())
-        self.stream.flush()
-        self.lines_drawn = 0
+        self.screen.erase()
 
     def _draw(self, draft: list[int]) -> None:
-        width, height = shutil.get_terminal_size()
-        decided = printable(self.tokenizer.decode(self.committed, skip_special_tokens=True))
-        pending = printable(self._decode_draft(draft))
-        lines, marks = wrap(decided + pending, len(decided), width)
-        lines, marks = lines[-(height - 1) :], marks[-(height - 1) :]
-        drawn = [
-            line if mark >= len(line) else f"{line[:mark]}{DIM}{line[mark:]}{PLAIN}"
-            for line, mark in zip(lines, marks, strict=True)
-        ]
-        self.stream.write(self._erase() + "\n".join(drawn))
-        self.stream.flush()
-        self.lines_drawn = len(drawn)
-
-    def _erase(self) -> str:
-        if not self.lines_drawn:
-            return ""
-        up = f"\x1b[{self.lines_drawn - 1}A" if self.lines_drawn > 1 else ""
-        return f"\r{up}{CLEAR_BELOW}"
+        decided = self.tokenizer.decode(self.committed, skip_special_tokens=True)
+        self.screen.draw(decided, self._decode_draft(draft))
 
     def _decode_draft(self, draft: list[int]) -> str:
         runs = decided_runs(draft, self.tokenizer.mask_token_id)

@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2.exceptions import TemplateError
+
 
 def encode_text(tokenizer, text: str):
     """Encodes plain text, as one row.
@@ -97,8 +99,9 @@ def encode_chat(
 
     Raises:
         TypeError: when a role or content is no string.
-        ValueError: without messages or template, when a role holds a special token, or when a message that holds one
-            is rewritten by the template, so that it cannot be told from the template's own text.
+        ValueError: without messages or template, when the template refuses them or one is no valid Unicode, when a
+            role holds a special token, or when a message that holds one is rewritten by the template, so that it
+            cannot be told from the template's own text.
     """
     if not messages:
         raise ValueError("`messages` must hold at least one turn (got none). Pass [{'role': 'user', 'content': ...}].")
@@ -117,9 +120,15 @@ def encode_chat(
             )
 
     def render(turns) -> str:
-        return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
-        )
+        try:
+            return tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"`messages` must be what the chat template takes (got the roles {[turn['role'] for turn in turns]}, "
+                f"and the template says: {error}). Leave out what it refuses, often the system message."
+            ) from error
 
     rendered = render(messages)
     if not any(special.search(turn["content"]) for turn in messages):
@@ -200,3 +209,5 @@ def _encoding(tokenizer, ids: list[int]):
 def _check_text(value: Any, name: str) -> None:
     if not isinstance(value, str):
         raise TypeError(f"`{name}` must be a string (got {type(value).__name__}). Pass text only.")
+    if any("\ud800" <= character <= "\udfff" for character in value):  # bytes that were no text, as Python keeps them
+        raise ValueError(f"`{name}` must be valid Unicode (got {value[:80]!r}). Convert its source to UTF-8.")

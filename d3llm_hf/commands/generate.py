@@ -1,10 +1,14 @@
 """`d3llm generate`: answer a prompt, and say what it took."""
 
 import argparse
+import difflib
+import json
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
-from ..terminal import CanvasStreamer, printable
+from ..terminal import CanvasStreamer, can_redraw, printable
 from .common import new_parser, tell
 
 
@@ -42,6 +46,11 @@ SETTINGS: dict[str, tuple[type, str]] = {
     "draft_length": (int, "canvases drafted for each forward (lossless)"),
     "seed": (int, "makes sampling repeatable"),
 }
+# The same of options of transformers that are often wanted.
+OTHERS: dict[str, type] = {
+    "do_sample": bool, "max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float,
+    "repetition_penalty": float,
+}  # fmt: skip
 DEFAULT_NEW_TOKENS = 128
 
 
@@ -51,9 +60,14 @@ def add_parser(subparsers) -> None:
     parser.add_argument("prompt", nargs="?", default="-", help='the prompt; "-" (the default) reads it from stdin')
     parser.add_argument("--chat", action="store_true", help="put the prompt into the checkpoint's chat template")
     parser.add_argument("--system", help="system message, with --chat")
+    parser.add_argument("--watch", action="store_true", help="show the canvas being decided (on a terminal)")
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that answers: the length, the model's place, and all of decoding."""
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"length of the canvas ({DEFAULT_NEW_TOKENS})")
     parser.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature; 0 does not sample")
-    parser.add_argument("--watch", action="store_true", help="show the canvas being decided (on a terminal)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
@@ -72,9 +86,7 @@ def run(args: argparse.Namespace) -> None:
     prompt = _read_prompt(args.prompt)
     model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
     inputs = _encode(tokenizer, prompt, args).to(model.device)
-    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    if args.temperature is not None:
-        settings |= {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    settings = chosen_settings(args)
     limits = (model.generation_config.max_new_tokens, model.generation_config.max_length)
     if args.max_new_tokens is not None or limits == (None, None):
         settings["max_new_tokens"] = DEFAULT_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
@@ -91,6 +103,49 @@ def run(args: argparse.Namespace) -> None:
     tell(statistics(output, seconds))
 
 
+def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `generate` that options of a command line ask for, without its length."""
+    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    return settings if args.temperature is None else settings | sampling(args.temperature)
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """The arguments of `generate` for a temperature, where 0 does not sample."""
+    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+
+
+def name_and_value(option: str, text: str) -> tuple[str, Any]:
+    """A setting and its value, written `NAME=VALUE`, with hyphens or underscores in the name.
+
+    Raises:
+        ValueError: for another form or type; names `option`.
+    """
+    name, mark, value = text.partition("=")
+    name = name.replace("-", "_")
+    if not mark or not name:
+        raise ValueError(f"`{option}` must have the form NAME=VALUE (got {text!r}).")
+    return name, value_of(option, name, value)
+
+
+def value_of(option: str, name: str, text: str) -> Any:
+    """A value of the type of its setting; of other arguments of `generate` a JSON value, or else the text.
+
+    Raises:
+        ValueError: for another type; names `option`.
+    """
+    kind = SETTINGS[name][0] if name in SETTINGS else OTHERS.get(name)
+    truths = {"true": True, "false": False}
+    try:
+        if kind is not None:
+            return truths[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"`{option}` must give {name} a value of type {kind.__name__} (got {text!r}).") from error
+    try:
+        return truths[text.lower()] if text.lower() in truths else json.loads(text)
+    except ValueError:
+        return text
+
+
 def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None):
     """Model and tokenizer of a folder, a Hub id or an embedded checkpoint. Never runs a checkpoint's own code.
 
@@ -102,7 +157,7 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str 
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
-    from ..hub import checkpoint_source
+    from ..hub import checkpoint_source, embedded_checkpoints
     from ..models.generation_d3llm import D3LLMGenerationMixin
 
     logging.disable_progress_bar()  # a progress bar between the prompt and its answer helps nobody
@@ -115,7 +170,13 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str 
     except RuntimeError as error:
         raise ValueError(f"`--device` must be a device of torch (got {device!r}). Try cpu or cuda.") from error
     source = checkpoint_source(name)
-    model = AutoModel.from_pretrained(source, dtype=dtype, revision=revision, trust_remote_code=False)
+    try:
+        model = AutoModel.from_pretrained(source, dtype=dtype, revision=revision, trust_remote_code=False)
+    except OSError as error:
+        near = difflib.get_close_matches(name, embedded_checkpoints(), n=1)
+        if not near or Path(name).exists():
+            raise
+        raise OSError(f"There is no checkpoint {name!r}. Did you mean {near[0]!r}? ({error})") from error
     if not isinstance(model, D3LLMGenerationMixin):
         raise ValueError(
             f"`model` must be a LLaDA, Dream or d3LLM checkpoint (got {type(model).__name__} from {name!r})."
@@ -161,7 +222,7 @@ def _encode(tokenizer, prompt: str, args: argparse.Namespace):
 def _watcher(tokenizer, watch: bool):
     if not watch:
         return None
-    if not sys.stdout.isatty():
+    if not can_redraw(sys.stdout):
         tell("--watch needs a terminal, the answer follows when it is complete")
         return None
     return CanvasStreamer(tokenizer)

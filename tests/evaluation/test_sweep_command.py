@@ -68,7 +68,7 @@ def test_arguments_reach_the_sweep(run, tmp_path, monkeypatch):
         "-o",
         tmp_path / "x",
     ]
-    argv += ["--grid", "cache-window=4,8", "--set", "early_stop=False", "--set", "temperature=0.5", "--set", "top_p=x"]
+    argv += ["--grid", "cache-window=4,8", "--set", "early_stop=False", "--set", "temperature=0.5", "--set", "top_h=x"]
     argv += ["--thresholds", "0.25", "--task", "word_problems", "gsm8k", "--num-samples", 1, "--dtype", "float32"]
     data = tmp_path / "test.jsonl"
     data.write_text(json.dumps({"question": "a", "answer": "#### 1"}) + "\n")
@@ -82,7 +82,7 @@ def test_arguments_reach_the_sweep(run, tmp_path, monkeypatch):
         ("b", "gsm8k"),
     ]
     _, _, (hierarchy, plain), output, kwargs = calls[0]
-    common = {"early_stop": False, "temperature": 0.5, "top_p": "x"}
+    common = {"early_stop": False, "temperature": 0.5, "top_h": "x"}
     assert hierarchy.settings == common | {"decoder": "hierarchy", "kv_cache": "vicinity"}
     assert (hierarchy.name, hierarchy.swept, hierarchy.values) == ("h", "cache_window", (4, 8))
     assert (plain.name, plain.swept, plain.values) == ("d3llm", "entropy_threshold", (0.25,))
