@@ -1,6 +1,7 @@
 """Sweeps: figures that can be counted by hand, files that survive every interruption, settings refused beforehand."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -164,7 +165,9 @@ def test_a_killed_sweep_loses_at_most_the_open_batch(output, tmp_path, decoded):
     marker = tmp_path / "now"
     script = Path(__file__).with_name("sweeping.py")
     process = subprocess.Popen(
-        [sys.executable, str(script), str(output), str(marker)], cwd=script.parents[2], stderr=subprocess.PIPE
+        [sys.executable, str(script), str(output), str(marker)],
+        env=os.environ | {"PYTHONPATH": str(script.parents[2])},
+        stderr=subprocess.PIPE,
     )
     try:
         deadline = time.monotonic() + 300
