@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from d3llm_hf.model_card import complete_card
 from d3llm_hf.models.modeling_common import positions_of
 
 from .weights import load_converted_weights
@@ -63,6 +65,14 @@ class CanvasTrainer(Trainer):
         if "position_ids" in self._forward_takes and self._position_offset is not None:
             inputs["position_ids"] = positions_of(attention_mask) + self._position_offset
         return inputs
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As transformers', with what the Hub shows of a text generation model in the card's metadata."""
+        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero():
+            name = kwargs.get("model_name") or Path(self.args.output_dir).resolve().name
+            card.write_text(complete_card(card.read_text(encoding="utf-8"), name), encoding="utf-8")
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluate the loss alone: logits under a random mask are of no use to a metric."""
