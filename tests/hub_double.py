@@ -241,7 +241,7 @@ class _Handler(BaseHTTPRequestHandler):
                 request = sum(name.startswith("refs/pr/") for name in repository.branches) + 1
                 revision = f"refs/pr/{request}"
             repository.branches[revision] = number
-        url = f"{self.server.url}/{self.path.split('/')[3]}"
+        url = "/".join([self.server.url, *self.path.split("/")[3:5]])
         answer = {"commitUrl": f"{url}/commit/{repository.name_of(number)}", "commitOid": repository.name_of(number)}
         return self.answer(200, answer | ({"pullRequestUrl": f"{url}/discussions/{request}"} if request else {}))
 
