@@ -323,6 +323,35 @@ def test_trainers_push_model_code_tokenizer_generation_config_and_card(hub, tmp_
     assert "d3llm" in data["tags"]
 
 
+def test_the_card_of_fine_tuning_says_what_the_hub_shows(tmp_path):
+    from datasets import Dataset
+    from distillation import ARGUMENTS, student
+    from official import tiny_tokenizer
+
+    from trainers.sft_config import MaskedDiffusionSFTConfig
+    from trainers.sft_trainer import MaskedDiffusionSFTTrainer
+
+    tokenizer = tiny_tokenizer()
+    shared = ("save_strategy", "report_to", "use_cpu", "dataloader_pin_memory", "disable_tqdm")
+    trainer = MaskedDiffusionSFTTrainer(
+        model=student(tokenizer, max_sequence_length=256),
+        args=MaskedDiffusionSFTConfig(
+            str(tmp_path / "tuned"),
+            max_prompt_length=64,
+            response_length=64,
+            max_steps=1,
+            **{name: ARGUMENTS[name] for name in shared},
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "a b", "completion": "c"}] * 4),
+        processing_class=tokenizer,
+    )
+    trainer.create_model_card(finetuned_from="me/base", license="mit", tags="mine")
+    data = metadata_of((tmp_path / "tuned" / "README.md").read_bytes())
+    assert (data["base_model"], data["license"], data["library_name"]) == ("me/base", "mit", "transformers")
+    assert data["pipeline_tag"] == "text-generation"
+    assert {"mine", "diffusion-language-model", "d3llm"} <= set(data["tags"])
+
+
 # Cards
 
 
