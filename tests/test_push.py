@@ -309,12 +309,27 @@ def test_trainers_push_model_code_tokenizer_generation_config_and_card(hub, tmp_
     from distillation import make_trainer
     from official import tiny_tokenizer
 
-    trainer = make_trainer(tmp_path / "student", tiny_tokenizer(), max_steps=1, hub_model_id="me/student")
-    trainer.train()
+    trainer = make_trainer(
+        tmp_path / "student",
+        tiny_tokenizer(),
+        max_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        push_to_hub=True,
+        hub_model_id="me/student",
+        hub_token=TOKEN,
+    )
+    trainer.train()  # pushes its checkpoint in the background
+    trainer._finish_current_push()
+    early = hub.files("me/student")
+    assert {"model.safetensors", "modeling_llada.py", "config.json", "training_args.bin"} <= set(early)
+    assert TOKEN.encode() not in early["training_args.bin"]
+    assert not (tmp_path / "student" / "checkpoint-1" / "training_args.bin").read_bytes().count(TOKEN.encode())
+    del hub.repositories["me/student"].commits[-1]["training_args.bin"]
     trainer.push_to_hub(dataset="me/trajectories", finetuned_from="me/teacher", license="mit")
     files = hub.files("me/student")
     assert {"model.safetensors", "modeling_llada.py", "tokenizer.json", "generation_config.json"} <= set(files)
-    assert not [name for name in files if "checkpoint" in name or "optimizer" in name]
+    assert not [name for name in files if "checkpoint" in name or name.endswith((".bin", ".pt", ".pth"))]
     data = metadata_of(files["README.md"])
     wanted = {"base_model": "me/teacher", "datasets": "me/trajectories", "license": "mit"}
     assert wanted | {"library_name": "transformers", "pipeline_tag": "text-generation"} == {

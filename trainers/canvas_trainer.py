@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from d3llm_hf.model_card import complete_card
 from d3llm_hf.models.modeling_common import positions_of
@@ -73,6 +75,18 @@ class CanvasTrainer(Trainer):
         if self.is_world_process_zero():
             name = kwargs.get("model_name") or Path(self.args.output_dir).resolve().name
             card.write_text(complete_card(card.read_text(encoding="utf-8"), name), encoding="utf-8")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers'; before a push the pickled arguments are taken away again."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is None and self.args.should_save:  # `push_to_hub` calls it like that
+            (Path(self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():  # what is pushed while training goes on carries the code, too
+            for code in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(code, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluate the loss alone: logits under a random mask are of no use to a metric."""
