@@ -44,6 +44,7 @@ _MODULE_OF = {
     "init_checkpoint": "hub",
     "is_greedy": "likelihood",
     "log_likelihood": "likelihood",
+    "push_folder": "push",
     "stream_generate": "streamers",
 }
 
@@ -73,6 +74,7 @@ __all__ = [
     "init_checkpoint",
     "is_greedy",
     "log_likelihood",
+    "push_folder",
     "stream_generate",
 ]
 
@@ -105,5 +107,6 @@ if TYPE_CHECKING:
     from .models.generation_d3llm import D3LLMGenerationMixin, D3LLMGenerationOutput
     from .models.modeling_dream import DreamModel
     from .models.modeling_llada import LLaDAModel, LLaDAModelLM
+    from .push import push_folder
     from .streamers import BatchTextStreamer, CanvasIterator, CanvasUpdate, stream_generate
     from .text import encode_chat, encode_infill, encode_text

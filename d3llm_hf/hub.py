@@ -12,7 +12,8 @@ from importlib import resources
 from pathlib import Path
 
 from ._registration import AUTO_CLASSES
-from .model_card import render_card
+from .engines import prepare_for_engine
+from .model_card import complete_card, render_card
 
 
 MODEL_FILES = {
@@ -74,6 +75,8 @@ def export_checkpoint(
     name: str | None = None,
     revision: str | None = None,
     decoding_method: str | None = None,
+    engine: str | None = None,
+    results: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Makes a self-contained folder of a LLaDA, Dream or d3LLM checkpoint: `AutoModel` loads it without this package.
@@ -87,6 +90,9 @@ def export_checkpoint(
         name (`str`, *optional*): name in the model card; that of `destination` when unset.
         revision (`str`, *optional*): branch, tag or commit of a `source` on the Hub.
         decoding_method (`str`, *optional*): default of the folder's `generate`; the source's stays when unset.
+        engine (`str`, *optional*): a serving engine that the folder is for as well; see `engines.ENGINES`.
+        results (path, *optional*): a results file whose figures the card's metadata shall hold; the source's
+            results.json when unset, if it has one.
         overwrite (`bool`): replace a checkpoint folder that is there already. A folder that holds anything but a
             checkpoint is never replaced.
 
@@ -96,7 +102,8 @@ def export_checkpoint(
     Raises:
         FileNotFoundError: when `source` is no checkpoint folder, or lacks a shard that its index names.
         FileExistsError: when `destination` exists and may not be replaced.
-        ValueError: for an architecture that is not ours, settings that it does not have, or pickled weights.
+        ValueError: for an architecture that is not ours, settings that it does not have, pickled weights, or what an
+            engine would load wrongly.
     """
     destination = Path(destination).expanduser().absolute()
     _check_destination(destination, overwrite)
@@ -126,18 +133,23 @@ def export_checkpoint(
         _write_json(target / "generation_config.json", generation)
         for file in code_files(config["model_type"]):
             shutil.copyfile(file, target / file.name)
+        section = "" if engine is None else prepare_for_engine(engine, target)
+        name = name or destination.name
+        if results is None and (folder / "results.json").is_file():
+            results = folder / "results.json"
         card = folder / "README.md"
         if card.is_file() and embedded:
-            shutil.copyfile(card, target / "README.md")
+            text = complete_card(card.read_text(encoding="utf-8"), name, results=results)
         else:
             text = render_card(
                 target,
-                name or destination.name,
+                name,
                 base_model=hub_id,
                 source_card=card,
                 license="apache-2.0" if embedded else None,
+                results=results,
             )
-            (target / "README.md").write_text(text, encoding="utf-8")
+        (target / "README.md").write_text(text + section, encoding="utf-8")
     return destination
 
 

@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
 import struct
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 
+TAGS = ("diffusion-language-model", "masked-diffusion", "d3llm")
 _FAMILY_NAMES = {"llada": "LLaDA", "Dream": "Dream"}
 _EXAMPLE = "Tom has 8 apples. He buys 7 more. How many apples does Tom have now?"
 
@@ -18,6 +21,7 @@ def render_card(
     base_model: str | None = None,
     source_card: Path | None = None,
     license: str | None = None,
+    results: str | os.PathLike | None = None,
 ) -> str:
     """The README.md of a checkpoint folder.
 
@@ -27,9 +31,13 @@ def render_card(
         base_model (`str`, *optional*): Hub id that the weights come from.
         source_card (`Path`, *optional*): the card of the source; its licence, language and data sets are kept.
         license (`str`, *optional*): identifier of the licence, where the source has no card that says it.
+        results (path, *optional*): a results file, see [`results_metadata`].
 
     Returns:
         `str`: Markdown with the metadata block that the Hub reads.
+
+    Raises:
+        ValueError: for results that are none.
     """
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
@@ -42,11 +50,13 @@ def render_card(
     kept |= _kept_metadata(source_card)
     if base_model is not None:
         kept["base_model"] = base_model
+    if results is not None:
+        kept |= results_metadata(results, name)
     metadata = ModelCardData(
         **kept,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["diffusion-language-model", "masked-diffusion", "d3llm", family.lower()],
+        tags=[*TAGS, family.lower()],
     )
     template = (resources.files(__package__) / "templates" / "model_card.md").read_text(encoding="utf-8")
     return (
@@ -66,6 +76,100 @@ def render_card(
             decoding_method=f"`{generation.get('decoding_method') or 'd3llm'}`",
         )
     )
+
+
+def complete_card(text: str, name: str, *, results: str | os.PathLike | None = None, **metadata: Any) -> str:
+    """A card whose metadata say what the Hub shows: what is missing is added, what is there stays.
+
+    Args:
+        text (`str`): the card, with or without a metadata block.
+        name (`str`): name of the checkpoint.
+        results (path, *optional*): a results file, whose figures replace those of the card.
+        metadata: further entries, such as `base_model`; None stands for none.
+
+    Returns:
+        `str`: Markdown with a metadata block; the text behind it as it was.
+
+    Raises:
+        ValueError: for metadata that cannot be read, or results that are none.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+    from yaml import YAMLError
+
+    try:
+        card = ModelCard(text)
+    except (ValueError, YAMLError) as error:
+        raise ValueError(f"The card of {name!r} must begin with YAML metadata (got {error}). Correct it.") from error
+    found = card.data.to_dict()
+    found["tags"] = list(dict.fromkeys([*(found.get("tags") or []), *TAGS]))
+    wanted = {"library_name": "transformers", "pipeline_tag": "text-generation"} | metadata
+    found = {key: value for key, value in wanted.items() if value is not None} | found
+    if results is not None:
+        found.pop("model-index", None)
+        found |= results_metadata(results, name)
+    return f"---\n{ModelCardData(**found).to_yaml()}\n---\n{card.text}"
+
+
+def results_metadata(results: str | os.PathLike, name: str) -> dict[str, Any]:
+    """Figures of a results file, as arguments of `ModelCardData`: the Hub shows them beside the card as model-index.
+
+    Args:
+        results (path): what `python -m d3llm_hf.evaluation.measure` writes (results.json), or `d3llm sweep` (JSON
+            lines).
+        name (`str`): name of the model.
+
+    Returns:
+        `dict`: `model_name` and `eval_results`: for each row or point its accuracy in percent and its tokens per
+        forward, named after the settings of decoding.
+
+    Raises:
+        FileNotFoundError: for a file that does not exist.
+        ValueError: for a file that holds no results.
+    """
+    from huggingface_hub import EvalResult
+
+    file = Path(results)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"`results` must be a results file (got {str(results)!r}, which is none). Make one with `d3llm sweep`."
+        )
+    found = []
+    for row in _rows(file):
+        told = ", ".join(f"{key}={value!r}" for key, value in row["settings"].items())
+        for kind, label, value in (
+            ("accuracy", "accuracy (%)", row["accuracy"]),
+            ("tokens_per_forward", "tokens per forward", row["tpf"]),
+        ):
+            found.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=row["task"].split(",")[0].replace(" ", "-"),
+                    dataset_name=row["task"],
+                    dataset_args={"samples": row["samples"], "seed": row["seed"]},
+                    metric_type=kind,
+                    metric_name=f"{label}, {told}",
+                    metric_value=round(value, 2),
+                )
+            )
+    return {"model_name": name, "eval_results": found}
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of either kind of results file, under one set of names."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix != ".jsonl":
+            whole = json.loads(text)
+            about = {"task": whole["task"], "samples": whole["problems"], "seed": whole["seed"]}
+            return [about | {key: row[key] for key in ("settings", "accuracy", "tpf")} for row in whole["rows"]]
+        points = [json.loads(line) for line in text.splitlines()]
+        names = ("task", "settings", "accuracy", "tpf", "seed")
+        return [{name: point[name] for name in names} | {"samples": point["num_samples"]} for point in points]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"`results` must be what `d3llm_hf.evaluation.measure` (.json) or `d3llm sweep` (.jsonl) writes (got "
+            f"{file.name!r} with {type(error).__name__}: {error}). Measure again."
+        ) from error
 
 
 def tensor_headers(folder: Path) -> dict[str, dict]:

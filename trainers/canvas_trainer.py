@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from d3llm_hf.model_card import complete_card
 from d3llm_hf.models.modeling_common import positions_of
 
 from .weights import load_converted_weights
@@ -73,6 +76,20 @@ class CanvasTrainer(Trainer):
             inputs["position_ids"] = positions_of(attention_mask) + self._position_offset
         return inputs
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As transformers', with what the Hub shows of a text generation model in the card's metadata."""
+        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero():
+            name = kwargs.get("model_name") or Path(self.args.output_dir).resolve().name
+            card.write_text(complete_card(card.read_text(encoding="utf-8"), name), encoding="utf-8")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers'; before a push the pickled arguments are taken away again."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is None and self.args.should_save:  # `push_to_hub` calls it like that
+            (Path(self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluate the loss alone: logits under a random mask are of no use to a metric."""
         inputs = self._prepare_inputs(inputs)
@@ -126,6 +143,9 @@ class CanvasTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._finish(Path(checkpoint_folder))
+        if self.is_world_process_zero():  # what is pushed while training goes on carries the code, too
+            for code in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(code, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _checkpoint_folder(self, trial: Any) -> Path:

@@ -64,6 +64,7 @@ def render_distill_card(
     is_adapter = hasattr(model, "get_base_model")
     if base_model is not None:
         metadata = {"base_model": base_model} | metadata
+    metadata |= _model_index(trainer.state.log_history, name, metadata.get("datasets"))
     data = ModelCardData(
         **metadata,
         library_name="peft" if is_adapter else "transformers",
@@ -103,6 +104,31 @@ def _results(log_history: list[dict[str, Any]]) -> list[tuple[str, Any]]:
     for entry in log_history:
         newest |= entry
     return [(label, f"{newest[f'eval_{key}']:.4g}") for key, label in _RESULTS.items() if f"eval_{key}" in newest]
+
+
+def _model_index(log_history: list[dict[str, Any]], name: str, dataset: str | list[str] | None) -> dict[str, Any]:
+    """The newest held-out decoding, as arguments of `ModelCardData`."""
+    from huggingface_hub import EvalResult
+
+    newest: dict[str, Any] = {}
+    for entry in log_history:
+        newest |= entry
+    dataset = dataset if isinstance(dataset, str) else (dataset or ["held-out"])[0]
+    found = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=f"held-out split of {dataset}"
+            if dataset != "held-out"
+            else "held-out split of the training data",
+            metric_type=kind,
+            metric_name=_RESULTS[key],
+            metric_value=round(newest[f"eval_{key}"], 4),
+        )
+        for key, kind in (("exact_match", "exact_match"), ("tpf", "tokens_per_forward"))
+        if f"eval_{key}" in newest
+    ]
+    return {"model_name": name, "eval_results": found} if found else {}
 
 
 def _recipe(trainer: PseudoTrajectoryDistillTrainer) -> list[tuple[str, Any]]:

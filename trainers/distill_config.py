@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from transformers import TrainingArguments
-
+from .arguments import CarefulArguments
 from .noisy_views import OBJECTIVES
 
 
@@ -13,7 +12,7 @@ _DEFAULT_LOSS_SCALES = {"trajectory": 0.25, "random": 0.25, "certainty": 1.0}
 
 
 @dataclass
-class PseudoTrajectoryDistillConfig(TrainingArguments):
+class PseudoTrajectoryDistillConfig(CarefulArguments):
     r"""Configuration of the [`PseudoTrajectoryDistillTrainer`].
 
     All of [`~transformers.TrainingArguments`] applies; below is what this class adds or changes. The defaults are
@@ -90,7 +89,7 @@ class PseudoTrajectoryDistillConfig(TrainingArguments):
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *TrainingArguments._VALID_DICT_FIELDS,
+        *CarefulArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
         "eval_generate_kwargs",
     ]

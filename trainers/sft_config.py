@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+from .arguments import CarefulArguments
 
 
 @dataclass
-class MaskedDiffusionSFTConfig(TrainingArguments):
+class MaskedDiffusionSFTConfig(CarefulArguments):
     r"""Configuration of the [`MaskedDiffusionSFTTrainer`].
 
     All of [`~transformers.TrainingArguments`] applies; below is what this class adds or changes.

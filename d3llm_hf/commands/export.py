@@ -12,6 +12,13 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--name", help="name in the model card (default: that of the folder)")
     parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
     parser.add_argument("--decoding-method", help="what the folder's generate() does unless told otherwise")
+    parser.add_argument(
+        "--for",
+        dest="engine",
+        choices=("sglang",),
+        help="add what a serving engine needs, as far as its public code tells (see docs/engines.md)",
+    )
+    parser.add_argument("--results", help="results file whose figures the model card's metadata shall hold")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint folder that is there already")
 
 
@@ -24,6 +31,8 @@ def run(args: argparse.Namespace) -> None:
         name=args.name,
         revision=args.revision,
         decoding_method=args.decoding_method,
+        engine=args.engine,
+        results=args.results,
         overwrite=args.overwrite,
     )
     tell(f"wrote {folder}")

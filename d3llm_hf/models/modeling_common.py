@@ -12,6 +12,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .publishing import PublishingMixin
+
 
 def positions_of(attention_mask: torch.Tensor) -> torch.LongTensor:
     """Position `(B, L)` of each token where padding (0) does not count: 0, 1, 2, ... from the first unpadded one."""
@@ -132,7 +134,7 @@ class MaskedDiffusionOutput(MaskedLMOutput):
     past_key_values: Cache | None = None
 
 
-class MaskedDiffusionLMMixin:
+class MaskedDiffusionLMMixin(PublishingMixin):
     """Head, loss and saving of a masked diffusion LM whose backbone is `self.model` and whose head is `self.lm_head`.
 
     `labels` are *not* shifted: label i belongs to logits row i. For a model whose row i predicts token i + 1 (Dream)
