@@ -5,7 +5,7 @@ import contextlib
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -183,7 +183,12 @@ class _Server:
                 visit.end("ok")
                 return JSONResponse(reply.whole(first))
             usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return _EventStream(self._stream(reply, first, reading, usage, visit))
+
+            async def finish() -> None:
+                await reading.aclose()
+                visit.end(visit.outcome)
+
+            return _EventStream(self._stream(reply, first, reading, usage, visit), finish)
         except ApiError as error:
             visit.end(OUTCOMES.get(error.status, "refused" if error.status < 500 else "failed"))
             raise
@@ -253,7 +258,6 @@ class _Server:
         self, reply: Reply, event: Piece | Answer, reading: AsyncIterator[Piece | Answer], usage: bool, visit: "_Visit"
     ) -> AsyncIterator[str]:
         """The events of a reply, the worker's first one having been read."""
-        outcome = "left"
         try:
             yield reply.first()
             while isinstance(event, Piece):
@@ -264,16 +268,13 @@ class _Server:
                 event = await anext(reading)
             if shown := reply.text(event.rest):
                 yield shown
-            outcome = "ok"
+            visit.outcome = "ok"
             yield reply.last(event, usage)
         except ApiError as error:
-            outcome = OUTCOMES.get(error.status, "failed")
+            visit.outcome = OUTCOMES.get(error.status, "failed")
             yield failure(error)
         except ClientDisconnect:
-            pass
-        finally:
-            await reading.aclose()
-            visit.end(outcome)
+            logger.debug("the client of a stream has left")
 
 
 class _Visit:
@@ -281,19 +282,20 @@ class _Visit:
 
     def __init__(self, metrics: Metrics):
         self._metrics, self._began = metrics, time.monotonic()
+        self.outcome = "left"  # of a stream, until it ends otherwise
 
     def end(self, outcome: str) -> None:
         self._metrics.request(outcome, time.monotonic() - self._began)
 
 
 class _EventStream(StreamingResponse):
-    """A stream whose source notices by itself that the client has left, and is closed whatever happens."""
+    """A stream whose source notices by itself that the client has left; `finish` is awaited whatever happens."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, content: AsyncIterator[str]):
+    def __init__(self, content: AsyncIterator[str], finish: Callable[[], Awaitable[None]]):
         super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._source = content
+        self._source, self._finish = content, finish
 
     async def __call__(self, scope, receive, send) -> None:
         try:
@@ -302,6 +304,7 @@ class _EventStream(StreamingResponse):
             logger.debug("the client of a stream has left")
         finally:
             await self._source.aclose()
+            await self._finish()
 
 
 async def _departure(request: Request) -> None:
