@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -10,9 +11,15 @@ from ..models.generation_config_d3llm import FIELDS
 from .errors import ApiError
 
 
-SETTINGS = (frozenset(FIELDS) - {"seed", "infill", "mask_token_id"}) | {
-    "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens",
-}  # fmt: skip
+# Options of transformers that a request may set under `d3llm`: type, the rule in words, and its test.
+OPTIONS: dict[str, tuple[tuple[type, ...], str, Callable[[Any], bool]]] = {
+    "top_k": ((int,), "a non-negative integer", lambda v: v >= 0),
+    "min_p": ((int, float), "a probability in [0, 1]", lambda v: 0 <= v <= 1),
+    "repetition_penalty": ((int, float), "a number in (0, 10]", lambda v: 0 < v <= 10),
+    "no_repeat_ngram_size": ((int,), "a non-negative integer", lambda v: v >= 0),
+    "min_new_tokens": ((int,), "a non-negative integer", lambda v: v >= 0),
+}
+SETTINGS = (frozenset(FIELDS) - {"seed", "infill", "mask_token_id"}) | OPTIONS.keys()
 """Arguments of `generate` that a request may set under `d3llm`."""
 
 LARGEST = {"draft_length": 16}
@@ -149,7 +156,7 @@ def parse(kind: type[Given], body: bytes) -> Given:
         ApiError: 400, naming the first parameter that is unknown, unsupported or wrong.
     """
     try:
-        values = json.loads(body)
+        values = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise ApiError(
             400, "The body must be JSON. Send an object as OpenAI's API has it.", code="invalid_json"
@@ -178,6 +185,10 @@ def parse(kind: type[Given], body: bytes) -> Given:
         raise ApiError(400, f"`{name}`: {message}.", param=name, code="invalid_value") from None
     _check_together(request)
     return request
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _asks_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
@@ -210,6 +221,10 @@ def _check_together(request: GenerationRequest) -> None:
                 )  # fmt: skip
         elif name not in SETTINGS:
             raise _unknown(name, [*SETTINGS, "drafts"], "in `d3llm` is no setting that a request may choose")
+        if name in OPTIONS:
+            types, rule, holds = OPTIONS[name]
+            if not isinstance(value, types) or isinstance(value, bool) or not holds(value):
+                raise ApiError(400, f"`{param}` must be {rule}.", param=param, code="invalid_value")
         largest = LARGEST.get(name, 2**31)
         if isinstance(value, int) and abs(value) > largest:
             raise ApiError(400, f"`{param}` must be at most {largest}.", param=param, code="invalid_value")
