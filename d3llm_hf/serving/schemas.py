@@ -129,7 +129,9 @@ class GenerationRequest(_Strict):
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: Annotated[
-        list[Annotated[Text, Field(min_length=1, max_length=256)]], BeforeValidator(_listed), Field(max_length=16)
+        list[Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_unicode)]],
+        BeforeValidator(_listed),
+        Field(max_length=16),
     ] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -146,7 +148,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[Text, BeforeValidator(_one_text), Field(min_length=1)]
+    prompt: Annotated[str, Field(min_length=1), AfterValidator(_unicode), BeforeValidator(_one_text)]
 
 
 def parse(kind: type[Given], body: bytes) -> Given:
