@@ -71,9 +71,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
+    """Adds an option for each setting of decoding."""
     group = parser.add_argument_group("decoding", "What is not given keeps the checkpoint's value.")
     for name, (kind, text) in SETTINGS.items():
         flag = f"--{name.replace('_', '-')}"
+        if name in without:
+            continue
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:

@@ -131,6 +131,10 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
             "`generate`."
         )
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused as `generate_batch`, of which it is the first step; servers call it by itself."""
+        self.generate_batch()
+
     def _sampler(self, generation_config: D3LLMGenerationConfig) -> Sampler:
         """The source of random numbers of one call; see [`Sampler`]."""
         return Sampler(generation_config.seed)

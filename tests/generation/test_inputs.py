@@ -194,6 +194,8 @@ def test_the_result_is_a_plain_tensor_unless_a_dict_is_asked_for():
 def test_paged_batches_are_refused():
     with pytest.raises(ValueError, match="left to right"):
         trained_like("llada").generate_batch([[1, 2]])
+    with pytest.raises(ValueError, match="left to right"):
+        trained_like("llada").init_continuous_batching()
 
 
 def test_a_criterion_needs_a_pad_token():

@@ -1,0 +1,83 @@
+"""`d3llm serve`: answer the clients of OpenAI's API."""
+
+import argparse
+import logging
+import os
+
+from .common import new_parser, tell
+from .generate import SETTINGS, add_settings, load
+
+
+# Limit of `create_app` -> type and help.
+LIMITS: dict[str, tuple[type, str]] = {
+    "max_batch_size": (int, "requests decoded together (8)"),
+    "max_wait_ms": (float, "milliseconds that a request waits for others to be decoded with (5)"),
+    "max_queue": (int, "requests that may wait, more are refused (64)"),
+    "timeout": (float, "seconds from a request to the end of its reply (120)"),
+    "max_tokens": (int, "longest answer that a request may ask for (1024)"),
+    "max_body_bytes": (int, "of a request (1048576)"),
+}
+
+
+def add_parser(subparsers) -> None:
+    parser = new_parser(subparsers, "serve", run, "Answer clients of OpenAI's API")
+    parser.add_argument("model", help="a checkpoint folder, an id on the Hub, or the name of an embedded checkpoint")
+    parser.add_argument("--name", help="what clients call the model (default: the last part of MODEL)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
+    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable with the key that clients send")
+    parser.add_argument(
+        "--allow-origin", action="append", default=[], metavar="URL", help="web pages of it may use the server (CORS)"
+    )
+    group = parser.add_argument_group("limits")
+    for name, (kind, text) in LIMITS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
+    group = parser.add_argument_group("model")
+    group.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    group.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
+    group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="length where a request names none")
+    group.add_argument("--temperature", type=float, metavar="T", help="where a request names none; 0 does not sample")
+    add_settings(parser, without=("seed",))
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        import uvicorn
+
+        from ..serving.admission import with_settings
+        from ..serving.app import create_app
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"`d3llm serve` needs FastAPI and uvicorn (got: {error}). Install them with "
+            "`pip install 'd3llm-hf[serve]'`."
+        ) from error
+
+    limits = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
+    key = _api_key(args.api_key_env)
+    model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
+    names = [name for name in SETTINGS if name != "seed"]
+    settings = {name: getattr(args, name) for name in (*names, "max_new_tokens") if getattr(args, name) is not None}
+    if args.temperature is not None:
+        settings |= {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    if settings:
+        model.generation_config = with_settings(model, settings)
+    name = args.name or args.model.rstrip("/").rpartition("/")[2]
+    app = create_app(model, tokenizer, name, api_key=key, allow_origins=args.allow_origin, **limits)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    tell(f"serving {name} on http://{args.host}:{args.port}/v1" + (" (with a key)" if key else ""))
+    if key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
+        tell("anyone who reaches this address can use the server; --api-key-env asks for a key")
+    uvicorn.run(app, host=args.host, port=args.port, log_config=None, timeout_graceful_shutdown=10)
+
+
+def _api_key(variable: str | None) -> str | None:
+    """The key, which stands in no command line and no log."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise ValueError(
+            f"`--api-key-env` must name a variable that holds the key (got {variable!r}, which is empty)."
+        )
+    return key
