@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import __version__
-from .commands import bench, export, generate, init, metric, sweep
+from .commands import bench, demo, export, generate, init, metric, sweep, trace
 
 
-COMMANDS = (init, export, generate, sweep, metric, bench)
+COMMANDS = (init, export, generate, trace, demo, sweep, metric, bench)
 
 
 class _Parser(argparse.ArgumentParser):

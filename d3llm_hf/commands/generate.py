@@ -1,8 +1,10 @@
 """`d3llm generate`: answer a prompt, and say what it took."""
 
 import argparse
+import json
 import sys
 import time
+from typing import Any
 
 from ..terminal import CanvasStreamer, printable
 from .common import new_parser, tell
@@ -47,16 +49,18 @@ DEFAULT_NEW_TOKENS = 128
 
 def add_parser(subparsers) -> None:
     parser = new_parser(subparsers, "generate", run, "Answer a prompt")
-    parser.add_argument("model", help="a checkpoint folder, an id on the Hub, or the name of an embedded checkpoint")
+    add_options(parser)
+    parser.add_argument("--watch", action="store_true", help="show the canvas being decided (on a terminal)")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that answers a prompt; `prepare` reads them."""
+    add_model_options(parser)
     parser.add_argument("prompt", nargs="?", default="-", help='the prompt; "-" (the default) reads it from stdin')
     parser.add_argument("--chat", action="store_true", help="put the prompt into the checkpoint's chat template")
     parser.add_argument("--system", help="system message, with --chat")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"length of the canvas ({DEFAULT_NEW_TOKENS})")
     parser.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature; 0 does not sample")
-    parser.add_argument("--watch", action="store_true", help="show the canvas being decided (on a terminal)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
-    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     group = parser.add_argument_group("decoding", "What is not given keeps the checkpoint's value.")
     for name, (kind, text) in SETTINGS.items():
         flag = f"--{name.replace('_', '-')}"
@@ -66,7 +70,30 @@ def add_parser(subparsers) -> None:
             group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
 
 
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The model and where it runs: the arguments of `load`."""
+    parser.add_argument("model", help="a checkpoint folder, an id on the Hub, or the name of an embedded checkpoint")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+
+
 def run(args: argparse.Namespace) -> None:
+    _, model, tokenizer, inputs, settings = prepare(args)
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs, **settings, streamer=_watcher(tokenizer, args.watch), return_dict_in_generate=True
+    )
+    seconds = time.perf_counter() - start
+    answer = output.sequences[0, inputs["input_ids"].shape[1] :]
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    sys.stdout.write((printable(text) if sys.stdout.isatty() else text) + "\n")
+    sys.stdout.flush()
+    tell(statistics(output, seconds))
+
+
+def prepare(args: argparse.Namespace):
+    """What the options ask for: prompt, model, tokenizer, the encoded prompt (one row), arguments of `generate`."""
     if args.system is not None and not args.chat:
         raise ValueError(f"`--system` needs `--chat` (got {args.system!r} without it). Add `--chat`.")
     prompt = _read_prompt(args.prompt)
@@ -78,17 +105,7 @@ def run(args: argparse.Namespace) -> None:
     limits = (model.generation_config.max_new_tokens, model.generation_config.max_length)
     if args.max_new_tokens is not None or limits == (None, None):
         settings["max_new_tokens"] = DEFAULT_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
-
-    start = time.perf_counter()
-    output = model.generate(
-        **inputs, **settings, streamer=_watcher(tokenizer, args.watch), return_dict_in_generate=True
-    )
-    seconds = time.perf_counter() - start
-    answer = output.sequences[0, inputs["input_ids"].shape[1] :]
-    text = tokenizer.decode(answer, skip_special_tokens=True)
-    sys.stdout.write((printable(text) if sys.stdout.isatty() else text) + "\n")
-    sys.stdout.flush()
-    tell(statistics(output, seconds))
+    return prompt, model, tokenizer, inputs, settings
 
 
 def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None):
@@ -133,6 +150,31 @@ def statistics(output, seconds: float) -> str:
         f"{tokens} tokens in {forwards} forwards ({per_forward:.2f} tokens per forward), {seconds:.2f} s "
         f"({tokens / max(seconds, 1e-9):.1f} tokens/s)"
     )
+
+
+def named_value(option: str, text: str) -> tuple[str, Any]:
+    """`NAME=VALUE` as the name of a setting and its value."""
+    name, mark, value = text.partition("=")
+    name = name.replace("-", "_")
+    if not mark or not name:
+        raise ValueError(f"`{option}` must have the form NAME=VALUE (got {text!r}).")
+    return name, read_value(option, name, value)
+
+
+def read_value(option: str, name: str, text: str) -> Any:
+    """A value of the type of its setting; of other arguments of `generate` a JSON value, or else the text."""
+    kind = SETTINGS[name][0] if name in SETTINGS else None
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise ValueError(f"`{option}` must give {name} a value of type {kind.__name__} (got {text!r}).") from error
+    if kind is str:
+        return text
+    try:
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except ValueError:
+        return text
 
 
 def _read_prompt(prompt: str) -> str:

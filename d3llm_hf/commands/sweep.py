@@ -1,12 +1,11 @@
 """`d3llm sweep`: tokens per forward against accuracy, for models, methods and thresholds, into one results file."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from .common import new_parser, tell
-from .generate import SETTINGS, load
+from .generate import load, named_value, read_value
 
 
 def add_parser(subparsers) -> None:
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
     curves = curves_of(
         [_method(text) for text in args.methods],
-        settings=dict(_pair("--set", text) for text in args.set),
+        settings=dict(named_value("--set", text) for text in args.set),
         thresholds=args.thresholds,
         grids=_grids(args.grid),
         no_grid=args.no_grid,
@@ -138,7 +137,7 @@ def _method(text: str) -> tuple[str, str, dict[str, Any]]:
     """`[LABEL=]METHOD[:NAME=VALUE,...]` as label, method and settings."""
     head, _, tail = text.partition(":")
     label, mark, method = head.partition("=")
-    own = dict(_pair("--methods", pair) for pair in tail.split(",")) if tail else {}
+    own = dict(named_value("--methods", pair) for pair in tail.split(",")) if tail else {}
     return (label, method, own) if mark else (head, head, own)
 
 
@@ -149,29 +148,5 @@ def _grids(texts: list[str]) -> dict[str, list[Any]]:
         name = name.replace("-", "_")
         if not mark or not values or name in grids:
             raise ValueError(f"`--grid` must be NAME=X,Y,..., each name once (got {text!r}).")
-        grids[name] = [_value("--grid", name, value) for value in values.split(",")]
+        grids[name] = [read_value("--grid", name, value) for value in values.split(",")]
     return grids
-
-
-def _pair(option: str, text: str) -> tuple[str, Any]:
-    name, mark, value = text.partition("=")
-    name = name.replace("-", "_")
-    if not mark or not name:
-        raise ValueError(f"`{option}` must have the form NAME=VALUE (got {text!r}).")
-    return name, _value(option, name, value)
-
-
-def _value(option: str, name: str, text: str) -> Any:
-    """A value of the type of its setting; of other arguments of `generate` a JSON value, or else the text."""
-    kind = SETTINGS[name][0] if name in SETTINGS else None
-    if kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError as error:
-            raise ValueError(f"`{option}` must give {name} a value of type {kind.__name__} (got {text!r}).") from error
-    if kind is str:
-        return text
-    try:
-        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
-    except ValueError:
-        return text
