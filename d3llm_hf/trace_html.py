@@ -26,7 +26,7 @@ CANVAS_CSS = """
 .d3-canvas .d3-special { font-size: .8em; }
 .d3-canvas .d3-new, .d3-key .d3-new { outline: 2px solid var(--d3-ring); outline-offset: -1px; }
 .d3-canvas i, .d3-key i.d3-box { display: inline-block; box-sizing: border-box; width: .85em; height: 1.15em;
-  margin-right: 2px; vertical-align: -.22em; border: 1.5px dotted var(--d3-line); border-radius: 3px; }
+  margin-right: 2px; vertical-align: -.22em; border: 2px dotted var(--d3-line); border-radius: 3px; }
 .d3-canvas i.d3-part { border-style: solid; background: var(--d3-line); }
 .d3-key { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: center; margin: .8rem 0 .6rem; padding: 0;
   font-size: .82rem; color: var(--d3-faint); list-style: none; }
@@ -83,7 +83,7 @@ def canvas_html(trace: Trace, forward: int | None = None, *, forwards: int | Non
         steps = trace.step_map[at : at + piece.tokens]
         decided = [0 < step <= forward for step in steps]
         is_open = is_open or not all(decided)
-        classes = ["d3-special"] * piece.special
+        classes = ["d3-special"] * (piece.special and all(decided))
         data = f'data-at="{at}" data-steps="{" ".join(map(str, steps))}"' + " hidden" * (at >= length)
         if all(decided):
             classes += ["d3-draft"] * is_open + ["d3-new"] * (max(steps) == forward < trace.forwards)

@@ -242,7 +242,7 @@ def test_what_a_user_or_a_model_wrote_is_escaped_and_nothing_is_fetched(hand_mad
 def test_the_canvas_of_a_forward_shows_what_was_decided_by_then(hand_made):
     drawn = Page(canvas_html(hand_made, 2))
     classes = [attrs["class"] for attrs, _ in drawn.pieces]
-    assert classes == ["", "", "", "d3-draft d3-new", "d3-special", "", "d3-draft"]
+    assert classes == ["", "", "", "d3-draft d3-new", "", "", "d3-draft"]
     assert [text for _, text in drawn.pieces] == ["n", "", "", "b", "", "", TOKENIZER.decode([33])]
     boxes = [attrs.get("class") for tag, attrs in drawn.tags if tag == "i"]
     assert boxes == [None, "d3-part", None, None, None]  # half of é is there
