@@ -208,16 +208,19 @@ def browser():
         browser.close()
 
 
+PACE = {"seconds": 0.02}  # that a forward takes at least, so that Stop and leaving come in time
+
+
 @pytest.fixture(scope="module")
 def address():
-    """The page of the embedded checkpoint, slowed down so that Stop and leaving come in time."""
+    """The page of the embedded checkpoint."""
     from d3llm_hf.commands.generate import load
 
     model, tokenizer = load("d3llm-llada", device="cpu")
     forward = type(model).forward
 
     def slow_forward(self, *args, **kwargs):
-        time.sleep(0.02)
+        time.sleep(PACE["seconds"])
         return forward(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -286,7 +289,7 @@ def test_in_a_browser_a_user_types_runs_compares_slides_and_is_told_of_errors(br
 
 
 @pytest.mark.slow
-def test_two_users_at_once_do_not_mix_and_one_who_leaves_or_stops_ends_only_his_own(browser, address):
+def test_two_users_at_once_do_not_mix_and_who_leaves_or_stops_ends_only_his_own(browser, address, monkeypatch):
     pages = [opened(browser, address, width) for width in (390, 1280)]
     for count, page in zip((8, 20), pages, strict=True):
         page.fill("#prompt textarea", QUESTION.format(count))
@@ -297,7 +300,8 @@ def test_two_users_at_once_do_not_mix_and_one_who_leaves_or_stops_ends_only_his_
     for page in pages:
         page.wait_for_selector("#run:enabled")
         set_number(page, "entropy_threshold", "-1")  # one token a forward
-        set_number(page, "New tokens", "400")
+    monkeypatch.setitem(PACE, "seconds", 2.0)
+    for page in pages:
         page.click("#run")
         page.get_by_text("deciding, forward").wait_for()
     pages[0].context.close()
