@@ -345,7 +345,7 @@ def _field(name: str, usual: dict[str, Any], method: str) -> gr.components.Compo
     if kind is bool:
         return gr.Checkbox(**shown | {"value": bool(shown["value"])})
     if kind is str:
-        return gr.Dropdown(**{"choices": list(DECODERS)} | shown, filterable=False)
+        return gr.Dropdown(**{"choices": list(DECODERS)} | shown | {"min_width": 200}, filterable=False)
     return gr.Number(**shown)
 
 
