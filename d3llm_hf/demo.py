@@ -186,6 +186,11 @@ def picture(trace: Trace, over: bool) -> str:
     return trace_html(trace, forwards=scale, status=f"deciding, forward {trace.forwards} ...")
 
 
+def refusal(error: gr.Error) -> str:
+    """The message of an error, which is escaped already, in place of an answer."""
+    return f'<div class="d3-trace"><p role="alert">{error.message}</p></div>'
+
+
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 
@@ -268,9 +273,15 @@ def build(model, tokenizer, *, name: str, concurrency: int = 2) -> gr.Blocks:
             shared = handlers.shared(length, temperature, seed)
             runs = [shared | handlers.settings(m, c, dict(zip(FIELDS, v, strict=True))) for m, c, *v in boxes]
             shown: list[tuple[Trace, bool]] = []
-            for shown in handlers.run(request.session_hash, prompt, chat, runs):
-                drawn = [picture(trace, over) for trace, over in shown]
-                yield [gr.skip(), gr.skip(), *[*drawn, NO_CANVAS][:2]]
+            drawn: list[str] = []
+            try:
+                for shown in handlers.run(request.session_hash, prompt, chat, runs):
+                    drawn = [picture(trace, over) for trace, over in shown]
+                    yield [gr.skip(), gr.skip(), *[*drawn, NO_CANVAS][:2]]
+            except gr.Error as error:  # a warning, since the page must come to its end; it stays where the answer goes
+                gr.Warning(error.message, title=error.title)
+                drawn = [picture(trace, True) for trace, _ in shown]
+                yield [gr.skip(), gr.skip(), *[*drawn, refusal(error), NO_CANVAS][:2]]
             found = [trace for trace, _ in shown if trace.forwards]
             last = max((trace.forwards for trace in found), default=1)
             yield [found, gr.update(maximum=last, value=last, visible=bool(found)), gr.skip(), gr.skip()]

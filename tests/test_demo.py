@@ -170,6 +170,12 @@ def test_the_page_shows_the_settings_of_its_method_and_a_change_of_method_shows_
     assert slider["maximum"] == max(trace.forwards for trace in found)
     drawn = functions["step"][0](found, 1)
     assert all(text.count("<i></i>") == 5 for text in drawn)
+    functions["begin"][0](False, request)
+    bad = ["llada", "none", *({"block_length": -4}.get(name) for name in FIELDS)]
+    with pytest.warns(UserWarning, match="`block_length` must be a positive integer"):  # of gradio, without a browser
+        *_, first, last = functions["decode"][0](request, "one", False, 6, 0, None, True, *box, *bad)
+    assert "tokens per forward" in first[2] and 'role="alert">`block_length` must be' in first[3]
+    assert len(last[0]) == 1
     functions["halt"][0](request)
     assert [update["interactive"] for update in functions["end"][0]()] == [True, False]
 
@@ -282,7 +288,8 @@ def test_in_a_browser_a_user_types_runs_compares_slides_and_is_told_of_errors(br
     set_number(page, "entropy_threshold", "-1")
     set_number(page, "New tokens", "0")
     page.click("#run")
-    page.get_by_text("max_new_tokens").last.wait_for()
+    page.wait_for_selector("#canvas [role=alert]")
+    assert "max_new_tokens" in page.inner_text("#canvas [role=alert]")
     page.wait_for_selector("#run:enabled")
     assert page.foreign == []
     page.context.close()
