@@ -7,10 +7,24 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import __version__
-from .commands import bench, chat, env, export, generate, init, leaderboard, metric, push, serve, sweep
+from .commands import (
+    bench,
+    chat,
+    demo,
+    env,
+    export,
+    generate,
+    init,
+    leaderboard,
+    metric,
+    push,
+    serve,
+    sweep,
+    trace,
+)
 
 
-COMMANDS = (init, export, push, generate, chat, serve, sweep, leaderboard, metric, bench, env)
+COMMANDS = (init, export, push, generate, trace, chat, demo, serve, sweep, leaderboard, metric, bench, env)
 
 
 class _Parser(argparse.ArgumentParser):

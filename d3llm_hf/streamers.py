@@ -8,9 +8,10 @@ import queue
 import re
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from .row_text import RowText
@@ -127,6 +128,8 @@ class CanvasUpdate:
             with a placeholder for each undecided position. `None` where nothing is left to be decided.
         tokens (`list[int]`): newly final token ids; all of a row's, joined, are its answer up to the stop token.
         finished (`bool`): this is the row's last update.
+        draft_tokens (`list[int]`, *optional*): token ids of the draft, the mask token where undecided.
+        seconds (`float`): from the start of the decoding to the end of this forward.
     """
 
     row: int
@@ -134,6 +137,8 @@ class CanvasUpdate:
     draft: str | None
     tokens: list[int]
     finished: bool
+    draft_tokens: list[int] | None = None
+    seconds: float = field(default=0.0, compare=False)
 
 
 class StreamClosed(RuntimeError):
@@ -193,6 +198,7 @@ class CanvasIterator(Iterator[CanvasUpdate]):
         self._tokens: dict[int, list[int]] = {}  # of this forward, by row
         self._drafts: dict[int, list[int]] = {}
         self._finished: set[int] = set()
+        self._start = 0.0
         self._updates: queue.SimpleQueue[CanvasUpdate | None] = queue.SimpleQueue()  # None: nothing comes after it
         self.ended = False
         self._error: BaseException | None = None
@@ -205,6 +211,7 @@ class CanvasIterator(Iterator[CanvasUpdate]):
         self._check_open()
         if row is None:
             _check_first_put(self._texts)
+            self._start = time.perf_counter()
             by_word = self.decode_kwargs.get("clean_up_tokenization_spaces")
             if by_word is None:
                 by_word = self.tokenizer.clean_up_tokenization_spaces  # may take back a space before punctuation
@@ -223,6 +230,7 @@ class CanvasIterator(Iterator[CanvasUpdate]):
     def end_step(self) -> None:
         """Makes this forward's updates."""
         self._check_open()
+        seconds = time.perf_counter() - self._start
         for row in sorted({*self._tokens, *self._drafts, *self._finished}):
             tokens, draft = self._tokens.get(row, []), self._drafts.get(row)
             text = self._texts[row].add(tokens)
@@ -230,7 +238,7 @@ class CanvasIterator(Iterator[CanvasUpdate]):
             if finished:
                 text, draft = text + self._texts[row].finish(), None
             shown = None if draft is None else self._texts[row].draft(draft, self.mask_token_id, self.mask_text)
-            self._updates.put(CanvasUpdate(row, text, shown, tokens, finished))
+            self._updates.put(CanvasUpdate(row, text, shown, tokens, finished, draft, seconds))
         self._tokens, self._drafts, self._finished = {}, {}, set()
 
     def fail(self, error: BaseException) -> None:

@@ -320,8 +320,8 @@ def test_a_draft_is_the_text_that_would_follow_if_the_canvas_stayed_as_it_is():
     updates.end_step()
     updates.end()
     assert list(updates) == [
-        CanvasUpdate(0, "n", "é__e_t", [n, first], False),
-        CanvasUpdate(0, "", "\ufffd_\ufffd_", [], False),
+        CanvasUpdate(0, "n", "é__e_t", [n, first], False, [second, MASK, MASK, e, MASK, t]),
+        CanvasUpdate(0, "", "\ufffd_\ufffd_", [], False, [MASK, first, MASK]),
         CanvasUpdate(0, "ée", None, [second, e], True),
     ]
 

@@ -12,7 +12,15 @@ from typing import Any
 
 from ..terminal import Redrawn, can_redraw, printable
 from .common import new_parser, tell
-from .generate import add_options, chosen_settings, load, name_and_value, sampling, statistics
+from .generate import (
+    add_decoding_options,
+    add_model_options,
+    chosen_settings,
+    load,
+    name_and_value,
+    sampling,
+    statistics,
+)
 
 
 PROMPT, CONTINUED = "> ", ". "
@@ -20,11 +28,11 @@ PROMPT, CONTINUED = "> ", ". "
 
 def add_parser(subparsers) -> None:
     parser = new_parser(subparsers, "chat", run, "Talk with a model and watch it denoise its answers")
-    parser.add_argument("model", help="a checkpoint folder, an id on the Hub, or the name of an embedded checkpoint")
+    add_model_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--history", type=int, metavar="N", help="earlier turns that are sent at most (all that fit)")
     parser.add_argument("--no-live", action="store_true", help="show text when it is final, and no drafts")
-    add_options(parser)
+    add_decoding_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -56,21 +56,31 @@ DEFAULT_NEW_TOKENS = 128
 
 def add_parser(subparsers) -> None:
     parser = new_parser(subparsers, "generate", run, "Answer a prompt")
-    parser.add_argument("model", help="a checkpoint folder, an id on the Hub, or the name of an embedded checkpoint")
-    parser.add_argument("prompt", nargs="?", default="-", help='the prompt; "-" (the default) reads it from stdin')
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the checkpoint's chat template")
-    parser.add_argument("--system", help="system message, with --chat")
-    parser.add_argument("--watch", action="store_true", help="show the canvas being decided (on a terminal)")
     add_options(parser)
+    parser.add_argument("--watch", action="store_true", help="show the canvas being decided (on a terminal)")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that answers: the length, the model's place, and all of decoding."""
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"length of the canvas ({DEFAULT_NEW_TOKENS})")
-    parser.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature; 0 does not sample")
+    """Options of every command that answers a prompt; `prepare` reads them."""
+    add_model_options(parser)
+    parser.add_argument("prompt", nargs="?", default="-", help='the prompt; "-" (the default) reads it from stdin')
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the checkpoint's chat template")
+    parser.add_argument("--system", help="system message, with --chat")
+    add_decoding_options(parser)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The model and where it runs: the arguments of `load`."""
+    parser.add_argument("model", help="a checkpoint folder, an id on the Hub, or the name of an embedded checkpoint")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+
+
+def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+    """How an answer is decoded: its length, and all settings; `chosen_settings` reads the latter."""
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"length of the canvas ({DEFAULT_NEW_TOKENS})")
+    parser.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature; 0 does not sample")
     add_settings(parser)
 
 
@@ -88,16 +98,7 @@ def add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ())
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.system is not None and not args.chat:
-        raise ValueError(f"`--system` needs `--chat` (got {args.system!r} without it). Add `--chat`.")
-    prompt = _read_prompt(args.prompt)
-    model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
-    inputs = _encode(tokenizer, prompt, args).to(model.device)
-    settings = chosen_settings(args)
-    limits = (model.generation_config.max_new_tokens, model.generation_config.max_length)
-    if args.max_new_tokens is not None or limits == (None, None):
-        settings["max_new_tokens"] = DEFAULT_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
-
+    _, model, tokenizer, inputs, settings = prepare(args)
     start = time.perf_counter()
     output = model.generate(
         **inputs, **settings, streamer=_watcher(tokenizer, args.watch), return_dict_in_generate=True
@@ -108,6 +109,20 @@ def run(args: argparse.Namespace) -> None:
     sys.stdout.write((printable(text) if sys.stdout.isatty() else text) + "\n")
     sys.stdout.flush()
     tell(statistics(output, seconds))
+
+
+def prepare(args: argparse.Namespace):
+    """What the options ask for: prompt, model, tokenizer, the encoded prompt (one row), arguments of `generate`."""
+    if args.system is not None and not args.chat:
+        raise ValueError(f"`--system` needs `--chat` (got {args.system!r} without it). Add `--chat`.")
+    prompt = _read_prompt(args.prompt)
+    model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
+    inputs = _encode(tokenizer, prompt, args).to(model.device)
+    settings = chosen_settings(args)
+    limits = (model.generation_config.max_new_tokens, model.generation_config.max_length)
+    if args.max_new_tokens is not None or limits == (None, None):
+        settings["max_new_tokens"] = DEFAULT_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
+    return prompt, model, tokenizer, inputs, settings
 
 
 def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
