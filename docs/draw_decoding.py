@@ -19,7 +19,7 @@ from d3llm_hf.hub import embedded_checkpoints
 
 QUESTION = "Tom has 8 apples. He buys 7 more. He gives 4 to a friend. How many apples does Tom have now?"
 SETTINGS = {"decoding_method": "d3llm", "block_length": 16, "entropy_threshold": 0.3, "max_new_tokens": 48}
-CELL, HEIGHT, LEFT, TOP = 24, 22, 76, 44
+HEIGHT, CHARACTER, LEFT, TOP = 22, 7, 90, 48
 
 # Colours follow the reader's setting where it is known; the background is drawn, so that they hold on any page.
 STYLE = """
@@ -49,35 +49,48 @@ def decode() -> tuple[list[str], list[int]]:
 
 
 def draw(texts: Sequence[str], steps: Sequence[int], block_length: int) -> str:
-    """The SVG."""
+    """The SVG. A column is as wide as its token."""
+    shown = [text.strip(" ").replace("\n", "↵") for text in texts]
+    widths = [max(HEIGHT, CHARACTER * len(text) + 10) for text in shown]
+    lefts = [LEFT + sum(widths[:column]) for column in range(len(widths) + 1)]
     forwards = max(steps)
-    width, height = LEFT + CELL * len(texts) + 12, TOP + HEIGHT * forwards + 36
-    parts = [f'<rect class="page" width="{width}" height="{height}"/>']
-    parts.append(f'<text class="quiet left" x="12" y="18">{escape(QUESTION)}</text>')
+    bottom = TOP + HEIGHT * forwards
+    width, height = lefts[-1] + 12, bottom + 40
+    parts = [
+        f'<rect class="page" width="{width}" height="{height}"/>',
+        f'<text class="quiet left" x="12" y="18">{escape(QUESTION)}</text>',
+    ]
     for start in range(0, len(texts), block_length):
-        x = LEFT + CELL * start
+        x = lefts[start]
         parts.append(f'<text class="quiet left" x="{x + 3}" y="{TOP - 8}">block {start // block_length + 1}</text>')
-        parts.append(f'<line class="block" x1="{x}" x2="{x}" y1="{TOP - 20}" y2="{TOP + HEIGHT * forwards}"/>')
+        parts.append(f'<line class="block" x1="{x}" x2="{x}" y1="{TOP - 20}" y2="{bottom}"/>')
     for forward in range(1, forwards + 1):
         y = TOP + HEIGHT * (forward - 1)
         parts.append(f'<text class="quiet left" x="12" y="{y + 15}">forward {forward}</text>')
-        for column, (text, step) in enumerate(zip(texts, steps, strict=True)):
+        for column, step in enumerate(steps):
             kind = "mask" if step > forward else "now" if step == forward else "before"
-            x = LEFT + CELL * column
-            parts.append(
-                f'<rect class="{kind}" x="{x + 1}" y="{y + 1}" width="{CELL - 2}" height="{HEIGHT - 2}" rx="3"/>'
-            )
-            if kind != "mask":
-                shown = escape(text.strip(" ").replace("\n", "↵"))
-                css = "on-now" if kind == "now" else "text"
-                parts.append(f'<text class="{css}" x="{x + CELL // 2}" y="{y + 15}">{shown}</text>')
-    told = f"{len(texts)} tokens in {forwards} forwards. ■ is the stop token, ↵ a new line."
-    parts.append(f'<text class="quiet left" x="12" y="{height - 12}">{told}</text>')
+            parts.append(_cell(kind, lefts[column], y, widths[column], shown[column]))
+    x = 12
+    for kind, told in (("mask", "mask token"), ("now", "decided by this forward"), ("before", "decided before")):
+        parts.append(_cell(kind, x, bottom + 10, HEIGHT, ""))
+        parts.append(f'<text class="quiet left" x="{x + 28}" y="{bottom + 25}">{told}</text>')
+        x += 48 + CHARACTER * len(told)
+    told = f"{len(texts)} tokens in {forwards} forwards; ■ stop token, ↵ new line"
+    parts.append(f'<text class="quiet left" x="{x + 8}" y="{bottom + 25}">{told}</text>')
     body = "\n".join(f"  {part}" for part in parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">\n'
         f"  <title>A canvas is decided, forward by forward</title>\n  <style>{STYLE}\n  </style>\n{body}\n</svg>\n"
     )
+
+
+def _cell(kind: str, x: int, y: int, width: int, text: str) -> str:
+    """A position of the canvas; a mask token shows no text."""
+    box = f'<rect class="{kind}" x="{x + 1}" y="{y + 1}" width="{width - 2}" height="{HEIGHT - 2}" rx="3"/>'
+    if kind == "mask" or not text:
+        return box
+    css = "on-now" if kind == "now" else "text"
+    return f'{box}<text class="{css}" x="{x + width // 2}" y="{y + 15}">{escape(text)}</text>'
 
 
 def main(argv: Sequence[str]) -> None:

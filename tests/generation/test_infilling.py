@@ -1,6 +1,5 @@
 """Positions between given text are decided as those behind it: against a slow oracle, and by what must be the same."""
 
-
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
