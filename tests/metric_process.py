@@ -1,6 +1,6 @@
 """Loads the metric by name as a program does that never heard of this package, without a network; prints facts.
 
-    python metric_process.py FOLDER_OF_THE_METRIC README
+    python metric_process.py FOLDER_OF_THE_METRIC docs/measuring.md
 
 To be run in some empty folder. The facts are one line of JSON, the last of stdout.
 """
@@ -32,7 +32,7 @@ def failures(text: str, name: str) -> list[int]:
     return [result.failed, result.attempted]
 
 
-def main(folder: str, readme: str) -> dict:
+def main(folder: str, page: str) -> dict:
     socket.socket.connect = socket.create_connection = socket.getaddrinfo = refused
     import evaluate
 
@@ -67,9 +67,8 @@ def main(folder: str, readme: str) -> dict:
     facts["by path"] = by_path.compute(**points, y_max=74.98)["aup"]
     facts["card"] = failures((Path(folder) / "README.md").read_text(encoding="utf-8"), "card")
     facts["usage"] = failures(aup.inputs_description, "usage")
-    example = re.search(
-        r"<!-- example: aup -->\n```python\n(.*?)```", Path(readme).read_text(encoding="utf-8"), re.DOTALL
-    )
+    mark = r"<!-- run in: tests/metric_process\.py -->\n```python\n(.*?)```"
+    example = re.search(mark, Path(page).read_text(encoding="utf-8"), re.DOTALL)
     exec(example.group(1), {})
     return facts
 

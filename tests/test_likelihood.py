@@ -1,16 +1,14 @@
 """The Monte-Carlo likelihood is the bound it claims to be, in any batch; greedy agreement is that of decoding."""
 
 import math
-import re
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import MASK, PAD, ScriptedModel, tiny_model, tiny_prompt
 from transformers import AutoModel, AutoTokenizer
 
-from d3llm_hf import LogLikelihood, init_checkpoint, is_greedy, likelihood, log_likelihood
+from d3llm_hf import LogLikelihood, is_greedy, likelihood, log_likelihood
 from d3llm_hf.evaluation.word_problems import generate_problems
 from d3llm_hf.hub import embedded_checkpoints
 
@@ -428,15 +426,3 @@ def test_the_embedded_checkpoint_prefers_right_answers():
     best, second, last = found.mean.tolist()
     assert best > second + 2 > last + 2
     assert 1 <= float(found.perplexity[0]) < 2
-
-
-def test_the_readmes_example_runs(tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    example = re.search(r"<!-- example: likelihood -->\n```python\n(.*?)```", readme, re.DOTALL).group(1)
-    init_checkpoint("d3llm-llada", tmp_path / "d3llm-llada")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("builtins.print", lambda *values: None)
-    names = {}
-    exec(example, names)
-    better, worse = names["found"].mean.tolist()
-    assert better > worse

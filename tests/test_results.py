@@ -95,6 +95,7 @@ def test_a_results_file_of_an_unknown_suite_is_refused():
 
 def test_the_tables_of_the_project_match_its_results_files():
     root = Path(__file__).parents[1]
-    documents = [root / "README.md", *root.glob("d3llm_hf/checkpoints/*/README.md")]
-    assert len(documents) > 1
+    pages = [root / "README.md", *root.glob("docs/*.md"), *root.glob("d3llm_hf/checkpoints/*/README.md")]
+    documents = [page for page in pages if "<!-- results:begin" in page.read_text(encoding="utf-8")]
+    assert root / "docs" / "methods.md" in documents and len(documents) > 1
     assert tables.main(["--check", *map(str, documents)]) == 0

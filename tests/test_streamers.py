@@ -4,7 +4,6 @@ import gc
 import io
 import re
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -586,23 +585,3 @@ def test_the_mask_token_is_the_one_that_generate_finds(place):
 def test_a_streamer_besides_its_own_is_refused():
     with pytest.raises(ValueError, match=r"`streamer` is what `stream_generate` makes itself \(got TextStreamer\)"):
         Writer(TEXTS).stream(streamer=TextStreamer(TOKENIZER))
-
-
-# ---- the documentation ---------------------------------------------------------------------------------------------
-
-
-def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    section = readme.split("\n## Streaming\n")[1].split("\n## ")[0]
-    examples = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    assert len(examples) == 3
-    d3llm_hf.init_checkpoint("d3llm-llada", tmp_path / "d3llm-llada")
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    shown = []
-    for example in examples:
-        exec(example, names)
-        shown.append(capsys.readouterr().out)
-    assert "[0] #### 11\n" in shown[0] and "[1] " in shown[0]
-    assert "#### 11" in shown[1]
-    assert "#### 11" in shown[2]

@@ -1,7 +1,7 @@
 """Tables in documents, made from results files, so that no figure is typed by hand.
 
-    python -m d3llm_hf.evaluation.tables README.md           # rewrite what stands between the markers
-    python -m d3llm_hf.evaluation.tables --check README.md   # fail if that would change anything
+    python -m d3llm_hf.evaluation.tables docs/methods.md           # rewrite what stands between the markers
+    python -m d3llm_hf.evaluation.tables --check docs/methods.md   # fail if that would change anything
 
 A document marks a table with `<!-- results:begin FILE -->` and `<!-- results:end -->`; FILE is relative to it.
 """

@@ -17,7 +17,7 @@ UNSTAMPED = -1
 
 @dataclass(frozen=True)
 class Rules:
-    """A decoding method as a row of settings (see the README's table of methods).
+    """A decoding method as a row of settings (see the tables of docs/methods.md).
 
     Attributes:
         block_length: positions of a block; the last one may be shorter.

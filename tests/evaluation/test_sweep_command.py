@@ -27,18 +27,16 @@ def run(capsys):
     return run
 
 
-def test_the_command_of_the_readme_measures_the_embedded_checkpoint_and_does_not_repeat_it(run, tmp_path, monkeypatch):
+def test_a_sweep_measures_the_embedded_checkpoint_and_does_not_repeat_it(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- command: sweep -->\n```bash\nd3llm sweep (.*?)\n```", readme, re.DOTALL)[1]
-    argv = shlex.split(shown.replace("\\\n", ""))
-    # As shown, but for four samples and the careful end of each grid.
-    argv[argv.index("--num-samples") + 1] = "4"
-    argv += ["--max-new-tokens", "24"]
+    line = """
+        d3llm-llada --methods d3llm fast_dllm --grid entropy_threshold=0.1,0.3 --grid confidence_threshold=0.9
+        --set block_length=16 --task word_problems --num-samples 4 --max-new-tokens 24 --dtype float32 -o results.jsonl
+    """
+    argv = shlex.split(line)
     code, out, err = run(*argv)
     assert (code, out) == (0, "")
-    output = argv[argv.index("-o") + 1]
-    points = read_points(output)
+    points = read_points("results.jsonl")
     assert {point["model"] for point in points} == {"d3llm-llada"} and len(curves(points)) == 2
     assert all(point["num_samples"] == 4 and point["settings"]["block_length"] == 16 for point in points)
     assert all(point["tpf"] > 1.5 for point in points)

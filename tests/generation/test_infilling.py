@@ -1,8 +1,5 @@
 """Positions between given text are decided as those behind it: against a slow oracle, and by what must be the same."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -13,7 +10,6 @@ from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxTimeCriteria
 
 from d3llm_hf import D3LLMGenerationConfig
-from d3llm_hf.hub import embedded_checkpoints
 from d3llm_hf.models.scoring import Sampler
 
 
@@ -483,10 +479,3 @@ def test_holes_in_embeddings_are_refused(chosen):
     embeds = model.get_input_embeddings()(torch.tensor([[1, 2, 3]]))
     with pytest.raises(ValueError, match=r"need `input_ids` .got `inputs_embeds`"):
         model.generate(inputs_embeds=embeds, **chosen)
-
-
-def test_the_example_of_the_readme_finds_the_missing_step(capsys):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    example = re.search(r"<!-- example: infilling -->\n```python\n(.*?)```", readme, re.DOTALL).group(1)
-    exec(example.replace('"d3llm-llada"', repr(str(embedded_checkpoints()["d3llm-llada"]))), {})
-    assert capsys.readouterr().out == "Start with 8.\n8 + 7 = 15\n15 - 4 = 11\nSo there are 11 apples.\n#### 11\n"

@@ -31,7 +31,7 @@ def facts(tmp_path_factory) -> dict:
     subprocess.run([sys.executable, "-c", "import d3llm_hf"], cwd=REPOSITORY, env=environment, check=True)
     script = REPOSITORY / "tests" / "metric_process.py"
     done = subprocess.run(
-        [sys.executable, str(script), registration.METRIC_FOLDER, str(REPOSITORY / "README.md")],
+        [sys.executable, str(script), registration.METRIC_FOLDER, str(REPOSITORY / "docs" / "measuring.md")],
         cwd=work / "somewhere",
         env=environment,
         stdin=subprocess.DEVNULL,

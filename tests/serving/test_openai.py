@@ -4,6 +4,7 @@ import asyncio
 import re
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -182,3 +183,12 @@ def test_a_client_that_leaves_ends_its_decoding_and_nobody_elses(client, gate, a
     assert ask(client, OTHER).choices[0].message.content == answers[0].choices[0].message.content
     assert len(gate.rows) - passed < 48
     assert answers[0].choices[0].message.content == alone(OTHER, max_new_tokens=48)[1]
+
+
+def test_the_example_of_the_documentation_runs(address, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    mark = r"<!-- run in: tests/serving/test_openai\.py -->\n```python\n(.*?)```"
+    (example,) = re.findall(mark, page, flags=re.DOTALL)
+    names = {}
+    exec(example.replace("http://127.0.0.1:8000", address), names)
+    assert capsys.readouterr().out.endswith("#### 7") and names["draft"]

@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import shlex
 import shutil
 import signal
@@ -811,28 +810,26 @@ def test_a_shifted_teacher_is_ranked_by_entropy_and_settings_may_be_json(tokeniz
     assert [sorted(steps) for steps in data["step_map"]] == [list(range(1, 9))] * 2
 
 
-def readme(example: str, language: str) -> str:
-    """The code of an example of the README."""
-    text = (REPOSITORY / "README.md").read_text()
-    return re.search(rf"<!-- example: {example} -->\n```{language}\n(.*?)```", text, re.DOTALL)[1]
-
-
-def test_the_command_of_the_readme_extracts_with_a_progress_bar_and_its_example_reads(tmp_path, capfd, monkeypatch):
+def test_the_script_extracts_with_a_progress_bar_and_what_it_writes_reads(tmp_path, capfd, monkeypatch):
     (tmp_path / "d3llm-llada").symlink_to(embedded_checkpoints()["d3llm-llada"])
     (tmp_path / "recipe.yaml").write_text("num_problems: 1\ndecoding_settings: {cfg_scale: 0.0}\n")
     monkeypatch.chdir(tmp_path)
-    python, script, *arguments = shlex.split(readme("trajectories", "bash").replace("\\\n", ""))
-    assert (python, script) == ("python", "trainers/run_trajectories.py")
-    run_trajectories.main([*arguments, "--config", "recipe.yaml", "--num_problems", "3", "--use_cpu"])
+    line = """
+        --model_name_or_path d3llm-llada --dataset_name word_problems --num_problems 3 --scorer number --use_cpu
+        --max_new_tokens 64 --block_length 16 --output_dir trajectories --config recipe.yaml
+    """
+    run_trajectories.main(shlex.split(line))
     bar = capfd.readouterr().err
     assert "sample/s" in bar or "s/sample" in bar
     assert "accuracy 100.0 %" in bar and "tokens/forward" in bar
 
-    names = {}
-    exec(readme("read trajectories", "python").replace('split="train"', 'split="train", cache_dir="cache"'), names)
-    tokenizer, data = names["tokenizer"], names["trajectories"]
-    assert data["correct"] == [True] * 3 and names["plain"].to_list() == data.to_list()
-    assert names["halfway"].count(tokenizer.mask_token_id) == 32
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("d3llm-llada")
+    data = read_trajectories("trajectories", tokenizer)
+    plain = load_dataset("trajectories", split="train", cache_dir="cache")
+    assert data["correct"] == [True] * 3 and plain.to_list() == data.to_list()
+    assert canvas_at(data[0], 32, mask_token_id=tokenizer.mask_token_id).count(tokenizer.mask_token_id) == 32
     problems = generate_problems(3, seed=0)
     assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in data["target_ids"]] == [
         problem.answer for problem in problems
