@@ -70,7 +70,12 @@ class Curve:
         for name in [*self.settings, self.parameter]:
             if name in GIVEN:
                 raise ValueError(f"`settings` must not hold `{name}`: {GIVEN[name]} (got it for {self.name}).")
-        if self.parameter not in (None, NATURAL[self.method][0]) and self.values is None:
+        if self.swept is None and self.values != ():
+            raise ValueError(
+                f"`parameter` must be given for {self.method}, which has no grid of its own (got None). Name one of "
+                f"{sorted(settings_of(self.method, self.settings))}, or pass `values=()` (`--no-grid`)."
+            )
+        if self.parameter not in (None, self._natural[0]) and self.values is None:
             raise ValueError(f"`values` must be given for `{self.parameter}` (got None for {self.name}). Name some.")
         if self.swept in self.settings and self.values != ():
             raise ValueError(
@@ -84,16 +89,20 @@ class Curve:
         return self.label or self.method
 
     @property
-    def swept(self) -> str:
-        """The parameter of the grid."""
-        return self.parameter or NATURAL[self.method][0]
+    def swept(self) -> str | None:
+        """The parameter of the grid; `None` for a method without one in [`NATURAL`] where nothing is given."""
+        return self.parameter or self._natural[0]
+
+    @property
+    def _natural(self) -> tuple[str | None, Sequence[Any]]:
+        return NATURAL.get(self.method, (None, ()))
 
     def points(self, max_new_tokens: int) -> list[tuple[str | None, Any, Settings]]:
         """`(parameter, value, arguments of generate)` of every point; without a grid the first two are `None`."""
         base = {"decoding_method": self.method} | {name: tidy(name, value) for name, value in self.settings.items()}
         values = self.values
         if values is None:
-            values = NATURAL[self.method][1]
+            values = self._natural[1]
             if self.swept == "steps":
                 values = sorted({max(1, round(max_new_tokens * part)) for part in values}, reverse=True)
         if not values:

@@ -38,6 +38,14 @@ def test_equal_values_are_one_point_and_one_is_one_point_zero():
     assert repr(points[0][2]["block_add_threshold"]) == "1.0"
 
 
+def test_a_method_of_ones_own_names_what_it_sweeps(monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", {"block_length": 32, "confidence_threshold": 0.9})
+    curve = Curve("mine", parameter="confidence_threshold", values=(0.9,))
+    assert curve.points(8) == [("confidence_threshold", 0.9, {"decoding_method": "mine", "confidence_threshold": 0.9})]
+    with pytest.raises(ValueError, match="`parameter` must be given for mine, which has no grid of its own"):
+        Curve("mine")
+
+
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
