@@ -27,6 +27,7 @@ from pathlib import Path
 import pytest
 
 from d3llm_hf import cli
+from d3llm_hf.evaluation import grids
 from d3llm_hf.models import methods, selection
 
 
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOK = ROOT / "docs" / "first_steps.ipynb"
 # Options that an example shows in earnest -> what suffices to see it run.
-SMALLER = {"--num-samples": "4", "--limit": "2", "--num_problems": "3"}
+SMALLER = {"--num-samples": "4", "--num_problems": "3"}
 MARK = re.compile(r"<!-- (prints|not run|run in|command|output): (.+) -->")
 
 
@@ -121,7 +122,7 @@ def names(checkpoint, tmp_path, monkeypatch) -> Iterator[dict]:
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     session = types.ModuleType("session")
     monkeypatch.setitem(sys.modules, "session", session)
-    tables = [methods.METHODS, methods.RULES, selection.SELECTORS]  # a page adds a method
+    tables = [methods.METHODS, methods.RULES, selection.SELECTORS, grids.NATURAL]  # a page adds a method
     before = [dict(table) for table in tables]
     yield vars(session)
     for table, rows in zip(tables, before, strict=True):
