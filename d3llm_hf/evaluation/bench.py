@@ -43,7 +43,7 @@ class Contestant:
 
 
 def contestants(bench: DecodingBench) -> dict[str, Contestant]:
-    """The plain loop and `generate`, and where a cache is asked for both with it, the plain one as far as it has it."""
+    """The plain loop and `generate`; where a cache is asked for also both with it, as far as the reference has it."""
     found = {BASELINE: Contestant(True, bench.uncached)}
     if bench.cache == "none":
         return found | {OURS: Contestant(False, bench.decoding, BASELINE)}
@@ -89,11 +89,12 @@ def decode(contestant: Contestant, work: Work, batches: slice = slice(None)) -> 
     for batch, output in zip(work.batches[batches], outputs, strict=True):
         forwards = output.num_forwards.tolist()
         turn.forwards += sum(forwards)
-        turn.steps += sum(forwards) if contestant.plain and "kv_cache" in contestant.settings else max(forwards)
+        alone = contestant.plain and contestant.settings["kv_cache"] != "none"  # the rows one after the other
+        turn.steps += sum(forwards) if alone else max(forwards)
         turn.positions += sum(output.positions_computed.tolist())
         for row in output.sequences[:, batch["input_ids"].shape[1] :].tolist():
-            stop = work.limits.get("eos_token_id")
-            turn.answers.append(row[: row.index(stop)] if stop in row else row)
+            end = next((place for place, token in enumerate(row) if token in work.stops), None)
+            turn.answers.append(row[:end])
     return turn
 
 

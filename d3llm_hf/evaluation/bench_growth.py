@@ -52,7 +52,6 @@ def measure_growth(bench: DecodingBench, axes: dict[str, Sequence[int]]) -> dict
     for axis, values in axes.items():
         for value in values:
             point = replace(bench, **{axis: value})
-            point = replace(point, prompts=max(point.prompts, point.batch_size))
             chosen = contestants(point)
             with prepared(point, scale) as (work, scale):  # the same head everywhere
                 turns = {name: decode(contestant, work) for name, contestant in chosen.items()}

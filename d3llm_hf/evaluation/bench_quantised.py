@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .bench_shapes import DecodingBench
+from .bench_shapes import SEED, DecodingBench
 from .measure import Tally, environment
 from .memory import machine, threads
 from .word_problems import exact_match, generate_problems
@@ -118,7 +118,7 @@ def measure_quantised(bench: DecodingBench) -> dict[str, Any]:
     if not bench.model:
         raise ValueError("`model` must name a checkpoint whose answers can be scored (got none). Try d3llm-llada.")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_source(bench.model))
-    problems = generate_problems(bench.prompts, split="test", seed=bench.seed)
+    problems = generate_problems(bench.count, split="test", seed=SEED)
     with threads(bench.threads):
         tallies: dict[str, Tally] = {}
         models: dict[str, Any] = {}
@@ -142,10 +142,11 @@ def measure_quantised(bench: DecodingBench) -> dict[str, Any]:
         "schema": SCHEMA,
         "suite": SUITE,
         "model": bench.model,
-        "problems": bench.prompts,
+        "problems": bench.count,
         "batch_size": bench.batch_size,
         "new_tokens": bench.new_tokens,
         "settings": bench.settings,
+        "seed": SEED,
         "libraries": {library: _version(library) for library, _ in VARIANTS.values() if library},
         "provenance": environment()
         | {"device": bench.device, "threads": bench.threads, "machine": machine(bench.device)},

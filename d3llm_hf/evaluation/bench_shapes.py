@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 
-from ..models.methods import METHODS
+from ..models.methods import CACHES, METHODS
 from .memory import threads
 from .plain_decoding import METHODS_AND_CACHES, plain_settings
 from .word_problems import WordProblem, generate_problems
 
 
 _HEAD_WIDTH = 64
-_LEAST = {"vocab_size": 16, "schedule": 0, "seed": 0}
+_LEAST = {"vocab_size": 16, "prompts": 0, "schedule": 0, "seed": 0}
+_FIXED = {"remasking", "cfg_scale", "lossless", "draft_length"}  # the plain loops have but one value of them
 DTYPES = ("float32", "bfloat16", "float16")
 SEED = 4242  # of the embedded checkpoint's problems, as in its results
 
@@ -41,7 +42,7 @@ class DecodingBench:
         vocab_size, d_model, layers (`int`): Size of the random model. Heads are 64 wide, the MLP is three times as
             wide as the model.
         prompt_length, new_tokens, block_length, batch_size (`int`): Of the canvas. Random models have no stop token.
-        prompts (`int`): Prompts that a turn decodes, in batches.
+        prompts (`int`): Prompts that a turn decodes, in batches; 0 is a batch of them.
         settings (`dict`): Of the decoding, as `generate` takes them. The method is one that the reference has
             (`plain_decoding.METHODS_AND_CACHES`), the cache any.
         schedule (`int`): Tokens that every forward decides, by LLaDA's quota; 0 leaves that to the method.
@@ -64,7 +65,7 @@ class DecodingBench:
     new_tokens: int = 256
     block_length: int = 32
     batch_size: int = 1
-    prompts: int = 1
+    prompts: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     schedule: int = 0
     sure: float = 0.15
@@ -97,25 +98,37 @@ class DecodingBench:
                 "`schedule` decides by LLaDA's quota, so no method or steps can be chosen beside it (got "
                 f"{self.settings}). Leave out one of them."
             )
+        if self.settings.get("kv_cache", "none") not in CACHES:
+            raise ValueError(
+                f"`kv_cache` must be one of {list(CACHES)} (got {self.settings['kv_cache']!r}). Pass one of them."
+            )
         plain_settings(self.uncached)
 
     @property
+    def count(self) -> int:
+        """Prompts of a turn."""
+        return self.prompts or self.batch_size
+
+    @property
     def decoding(self) -> dict[str, Any]:
-        """The arguments of `generate` that say how to decode."""
+        """The arguments of `generate` that say how to decode: all of them, so that a checkpoint's own do not count."""
         chosen = {"block_length": self.block_length} | self.settings
         if self.schedule:
             chosen |= {"decoding_method": "llada", "steps": -(-self.new_tokens // self.schedule)}
-        return {"decoding_method": "d3llm"} | chosen
+        complete = plain_settings({name: chosen[name] for name in chosen if "cache" not in name})
+        complete |= CACHES[chosen.get("kv_cache", "none")] | chosen
+        return {name: value for name, value in complete.items() if value is not None and name not in _FIXED}
 
     @property
     def uncached(self) -> dict[str, Any]:
         """The same without a cache."""
-        return {name: value for name, value in self.decoding.items() if "cache" not in name}
+        chosen = {name: value for name, value in self.decoding.items() if "cache" not in name}
+        return chosen | {"kv_cache": "none"}
 
     @property
     def cache(self) -> str:
         """The kind of cache."""
-        return self.decoding.get("kv_cache", "none")
+        return self.decoding["kv_cache"]
 
     @property
     def reference_has_cache(self) -> bool:
@@ -123,8 +136,8 @@ class DecodingBench:
         return self.cache in METHODS_AND_CACHES[self.decoding["decoding_method"]]
 
 
-# LLaDA-8B: 32 layers of width 4,096 with 126,464 tokens. Its head has 7.4 % of the weights of its layers; so has that of
-# the first shape.
+# LLaDA-8B has 32 layers of width 4,096 and 126,464 tokens: its head holds 7.4 % as many weights as its layers. So does
+# that of the first shape.
 SHAPES: dict[str, DecodingBench] = {
     "8b-like": DecodingBench(),
     "wide-vocab": DecodingBench(vocab_size=126464, d_model=512),
@@ -151,6 +164,12 @@ class Work:
     problems: list[WordProblem] = field(default_factory=list)
     tokenizer: Any = None
 
+    @property
+    def stops(self) -> list[int]:
+        """The stop tokens."""
+        stops = self.limits.get("eos_token_id")
+        return stops if isinstance(stops, list) else [] if stops is None else [stops]
+
 
 @contextmanager
 def prepared(bench: DecodingBench, scale: float | None = None) -> Iterator[tuple[Work, float]]:
@@ -175,7 +194,7 @@ def _checkpoint(bench: DecodingBench) -> Work:
     from ..commands.generate import load
 
     model, tokenizer = load(bench.model, device=bench.device, dtype=bench.dtype)
-    problems = generate_problems(bench.prompts, split="test", seed=SEED)
+    problems = generate_problems(bench.count, split="test", seed=SEED)
     chats = [[{"role": "user", "content": problem.question}] for problem in problems]
     groups = [chats[start : start + bench.batch_size] for start in range(0, len(chats), bench.batch_size)]
     batches = [
@@ -212,7 +231,7 @@ def _random(bench: DecodingBench) -> Work:
         if weight.ndim > 1:
             weight.normal_(std=1.0 if "embed_tokens" in name else 1.5 * weight.shape[1] ** -0.5)
     model = model.to(getattr(torch, bench.dtype)).to(bench.device)
-    prompts = torch.randint(last - 1, (bench.prompts, bench.prompt_length)).to(bench.device)
+    prompts = torch.randint(last - 1, (bench.count, bench.prompt_length)).to(bench.device)
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in prompts.split(bench.batch_size)]
     return Work(model, batches, {"max_new_tokens": bench.new_tokens, "pad_token_id": last - 1})
 

@@ -4,11 +4,11 @@ Written from what the published code of d3LLM does, for models whose logits row 
 
     llada      a quota of the surest candidates of a block in each forward, as LLaDA's own loop
     dparallel  block by block, by an entropy threshold: d3LLM's `generate`, the baseline of its paper
-    d3llm      several blocks at once: d3LLM's `generate_multi_block`, with the delayed cache its `..._kv_cache`
+    d3llm      several blocks at once: d3LLM's `generate_multi_block`, with the delayed cache `..._kv_cache`
 
 What it spends is what the reference spends: every forward is over the whole canvas (with the cache, over everything
-behind what is cached), the head runs at all of its positions, and softmax, entropy and argmax are taken in float64 over
-the whole vocabulary at every position of the canvas, decided or not. What it decides is the reference's with its
+behind what is cached), the head runs at all of its positions, and softmax and entropy are taken in float64 over the
+whole vocabulary at every position of the canvas, decided or not. What it decides is the reference's with its
 defects corrected as in `generate`, so that both can give the same tokens:
 
 * the mask token is never committed (its probability still counts);
@@ -54,7 +54,7 @@ def plain_generate(
     attention_mask: torch.Tensor | None = None,
     *,
     max_new_tokens: int,
-    eos_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
     **settings: Any,
 ) -> PlainOutput:
@@ -77,8 +77,10 @@ def plain_generate(
             f"`model` must predict token i in logits row i (got logit_shift={model.logit_shift}). The plain loops are "
             "those of LLaDA: pass such a checkpoint."
         )
-    pad = eos_token_id if pad_token_id is None else pad_token_id
-    tokens = _Tokens(model.config.mask_token_id, eos_token_id, model.config.mask_token_id if pad is None else pad)
+    stops = input_ids.new_tensor([] if eos_token_id is None else eos_token_id).reshape(-1)
+    if pad_token_id is None:
+        pad_token_id = int(stops[0]) if len(stops) else model.config.mask_token_id
+    tokens = _Tokens(model.config.mask_token_id, stops, pad_token_id)
     canvas = torch.cat([input_ids, input_ids.new_full((len(input_ids), max_new_tokens), tokens.mask)], dim=1)
     seen = torch.ones_like(canvas)
     if attention_mask is not None:
@@ -129,10 +131,10 @@ def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Tokens:
     mask: int
-    stop: int | None
+    stops: torch.Tensor
     fill: int
 
 
@@ -250,9 +252,7 @@ class _Row:
 
     def first_stop(self) -> int | None:
         """Position of the first stop token that was decided."""
-        if self.tokens.stop is None:
-            return None
-        found = (self.canvas[self.prompt_length :] == self.tokens.stop).nonzero()
+        found = torch.isin(self.canvas[self.prompt_length :], self.tokens.stops).nonzero()
         return self.prompt_length + int(found[0]) if len(found) else None
 
     def finished(self) -> bool:
