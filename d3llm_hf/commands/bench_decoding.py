@@ -20,7 +20,7 @@ _SIZES: dict[str, tuple[str, type, str]] = {
     "d_model": ("d_model", int, "width of the model"),
     "layers": ("layers", int, "layers of the model"),
     "prompt_length": ("prompt_length", int, "prompt, in tokens"),
-    "sure": ("sure", float, "share of a block that the random model is sure of from the start"),
+    "sure": ("sure", float, "share of the masks that the random model is sure of"),
 }
 _RUNS: dict[str, tuple[str, type, str]] = {
     "max_new_tokens": ("new_tokens", int, "answer canvas, in tokens"),

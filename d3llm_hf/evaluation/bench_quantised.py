@@ -4,6 +4,7 @@ Rows that a machine cannot measure say why: the library is not installed, or wha
 """
 
 import importlib.metadata
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ def _bitsandbytes(bench: DecodingBench) -> Any:
 
     from ..hub import checkpoint_source
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says in every product that it casts to float16
     return AutoModelForCausalLM.from_pretrained(
         checkpoint_source(bench.model),
         dtype=torch.float32,

@@ -5,8 +5,8 @@ token in each forward or all at once. The random models here are made *decisive*
 
 * weight matrices have a standard deviation of `1.5 / sqrt(inputs)` and embeddings one of 1, so that attention is
   peaked and masks at different places have different hidden states;
-* the head is scaled until a share `sure` of the first block's positions has an entropy under the method's threshold in
-  the first forward, over nothing but masks ([`decisive_scale`]).
+* the head is scaled until a share `sure` of the masks has an entropy under the method's threshold while half of the
+  answer is decided, at random ([`decisive_scale`]).
 
 How many tokens a forward then decides is for the decoding to show; the results have it. `schedule` fixes it instead.
 """
@@ -26,6 +26,7 @@ from .word_problems import WordProblem, generate_problems
 
 
 _HEAD_WIDTH = 64
+_FIRST_BLOCKS = 4  # whose masks a random model's head is scaled by
 _LEAST = {"vocab_size": 16, "prompts": 0, "schedule": 0, "seed": 0}
 _FIXED = {"remasking", "cfg_scale", "lossless", "draft_length"}  # the plain loops have but one value of them
 DTYPES = ("float32", "bfloat16", "float16")
@@ -46,7 +47,7 @@ class DecodingBench:
         settings (`dict`): Of the decoding, as `generate` takes them. The method is one that the reference has
             (`plain_decoding.METHODS_AND_CACHES`), the cache any.
         schedule (`int`): Tokens that every forward decides, by LLaDA's quota; 0 leaves that to the method.
-        sure (`float`): Share of the first block's positions that a random model is sure of.
+        sure (`float`): Share of the masks that a random model is sure of when half of the answer is decided.
         dtype (`str`): Of weights and activations.
         device (`str`): `"cpu"` or `"cuda"`.
         threads (`int`): Threads of a CPU.
@@ -236,14 +237,28 @@ def _random(bench: DecodingBench) -> Work:
     return Work(model, batches, {"max_new_tokens": bench.new_tokens, "pad_token_id": last - 1})
 
 
+def half_decided(bench: DecodingBench, work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first batch with every other position of the answer decided at random, on average.
+
+    Returns:
+        the canvases and which of their positions are masks within the first blocks, `(B, L)` each.
+    """
+    generator = torch.Generator().manual_seed(bench.seed)
+    mask, prompt = work.model.config.mask_token_id, work.batches[0]["input_ids"].cpu()
+    shape = (len(prompt), bench.new_tokens)
+    answer = torch.randint(mask - 1, shape, generator=generator)
+    hidden = torch.rand(shape, generator=generator) < 0.5
+    canvas = torch.cat([prompt, answer.masked_fill(hidden, mask)], dim=1)
+    wanted = canvas == mask
+    wanted[:, prompt.shape[1] + _FIRST_BLOCKS * bench.block_length :] = False
+    return canvas.to(work.model.device), wanted.to(work.model.device)
+
+
 def decisive_scale(bench: DecodingBench, work: Work) -> float:
-    """The factor of the head's weights with which a share `sure` of the first block lies under the threshold."""
+    """The factor of the head's weights with which a share `sure` of the masks lies under the threshold."""
     threshold = bench.decoding.get("entropy_threshold", METHODS["d3llm"]["entropy_threshold"])
-    ids = work.batches[0]["input_ids"]
-    canvas = torch.cat([ids, ids.new_full((len(ids), bench.new_tokens), work.model.config.mask_token_id)], dim=1)
-    wanted = torch.zeros_like(canvas, dtype=torch.bool)
-    wanted[:, bench.prompt_length : bench.prompt_length + bench.block_length] = True
-    logits = work.model(input_ids=canvas, logits_to_keep=wanted, use_cache=False).logits.float()  # (B * block, V)
+    canvas, wanted = half_decided(bench, work)
+    logits = work.model(input_ids=canvas, logits_to_keep=wanted, use_cache=False).logits.float()  # (n, V)
 
     def level(scale: float) -> float:
         scaled = (logits * scale).log_softmax(-1)

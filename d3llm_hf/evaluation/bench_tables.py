@@ -130,7 +130,7 @@ def _shape(results: dict[str, Any]) -> str:
     else:
         what = (
             f"a random LLaDA ({shape['layers']} layers of width {shape['d_model']}, {shape['vocab_size']} tokens), "
-            f"sure of {100 * shape['sure']:.0f} % of a block from the start, {shape['prompt_length']} tokens of prompt"
+            f"sure of {100 * shape['sure']:.0f} % of the masks, {shape['prompt_length']} tokens of prompt"
         )
     return f"{what}, {shape['new_tokens']} new tokens, batch {shape['batch_size']}, {shape['dtype']}"
 

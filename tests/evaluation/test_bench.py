@@ -15,9 +15,9 @@ from tiny import tiny_prompt, trained_like
 
 from d3llm_hf import cli
 from d3llm_hf.commands import bench_decoding
-from d3llm_hf.evaluation import bench, bench_growth, bench_quantised, bench_split, tables
+from d3llm_hf.evaluation import bench, bench_growth, bench_quantised, bench_split, memory, tables
 from d3llm_hf.evaluation.bench import BASELINE, OURS
-from d3llm_hf.evaluation.bench_shapes import SHAPES, DecodingBench, prepared
+from d3llm_hf.evaluation.bench_shapes import SHAPES, DecodingBench, half_decided, prepared
 from d3llm_hf.evaluation.plain_decoding import entropies, plain_generate
 from d3llm_hf.models import caching, generation_d3llm
 
@@ -59,14 +59,13 @@ def test_the_head_of_the_8b_like_shape_has_the_share_of_weights_that_lladas_has(
     assert SHAPES["wide-vocab"].vocab_size == 126464 and SHAPES["wide-vocab"].d_model == 512
 
 
-def test_a_random_model_is_sure_of_the_wanted_share_of_its_first_block():
-    shape = replace(TINY, vocab_size=256, block_length=16, sure=0.25, settings={"entropy_threshold": 0.4})
+def test_a_random_model_is_sure_of_the_wanted_share_of_masks():
+    shape = replace(TINY, vocab_size=256, new_tokens=64, sure=0.25, settings={"entropy_threshold": 0.4})
     with prepared(shape) as (work, scale):
-        ids = work.batches[0]["input_ids"]
-        mask = work.model.config.mask_token_id
-        canvas = torch.cat([ids, torch.full((1, 16), mask)], dim=1)
-        found = entropies(work.model(input_ids=canvas).logits[0, -16:])
-    assert 3 <= int((found <= 0.4).sum()) <= 5 and scale != 1.0
+        canvas, wanted = half_decided(shape, work)
+        found = entropies(work.model(input_ids=canvas).logits[wanted])
+    assert 0.2 <= (found <= 0.4).double().mean() <= 0.3 and scale != 1.0
+    assert len(found) == wanted[:, 8 : 8 + 4 * 8].sum() and 8 <= len(found) <= 24
     with prepared(shape, scale) as (again, same):
         assert torch.equal(again.model.lm_head.weight, work.model.lm_head.weight) and same == scale
 
@@ -372,6 +371,12 @@ def test_rows_of_another_machine_stand_behind_those_of_a_cpu(tmp_path):
     text = tables.fill(document)
     assert "| float32, on CUDA | 90.0 % |" in text and "not measured" not in text and "CUDA (a GPU), torch t" in text
     assert "not measured" not in tables.table(other)
+
+
+@pytest.mark.slow
+def test_each_contestants_memory_is_measured_in_a_process_of_its_own():
+    before, peak = memory.in_fresh_process(bench.memory, TINY, OURS, 2.0)
+    assert 0 < before <= peak
 
 
 # On a GPU

@@ -8,9 +8,9 @@ from d3llm_hf.evaluation import plain_decoding
 from d3llm_hf.evaluation.plain_decoding import plain_generate
 
 
-LLADA = {"decoding_method": "llada", "block_length": 8}
-DPARALLEL = {"decoding_method": "dparallel", "block_length": 8, "entropy_threshold": 0.9}
-D3LLM = {"decoding_method": "d3llm", "block_length": 8, "entropy_threshold": 0.9}
+LLADA = {"decoding_method": "llada", "block_length": 4}
+DPARALLEL = {"decoding_method": "dparallel", "block_length": 4, "entropy_threshold": 0.9}
+D3LLM = {"decoding_method": "d3llm", "block_length": 4, "entropy_threshold": 0.9}
 DELAYED = D3LLM | {"kv_cache": "delayed"}
 PROMPTS = [tiny_prompt(0, 5), tiny_prompt(10, 9), tiny_prompt(20, 7)]
 
@@ -19,7 +19,7 @@ def both(monkeypatch, stop=None, seed=0, **settings):
     """What `generate` and the plain loop give for the same arguments."""
     model = trained_like("llada", seed)
     monkeypatch.setattr(model.generation_config, "eos_token_id", stop)
-    inputs = left_padded(PROMPTS) | {"max_new_tokens": 21, "pad_token_id": PAD, "eos_token_id": stop} | settings
+    inputs = left_padded(PROMPTS) | {"max_new_tokens": 13, "pad_token_id": PAD, "eos_token_id": stop} | settings
     return model.generate(**inputs, return_dict_in_generate=True), plain_generate(model, **inputs)
 
 
@@ -44,7 +44,7 @@ def both(monkeypatch, stop=None, seed=0, **settings):
 def test_the_plain_loop_gives_the_tokens_of_generate_in_as_many_forwards(monkeypatch, settings, stops):
     ours, plain = both(monkeypatch, **settings)
     if stops:
-        stop = int(plain.sequences[0, 9 + 12])
+        stop = int(plain.sequences[0, 9 + 7])
         ours, plain = both(monkeypatch, stop=[stop], **settings)
         assert (plain.sequences[:, 9:] == stop).any()
     assert plain.sequences.tolist() == ours.sequences.tolist()
@@ -55,7 +55,7 @@ def test_the_plain_loop_gives_the_tokens_of_generate_in_as_many_forwards(monkeyp
 def test_without_a_cache_every_forward_is_over_the_whole_canvas(monkeypatch):
     _, plain = both(monkeypatch, **D3LLM)
     assert plain.positions_computed.tolist() == [
-        (len(prompt) + 21) * forwards for prompt, forwards in zip(PROMPTS, plain.num_forwards.tolist(), strict=True)
+        (len(prompt) + 13) * forwards for prompt, forwards in zip(PROMPTS, plain.num_forwards.tolist(), strict=True)
     ]
 
 
@@ -64,7 +64,7 @@ def test_statistics_are_taken_in_float64_at_every_position_of_the_canvas(monkeyp
     entropies = plain_decoding.entropies
     monkeypatch.setattr(plain_decoding, "entropies", lambda logits: (seen.append(logits), entropies(logits))[1])
     both(monkeypatch, **DELAYED)
-    assert {tuple(logits.shape) for logits in seen} == {(len(prompt) + 21, 32) for prompt in PROMPTS}
+    assert {tuple(logits.shape) for logits in seen} == {(len(prompt) + 13, 32) for prompt in PROMPTS}
     assert entropies(seen[0]).dtype == torch.float64
     assert any(logits[0].isinf().all() for logits in seen)  # what the cache holds was not forwarded, yet is scored
 
