@@ -11,13 +11,10 @@ All have the same draws. A step is a forward and a backward pass; the optimizer,
 
 from __future__ import annotations
 
-import multiprocessing
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -26,7 +23,7 @@ import torch
 
 from d3llm_hf import LLaDAConfig, LLaDAModelLM
 from d3llm_hf.evaluation.measure import environment
-from d3llm_hf.evaluation.memory import peak_memory
+from d3llm_hf.evaluation.memory import in_fresh_process, machine, peak_memory, threads
 
 from .distill_config import PseudoTrajectoryDistillConfig
 from .distill_trainer import PseudoTrajectoryDistillTrainer
@@ -142,7 +139,7 @@ def prepared(
         **special,
     )
     device = torch.device(bench.device)
-    with _threads(bench.threads), torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+    with threads(bench.threads), torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(_SEED)
         model = LLaDAModelLM(config).to(getattr(torch, bench.dtype)).to(device)
         args = PseudoTrajectoryDistillConfig(
@@ -165,16 +162,6 @@ def prepared(
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             batches.append(_with_predicted_tokens(model, trainers[OURS], batch))
         yield model, trainers, batches
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass
@@ -300,12 +287,6 @@ def _positions(trainer: PseudoTrajectoryDistillTrainer, batch: Mapping[str, torc
     }
 
 
-def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function returns in a process of its own that starts from nothing."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-        return fresh.submit(function, *args).result()
-
-
 def measure_training(bench: TrainBench) -> dict[str, Any]:
     """Checks that all variants agree, and measures them.
 
@@ -331,7 +312,8 @@ def measure_training(bench: TrainBench) -> dict[str, Any]:
         "parameters": parameters,
         "positions": positions,
         "agreement": agreed,
-        "provenance": environment() | {"device": bench.device, "threads": bench.threads, "machine": _machine(bench)},
+        "provenance": environment()
+        | {"device": bench.device, "threads": bench.threads, "machine": machine(bench.device)},
         "rows": [_row(name, taken, usage) for name in VARIANTS],
     }
 
@@ -354,7 +336,3 @@ def _row(
         "peak_ratio": round(peak / base_peak, 3),
         "step_ratio": round((peak - before) / max(base_peak - base_before, 1), 3),
     }
-
-
-def _machine(bench: TrainBench) -> str:
-    return torch.cuda.get_device_name() if bench.device == "cuda" else platform.machine()

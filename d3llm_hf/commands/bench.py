@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from . import bench_decoding
 from .common import new_parser, tell
 
 
@@ -36,6 +37,7 @@ def add_parser(subparsers) -> None:
     train.add_argument("--complementary", action=argparse.BooleanOptionalAction, help="learn from both views")
     train.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
     train.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the results as JSON, too")
+    bench_decoding.add_parsers(benchmarks)
 
 
 def run_train(args: argparse.Namespace) -> None:

@@ -51,4 +51,145 @@ def training_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"bench_train": training_table}
+# Column -> its text for a row of `bench.measure_decoding`.
+_DECODE: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tokens/s": lambda row: f"{row['tokens_per_second']:.2f}",
+    "faster": lambda row: f"{row['speedup']:.2f} x",
+    "faster (CPU s)": lambda row: f"{row['cpu_speedup']:.2f} x",
+    "forwards": lambda row: f"{row['forwards']}",
+    "tokens per forward": lambda row: f"{row['tpf']:.2f}",
+    "positions per token": lambda row: f"{row['positions_per_token']:.0f}",
+    "same tokens": lambda row: f"{row['equal_tokens']:.1f} %",
+    **{
+        f"{part}, s": lambda row, part=part: f"{row['split'][part]:.2f}"
+        for part in ("backbone", "head", "decide", "cache", "rest")
+    },
+    "decide + head of backbone": lambda row: f"{100 * row['overhead']:.0f} %",
+    "of the matmul rate": lambda row: f"{100 * row['matmul_fraction']:.0f} %",
+    "peak, GB": lambda row: f"{row['peak_bytes'] / 1e9:.2f}",
+}
+_GROWTH: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tokens/s": lambda row: f"{row['tokens_per_second']:.2f}",
+    "faster": lambda row: f"{row['speedup']:.2f} x",
+    "faster (CPU s)": lambda row: f"{row['cpu_speedup']:.2f} x",
+    "ms a forward": lambda row: f"{row['ms_per_step']:.1f}",
+    "positions per token": lambda row: f"{row['positions_per_token']:.0f}",
+    "same tokens": lambda row: f"{row['equal_tokens']:.1f} %",
+}
+_QUANTISED: dict[str, Callable[[dict[str, Any]], str]] = {
+    "accuracy": lambda row: f"{row['accuracy']:.1f} %",
+    "same tokens": lambda row: f"{row['equal_tokens']:.1f} %",
+    "tokens per forward": lambda row: f"{row['tpf']:.2f}",
+    "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
+    "faster": lambda row: f"{row['speedup']:.2f} x",
+    "faster (CPU s)": lambda row: f"{row['cpu_speedup']:.2f} x",
+    "weights, MB": lambda row: f"{row['weight_bytes'] / 1e6:.2f}",
+}
+NOT_MEASURED = "not measured"
+_AXES = {"prompt_length": "prompt", "new_tokens": "answer", "batch_size": "batch"}
+
+
+def _lines(head: str, columns: dict[str, Callable], named: list[tuple[str, dict[str, Any] | str]]) -> list[str]:
+    """A table of named rows; a text in place of a row says why there are no figures."""
+    lines = [f"| {head} | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    for name, row in named:
+        missing = row if isinstance(row, str) else row.get("reason")
+        texts = [missing] + [""] * (len(columns) - 1) if missing else [text(row) for text in columns.values()]
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return lines
+
+
+def _with_cuda(
+    results: dict[str, Any], name: Callable[[dict[str, Any]], str]
+) -> list[tuple[str, dict[str, Any] | str]]:
+    """The rows, and behind those of a CPU the ones that another machine has given for CUDA, or that there are none."""
+    named: list[tuple[str, dict[str, Any] | str]] = [(name(row), row) for row in results["rows"]]
+    if results["provenance"]["device"] == "cuda":
+        return named
+    if "cuda" in results:
+        return named + [(f"{name(row)}, on CUDA", row) for row in results["cuda"]["rows"]]
+    return [*named, ("on CUDA", NOT_MEASURED)]
+
+
+def _where(results: dict[str, Any]) -> str:
+    """Machine and versions of a results file, and of the one for CUDA beside it."""
+    made = results["provenance"]
+    threads = f", threads: {made['threads']}" if made["device"] == "cpu" else ""
+    text = f"{made['device'].upper()} ({made['machine']}){threads}, torch {made['torch']}, transformers "
+    text += f"{made['transformers']}."
+    if "cuda" in results:
+        text += f" {_where(results['cuda'])}"
+    return text
+
+
+def _shape(results: dict[str, Any]) -> str:
+    """What was decoded, and by which settings."""
+    shape = results["shape"]
+    if shape["model"]:
+        what = f"`{shape['model']}` on word problems, {shape['prompts'] or shape['batch_size']} of them"
+    else:
+        what = (
+            f"a random LLaDA ({shape['layers']} layers of width {shape['d_model']}, {shape['vocab_size']} tokens), "
+            f"sure of {100 * shape['sure']:.0f} % of the masks, {shape['prompt_length']} tokens of prompt"
+        )
+    return f"{what}, {shape['new_tokens']} new tokens, batch {shape['batch_size']}, {shape['dtype']}"
+
+
+def _settings(row: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value!r}`" for name, value in row["settings"].items())
+
+
+def decoding_table(results: dict[str, Any]) -> str:
+    """The Markdown of a results file of `d3llm bench decode`, with what it takes to repeat it."""
+    columns = dict(_DECODE)
+    if results["shape"]["model"]:
+        columns = {"accuracy": lambda row: f"{row['accuracy']:.1f} %"} | columns
+    lines = _lines("decoding", columns, _with_cuda(results, lambda row: row["name"]))
+    lines += [
+        "",
+        f"Decoded: {_shape(results)}; {_settings(results['rows'][-1])}. “plain” is the loop of the reference: every "
+        "forward over the whole canvas, the head at all of its positions, softmax and entropy in float64 over the "
+        "whole vocabulary. The contestants take turns; times are medians over "
+        f"{results['shape']['repeats']} turns, ratios medians within a turn, of tokens a second. Same tokens: with "
+        "those of the first row. The parts of a turn are taken apart in turns of their own. Of the matmul rate: what "
+        "the backbone reaches of bare products of its shapes, measured in the same run. Peak: of a fresh process, "
+        f"with model and libraries. {_where(results)} Regenerate: `{results['command']}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def growth_table(results: dict[str, Any]) -> str:
+    """The Markdown of a results file of `d3llm bench growth`."""
+
+    def name(row: dict[str, Any]) -> str:
+        return f"{_AXES[row['axis']]} {row['value']}, {row['name']}"
+
+    lines = _lines("point", _GROWTH, _with_cuda(results, name))
+    lines += [
+        "",
+        f"One axis at a time from {_shape(results)}; {_settings(results['rows'][-1])}. Times are medians over "
+        f"{results['shape']['repeats']} turns. {_where(results)} Regenerate: `{results['command']}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def quantised_table(results: dict[str, Any]) -> str:
+    """The Markdown of a results file of `d3llm bench quantised`."""
+    libraries = ", ".join(f"{name} {version}" for name, version in results["libraries"].items() if version)
+    lines = _lines("weights", _QUANTISED, _with_cuda(results, lambda row: row["name"]))
+    lines += [
+        "",
+        f"`{results['model']}` on {results['problems']} held-out word problems, at most {results['new_tokens']} new "
+        f"tokens, greedy, batches of {results['batch_size']}, the rows taking turns batch by batch; "
+        f"{_settings(results) or 'the settings of the checkpoint'}. Same tokens: with those of the first row. "
+        f"{libraries + '. ' if libraries else ''}{_where(results)} Regenerate: `{results['command']}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "bench_train": training_table,
+    "bench_decode": decoding_table,
+    "bench_growth": growth_table,
+    "bench_quantised": quantised_table,
+}

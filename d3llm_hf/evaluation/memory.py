@@ -1,8 +1,13 @@
 """Peak memory of a piece of work: the allocator's on CUDA, the process' resident memory elsewhere."""
 
+import multiprocessing
+import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +41,28 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> tuple[int, 
     before = _max_rss()
     work()
     return before, _max_rss()
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns in a process of its own that starts from nothing."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(function, *args).result()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Lets torch use so many threads of a CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def machine(device: str) -> str:
+    """What the device is called."""
+    return torch.cuda.get_device_name() if device == "cuda" else platform.machine()
 
 
 def _status(field: str) -> int:

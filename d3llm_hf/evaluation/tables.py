@@ -97,6 +97,13 @@ def _rows(suite: Suite, rows: list[dict[str, Any]]) -> list[str]:
     return lines + [f"| {' | '.join(text(row, by_name) for _, _, text in columns)} |" for row in rows]
 
 
+def _loaded(source: Path) -> dict[str, Any]:
+    """A results file; as its `cuda` the one that `d3llm bench all` has written beside it, where there is one."""
+    results = json.loads(source.read_text(encoding="utf-8"))
+    cuda = source.with_name(f"{source.stem}-cuda.json")
+    return results | {"cuda": json.loads(cuda.read_text(encoding="utf-8"))} if cuda.is_file() else results
+
+
 def fill(document: Path) -> str:
     """The document's text with every marked table made anew.
 
@@ -111,7 +118,7 @@ def fill(document: Path) -> str:
                 f"The marker in {document.name} must name a results file (got {match['file']!r}). Correct the marker, "
                 "or make the file with `python -m d3llm_hf.evaluation.measure` or `d3llm bench`."
             )
-        return match[1] + table(json.loads(source.read_text(encoding="utf-8"))) + match[3]
+        return match[1] + table(_loaded(source)) + match[3]
 
     text, count = _MARKED.subn(replacement, document.read_text(encoding="utf-8"))
     if not count:

@@ -224,7 +224,7 @@ def test_help_explains_the_bench(run):
     ("argv", "pattern"),
     [
         ([], "the following arguments are required: BENCHMARK"),
-        (["decode"], "invalid choice: 'decode'"),
+        (["encode"], "invalid choice: 'encode'"),
         (["train", "--shape", "huge"], r"`--shape` must be one of \['wide-vocab', 'tiny'\] \(got 'huge'\)"),
         (["train", "--layers", "x"], "argument --layers: invalid int value: 'x'"),
         (["train", "--layers", "0"], r"`layers` must be at least 1 \(got 0\)"),

@@ -1,0 +1,213 @@
+"""`d3llm bench decode`, `growth`, `quantised` and `all`."""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import new_parser, tell
+from .generate import SETTINGS
+
+
+if TYPE_CHECKING:
+    from ..evaluation.bench_shapes import DecodingBench
+
+# Option -> field of `DecodingBench`, type and help. What is not given is the shape's.
+_SIZES: dict[str, tuple[str, type, str]] = {
+    "vocab_size": ("vocab_size", int, "tokens of the vocabulary"),
+    "d_model": ("d_model", int, "width of the model"),
+    "layers": ("layers", int, "layers of the model"),
+    "prompt_length": ("prompt_length", int, "prompt, in tokens"),
+    "sure": ("sure", float, "share of the masks that the random model is sure of"),
+}
+_RUNS: dict[str, tuple[str, type, str]] = {
+    "max_new_tokens": ("new_tokens", int, "answer canvas, in tokens"),
+    "block_length": ("block_length", int, "positions of a block"),
+    "batch_size": ("batch_size", int, "rows of a batch"),
+    "prompts": ("prompts", int, "prompts that a turn decodes (default: a batch)"),
+    "dtype": ("dtype", str, "float32, bfloat16 or float16"),
+    "threads": ("threads", int, "threads of a CPU"),
+    "repeats": ("repeats", int, "turns of each contestant"),
+    "seed": ("seed", int, "of random weights and prompts"),
+}
+_SCHEDULE = {"schedule": ("schedule", int, "tokens that every forward decides, by LLaDA's quota")}
+_OWN = {*_SIZES, *_RUNS}
+_run = subprocess.run
+
+# Names of results files -> the command that fills them. `bench all` runs them, each in a process of its own.
+COMMITTED: dict[str, str] = {
+    "bench_train": "train",
+    "bench_decode_8b_like": "decode --shape 8b-like",
+    "bench_decode_8b_like_bf16": "decode --shape 8b-like --dtype bfloat16",
+    "bench_decode_8b_like_batch": "decode --shape 8b-like --batch-size 8",
+    "bench_decode_wide_vocab": "decode --shape wide-vocab",
+    "bench_decode_wide_vocab_bf16": "decode --shape wide-vocab --dtype bfloat16",
+    "bench_decode_checkpoint": (
+        "decode --model d3llm-llada --max-new-tokens 64 --block-length 16 --entropy-threshold 0.3 --kv-cache delayed "
+        "--cache-delay 1 --prompts 50"
+    ),
+    "bench_decode_checkpoint_dual": (
+        "decode --model d3llm-llada --max-new-tokens 64 --block-length 16 --entropy-threshold 0.3 --kv-cache dual "
+        "--prompts 50"
+    ),
+    "bench_growth": "growth --d-model 512 --prompt-lengths 128 512 2048 --answer-lengths 64 128 256 512 "
+    "--batch-sizes 1 2 4 8",
+    "bench_quantised": "quantised",
+}
+
+
+def add_parsers(benchmarks) -> None:
+    """Adds the subcommands to those of `d3llm bench`."""
+    decode = new_parser(benchmarks, "decode", run_decode, "Speed of decoding, beside a plain loop of the same method")
+    decode.add_argument("--shape", help="8b-like (the default), wide-vocab or tiny: a model with random weights")
+    decode.add_argument("--model", default="", help="a checkpoint in place of it, which answers word problems")
+    _add_options(decode, _SIZES | _RUNS | _SCHEDULE)
+
+    growth = new_parser(benchmarks, "growth", run_growth, "Cost by prompt length, answer length and batch")
+    growth.add_argument("--shape", help="the shape whose axes are changed, as of decode")
+    for option, text in (("prompt-lengths", "prompts"), ("answer-lengths", "answers"), ("batch-sizes", "batches")):
+        growth.add_argument(f"--{option}", type=int, nargs="*", default=[], metavar="N", help=f"{text} to measure")
+    growth.add_argument("--no-picture", action="store_true", help="write no SVG beside the results")
+    _add_options(growth, _SIZES | _RUNS | _SCHEDULE)
+
+    quantised = new_parser(benchmarks, "quantised", run_quantised, "Accuracy and speed with int8 weights")
+    quantised.add_argument("--model", default="d3llm-llada", help="a checkpoint (default: d3llm-llada)")
+    _add_options(
+        quantised, {name: option for name, option in _RUNS.items() if name not in ("dtype", "repeats", "seed")}
+    )
+    quantised.set_defaults(prompts=100, max_new_tokens=64)
+
+    every = new_parser(benchmarks, "all", run_all, "Fill every results file of a device")
+    every.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the results files")
+    every.add_argument("--device", default="cuda", help="cuda (the default), whose files end in -cuda.json, or cpu")
+    every.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(COMMITTED)}")
+
+
+def _add_options(parser: argparse.ArgumentParser, options: dict[str, tuple[str, type, str]]) -> None:
+    for name, (_, kind, text) in options.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
+    parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the results as JSON, too")
+    group = parser.add_argument_group("decoding", "As of `d3llm generate`; what is not given is the method's.")
+    for name, (kind, text) in SETTINGS.items():
+        if name in _OWN:
+            continue
+        flags = [f"--{name.replace('_', '-')}", *(["--method"] if name == "decoding_method" else [])]
+        if kind is bool:
+            group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            group.add_argument(*flags, type=kind, metavar=kind.__name__.upper(), help=text)
+
+
+def _bench(args: argparse.Namespace, **more: Any) -> "DecodingBench":
+    """The shape, with what the options change.
+
+    Raises:
+        ValueError: For an unknown shape, or a value outside its range.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from ..evaluation.bench_shapes import SHAPES, DecodingBench
+
+    name = getattr(args, "shape", None)
+    if name is not None and name not in SHAPES:
+        raise ValueError(f"`--shape` must be one of {list(SHAPES)} (got {name!r}). Change it by other options.")
+    model = getattr(args, "model", "")
+    if model and (name or any(getattr(args, option, None) is not None for option in _SIZES)):
+        raise ValueError(
+            f"`--model` has sizes of its own (got {model!r} with a shape or sizes). Leave out one of them."
+        )
+    chosen = {
+        option[0]: getattr(args, flag)
+        for flag, option in (_SIZES | _RUNS | _SCHEDULE).items()
+        if getattr(args, flag, None) is not None
+    }
+    settings = {key: getattr(args, key) for key in SETTINGS if key not in _OWN and getattr(args, key) is not None}
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    shape = DecodingBench() if name is None else SHAPES[name]
+    return replace(shape, **chosen, **more, model=model, settings=settings, device=device)
+
+
+def run_decode(args: argparse.Namespace) -> None:
+    from ..evaluation.bench import measure_decoding
+
+    _write(args, measure_decoding(_bench(args)))
+
+
+def run_growth(args: argparse.Namespace) -> None:
+    from ..evaluation.bench_growth import draw, growth_bench, measure_growth
+
+    axes = {
+        "prompt_length": args.prompt_lengths,
+        "new_tokens": args.answer_lengths,
+        "batch_size": args.batch_sizes,
+    }
+    results = measure_growth(growth_bench(_bench(args)), axes)
+    _write(args, results)
+    if args.output is None or args.no_picture:
+        return
+    picture = args.output.with_suffix(".svg")
+    try:
+        picture.write_bytes(draw(results, "svg"))
+    except ImportError as error:
+        tell(str(error))
+    else:
+        tell(f"wrote {picture}")
+
+
+def run_quantised(args: argparse.Namespace) -> None:
+    from ..evaluation.bench_quantised import measure_quantised
+
+    _write(args, measure_quantised(_bench(args)))
+
+
+def _write(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Prints the table, and writes the results with the command that repeats them."""
+    from ..evaluation.measure import write_json
+    from ..evaluation.tables import table
+
+    results["command"] = command_of(args)
+    sys.stdout.write(table(results))
+    if args.output is not None:
+        write_json(args.output, results)
+        tell(f"wrote {args.output}")
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command that repeats a measurement, without folders of this machine."""
+    words = ["d3llm bench", args.run.__name__.removeprefix("run_")]
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in ("run", "debug", "output") or value in (None, "", []):
+            continue
+        if name == "no_picture":
+            words += [flag] * value
+        elif isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            words.append(f"{flag} {' '.join(map(str, value))}")
+        elif (name, value) != ("device", "auto"):
+            words.append(f"{flag} {Path(value).name if Path(str(value)).is_absolute() else value}")
+    if args.output is not None:
+        words.append(f"-o {args.output.name if args.output.is_absolute() else args.output.as_posix()}")
+    return " ".join(words)
+
+
+def run_all(args: argparse.Namespace) -> None:
+    names = args.only or list(COMMITTED)
+    unknown = [name for name in names if name not in COMMITTED]
+    if unknown:
+        raise ValueError(f"`--only` must name some of {list(COMMITTED)} (got {unknown}). Correct the name.")
+    failed = []
+    for name in names:
+        path = args.output / f"{name}{'-cuda' if args.device == 'cuda' else ''}.json"
+        words = [*shlex.split(COMMITTED[name]), "--device", args.device, "-o", str(path)]
+        tell(f"d3llm bench {' '.join(words)}")
+        if _run([sys.executable, "-m", "d3llm_hf", "bench", *words]).returncode:
+            failed.append(name)
+    if failed:
+        raise ValueError(f"Some benches failed (got errors from {failed}, see above). Run them again with `--only`.")

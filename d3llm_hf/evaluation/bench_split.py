@@ -1,0 +1,184 @@
+"""Where the time of a decoding goes, and how near its backbone comes to what the machine's matmuls give.
+
+The parts of a turn are taken apart in turns of their own, since the clock that stands around each of them disturbs:
+
+    backbone  the layers of the model, without the cache below
+    head      the matrix of the vocabulary
+    decide    from logits to what is committed: softmax, entropy, argmax, and the rules that choose
+    cache     the plan of what to recompute, and writing keys and values
+    rest      all else: preparing inputs, books on rows, `generate`'s own preparations
+
+A part that runs within another counts as itself alone.
+"""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+import torch
+
+from ..models import caching, generation_d3llm
+from ..models.cache import SlotLayer
+from ..models.scoring import Scorer
+from . import plain_decoding
+
+
+PARTS = ("backbone", "head", "decide", "cache", "rest")
+
+_SECONDS_OF_MATMUL = 0.1
+
+
+class Stopwatch:
+    """Exclusive seconds of named parts of a piece of work, waiting for the device at every border.
+
+    Attributes:
+        seconds: of each of `PARTS`.
+    """
+
+    def __init__(self, device: str):
+        self.device = device
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._running: list[str] = []
+        self._since = 0.0
+
+    def _turn(self) -> None:
+        """Books what has passed since the last border."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What runs inside belongs to the part `name`."""
+        self._turn()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._turn()
+            self._running.pop()
+
+    def timed(self, function: Callable, name: str) -> Callable:
+        """The function, as part `name`."""
+
+        @wraps(function)
+        def inside(*args, **kwargs):
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        return inside
+
+
+@contextlib.contextmanager
+def taken_apart(model: torch.nn.Module, device: str) -> Iterator[Stopwatch]:
+    """Everything inside is decoding with `model`, by `generate` or the plain loop; its parts are timed."""
+    watch = Stopwatch(device)
+    attributes = [
+        (Scorer, "__call__", "decide"),
+        *(
+            (generation_d3llm, name, "decide")
+            for name in ("open_blocks", "candidates", "choose", "commit", "finished")
+        ),
+        *((plain_decoding, name, "decide") for name in ("entropies", "confidences", "best_tokens")),
+        *((kind, "decide", "decide") for kind in (plain_decoding._BlockByBlock, plain_decoding._MultiBlock)),
+        *((kind, "prepare", "decide") for kind in (plain_decoding._BlockByBlock, plain_decoding._MultiBlock)),
+        (generation_d3llm, "Plan", "cache"),
+        (SlotLayer, "update", "cache"),
+        (model.base_model, "forward", "backbone"),
+        (model.get_output_embeddings(), "forward", "head"),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, part in attributes:
+            stack.enter_context(_replaced(owner, name, watch.timed(getattr(owner, name), part)))
+        for kind, plan in list(caching.PLANS.items()):
+            caching.PLANS[kind] = watch.timed(plan, "cache")
+            stack.callback(caching.PLANS.__setitem__, kind, plan)
+        with watch.part("rest"):
+            yield watch
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+@contextlib.contextmanager
+def widths_seen(model: torch.nn.Module) -> Iterator[list[tuple[int, int]]]:
+    """Collects `(positions of all rows, keys of a row)` of each forward of the backbone."""
+    found: list[tuple[int, int]] = []
+
+    def note(module, args, kwargs) -> None:
+        ids, past = kwargs["input_ids"], kwargs.get("past_key_values")
+        before = 0 if past is None else past.get_seq_length()
+        slots = hasattr(past, "at")  # the decoder's own cache counts what it will hold, transformers' what it holds
+        found.append((ids.numel(), before if slots else before + ids.shape[1]))
+
+    handle = model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def layer_matrices(model: torch.nn.Module) -> list[tuple[int, int]]:
+    """`(outputs, inputs)` of every linear layer of the backbone."""
+    linear = (module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear))
+    return [(module.out_features, module.in_features) for module in linear]
+
+
+def backbone_flops(model: torch.nn.Module, forwards: list[tuple[int, int]]) -> float:
+    """Multiplications and additions of the backbone's matrices and attention in `forwards` of [`widths_seen`]."""
+    config = model.config.get_text_config()
+    matrices = 2.0 * sum(outputs * inputs for outputs, inputs in layer_matrices(model))
+    attention = 4.0 * config.hidden_size * config.num_hidden_layers  # for each pair of a query and a key
+    return sum(positions * (matrices + attention * keys) for positions, keys in forwards)
+
+
+def matmul_rate(model: torch.nn.Module, positions: int, repeats: int = 3) -> float:
+    """Operations a second that this machine reaches in bare products of the backbone's shapes and dtype.
+
+    Args:
+        positions: rows of the left factor, those of a forward.
+    """
+    shapes = layer_matrices(model)
+    device = model.device
+    seconds = 0.0
+    for outputs, inputs in set(shapes):
+        left = torch.randn(positions, inputs).to(model.dtype).to(device)
+        weight = torch.randn(outputs, inputs).to(model.dtype).to(device)
+        seconds += shapes.count((outputs, inputs)) * _seconds_of(
+            lambda left=left, weight=weight: torch.nn.functional.linear(left, weight), device.type, repeats
+        )
+    return 2.0 * positions * sum(outputs * inputs for outputs, inputs in shapes) / seconds
+
+
+def _seconds_of(product: Callable[[], torch.Tensor], device: str, repeats: int) -> float:
+    """Median seconds of a product, each measured over a tenth of a second or more."""
+
+    def run(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            product()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    run(1)
+    count = 1
+    while (taken := run(count)) < _SECONDS_OF_MATMUL:
+        count *= max(2, min(16, int(_SECONDS_OF_MATMUL / max(taken, 1e-6))))
+    return statistics.median([taken, *(run(count) for _ in range(repeats - 1))]) / count
