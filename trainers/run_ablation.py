@@ -132,7 +132,7 @@ def read_part(text: str) -> tuple[int, int]:
 
 def student_folder(folder: Path, arm: str, seed: int) -> Path:
     """Where a student is."""
-    return folder / f"{'-'.join(arm.replace('+', 'with').split())}-{seed}"
+    return folder / f"{'-'.join(arm.replace('+', 'with').replace(',', '').split())}-{seed}"
 
 
 def points_file(folder: Path, arm: str, seed: int | None) -> Path:
