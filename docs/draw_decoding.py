@@ -75,7 +75,7 @@ def draw(texts: Sequence[str], steps: Sequence[int], block_length: int) -> str:
         parts.append(_cell(kind, x, bottom + 10, HEIGHT, ""))
         parts.append(f'<text class="quiet left" x="{x + 28}" y="{bottom + 25}">{told}</text>')
         x += 48 + CHARACTER * len(told)
-    told = f"{len(texts)} tokens in {forwards} forwards; ■ stop token, ↵ new line"
+    told = "■ stop token, ↵ new line"
     parts.append(f'<text class="quiet left" x="{x + 8}" y="{bottom + 25}">{told}</text>')
     body = "\n".join(f"  {part}" for part in parts)
     return (
