@@ -69,7 +69,7 @@ class DecodingBench:
     prompts: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     schedule: int = 0
-    sure: float = 0.15
+    sure: float = 0.2
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 1
@@ -86,7 +86,7 @@ class DecodingBench:
                 f"`d_model` must be even, and above {_HEAD_WIDTH} a multiple of it (got {self.d_model}). Try 512."
             )
         if not 0 < self.sure < 1:
-            raise ValueError(f"`sure` must be between 0 and 1 (got {self.sure}). The default is 0.15.")
+            raise ValueError(f"`sure` must be between 0 and 1 (got {self.sure}). The default is 0.2.")
         for name, known in {"dtype": DTYPES, "device": ("cpu", "cuda")}.items():
             if getattr(self, name) not in known:
                 raise ValueError(
