@@ -228,14 +228,20 @@ def _generation_config(folder: Path, config: dict, decoding_method: str | None) 
     """The source's generation_config.json, made explicit about what would otherwise be guessed.
 
     Pipelines sample unless the file says that they should not; and where the file exists, transformers no longer looks
-    for special tokens in config.json.
+    for special tokens in config.json. Settings of the source's method are left out for another one, as by `generate`.
     """
+    from .models.methods import CACHE_FIELDS, COMMON, DEFAULT_METHOD, METHODS
+
     file = folder / "generation_config.json"
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
     settings = {"do_sample": False} | {name: config[name] for name in names if config.get(name) is not None}
     settings |= _read_json(file) if file.is_file() else {}
     settings.pop("_from_model_config", None)  # transformers would drop our fields when it reads the file
     if decoding_method is not None:
+        own = settings.get("decoding_method") or DEFAULT_METHOD
+        if decoding_method != own:
+            theirs = {*METHODS.get(own, ()), *COMMON, *CACHE_FIELDS}
+            settings = {name: value for name, value in settings.items() if name not in theirs}
         settings["decoding_method"] = decoding_method
     return settings
 

@@ -365,3 +365,17 @@ def test_a_name_is_an_existing_path_then_an_embedded_checkpoint_then_an_id(tmp_p
     assert hub.checkpoint_source("someone/a-model") == "someone/a-model"
     (tmp_path / "d3llm-llada").mkdir()
     assert hub.checkpoint_source("d3llm-llada") == "d3llm-llada"
+
+
+def test_settings_of_the_sources_method_are_not_exported_for_another_one(tmp_path):
+    import torch
+    from transformers import AutoModel
+
+    source = hub.embedded_checkpoints()["d3llm-llada"]
+    assert "entropy_threshold" in json.loads((source / "generation_config.json").read_text())
+    folder = export_checkpoint(source, tmp_path / "other", decoding_method="fast_dllm")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert settings["decoding_method"] == "fast_dllm" and not {"entropy_threshold", "block_length"} & set(settings)
+    assert AutoModel.from_pretrained(folder).generate(torch.tensor([[5, 6]]), max_new_tokens=4).shape == (1, 6)
+    kept = export_checkpoint(source, tmp_path / "same", decoding_method="d3llm")
+    assert "entropy_threshold" in json.loads((kept / "generation_config.json").read_text())
