@@ -26,6 +26,8 @@ QUIET = {"eos_token_id": 300, "pad_token_id": 300}  # no stop token: an answer h
 @pytest.fixture(autouse=True)
 def no_generation_is_left():
     yield
+    for thread in generating():
+        thread.join(timeout=30)  # one that was stopped ends with the forward that it is in
     assert not generating()
 
 
@@ -302,7 +304,8 @@ def test_two_users_at_once_do_not_mix_and_who_leaves_or_stops_ends_only_his_own(
         page.fill("#prompt textarea", QUESTION.format(count))
     for page in pages:
         page.click("#run")
-    assert ["Tom has 8" in answer_of(pages[0]), "Tom has 20" in answer_of(pages[1])] == [True, True]
+    answers = [answer_of(page) for page in pages]
+    assert [(right in answer) for answer in answers for right in ("11", "23")] == [True, False, False, True]
     assert pages[0].evaluate("document.documentElement.scrollWidth") <= 390
     for page in pages:
         page.wait_for_selector("#run:enabled")
