@@ -203,7 +203,8 @@ def write_summary(plan: Plan, folder: Path, results: Path, command: str) -> None
     """The figures of a finished ablation, with what is needed to repeat them."""
     from dataclasses import asdict
 
-    from d3llm_hf.evaluation.points import read_points, replace_file
+    from d3llm_hf.evaluation.measure import write_json
+    from d3llm_hf.evaluation.points import read_points
     from trainers.ablation import summarise
 
     def by_decoding(arm: str, seed: int | None) -> dict[str, list]:
@@ -229,7 +230,7 @@ def write_summary(plan: Plan, folder: Path, results: Path, command: str) -> None
         "one_token": {name: one_token[name] for name in ("accuracy", "accuracy_interval", "tpf", "num_samples")},
         "rows": rows,
     }
-    replace_file(results, (json.dumps(content, indent=1) + "\n").encode())
+    write_json(results, content)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from d3llm_hf.files import write_whole
+
 from .trajectory_records import SCHEMA, TrajectoryError
-from .whole_files import write_whole
 
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .whole_files import sync, write_whole
+from d3llm_hf.files import sync, write_whole
 
 
 logger = logging.getLogger(__name__)

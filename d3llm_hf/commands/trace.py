@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         )
     prompt, model, tokenizer, inputs, settings = prepare(args)
 
-    from ..evaluation.points import replace_file
+    from ..files import replace_file
     from ..trace import record
     from ..trace_page import page
 

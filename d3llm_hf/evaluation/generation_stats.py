@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import replace_file
+
 
 @dataclass(frozen=True)
 class GenerationRecord:
@@ -60,14 +62,7 @@ def totals(records: Iterable[GenerationRecord]) -> dict[str, Any]:
 
 def write_records(path: str | os.PathLike, records: Sequence[GenerationRecord]) -> None:
     """Writes JSON lines, one a record; the file is complete or as it was."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(Path(path), "".join(json.dumps(asdict(record)) + "\n" for record in records).encode())
 
 
 def read_records(path: str | os.PathLike) -> list[GenerationRecord]:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import replace_file
 from ..metrics.aup.curve import AUPResult, aup_score
-from .points import Point, curve_aup, curves, read_points, replace_file
+from .points import Point, curve_aup, curves, read_points
 from .published import published_points
 
 

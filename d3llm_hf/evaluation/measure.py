@@ -10,7 +10,6 @@ arguments of `generate` (see `suites.py`); a row of the results file is a settin
 import argparse
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
+from ..files import replace_file
 from ..hub import embedded_checkpoints
 from .suites import FIGURES, SUITES, Settings, Suite
 from .word_problems import WordProblem, exact_match, generate_problems
@@ -235,13 +235,7 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a results file that is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def command(args: argparse.Namespace, model: str) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ..files import replace_file
+
 
 SCHEMA = 1
 Point = dict[str, Any]
@@ -255,17 +257,3 @@ def append_point(path: Path, point: Point) -> None:
         lines += b"\n"
     line = json.dumps(check_point(point), ensure_ascii=False, allow_nan=False)
     replace_file(path, lines + line.encode() + b"\n")
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file that holds its old or its new content, whenever the process or the machine stops."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

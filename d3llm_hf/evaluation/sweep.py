@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
+from ..files import replace_file
 from .grids import Curve
-from .points import SAMPLES, SCHEMA, Point, append_point, digest, intervals, key_of, ratios, read_points, replace_file
+from .points import SAMPLES, SCHEMA, Point, append_point, digest, intervals, key_of, ratios, read_points
 from .tasks import Task
 
 

@@ -318,7 +318,9 @@ async def _refused(request: Request, error: ApiError) -> JSONResponse:
 
 
 async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    told = ApiError(error.status_code, f"{error.detail}. See docs/serving.md for the endpoints.", code="no_such_endpoint")
+    told = ApiError(
+        error.status_code, f"{error.detail}. See docs/serving.md for the endpoints.", code="no_such_endpoint"
+    )
     return JSONResponse(told.body, status_code=error.status_code, headers=error.headers)
 
 

@@ -13,11 +13,17 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)  # the new name is durable once the folder is
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """As [`write_whole`], in a folder that is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content)
 
 
 def sync(path: Path) -> None:
