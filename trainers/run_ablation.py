@@ -13,7 +13,6 @@ again; `--part 0/2` and `--part 1/2`, in two processes, share the students out b
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ class Plan:
     Args:
         recipe: of the students, a YAML file of `run_distill.py`; a path from this plan's folder.
         teacher: checkpoint, decoded with the same grids.
-        common: arguments of all students, over the recipe's.
+        common: arguments of all students, over the recipe's; a null takes the recipe's away.
         arms: name -> arguments of the arm, over the common ones.
         twin: the arm that others are compared with.
         seeds: of the training.
@@ -147,20 +146,24 @@ def expected_files(plan: Plan, folder: Path) -> list[Path]:
 
 
 def train(plan: Plan, arm: str, seed: int, folder: Path) -> None:
-    """Train a student, unless it is there; one that was broken off is resumed from its last checkpoint."""
+    """Train a student, unless it is there; one that was broken off is resumed from its last checkpoint.
+
+    Its whole recipe stands beside it as `recipe.yaml`.
+    """
+    import yaml
+
+    from d3llm_hf.files import replace_file
     from trainers.run_distill import main as distill
 
     if (folder / "model.safetensors").exists():
         return
-    given = plan.common | plan.arms[arm] | {"seed": seed, "output_dir": str(folder)}
-    arguments = [part for name, value in given.items() for part in _as_arguments(name, value)]
+    recipe = yaml.safe_load(Path(plan.recipe).read_text(encoding="utf-8"))
+    given = recipe | plan.common | plan.arms[arm] | {"seed": seed, "output_dir": str(folder)}
+    kept = {name: value for name, value in given.items() if value is not None}
+    merged = folder / "recipe.yaml"
+    replace_file(merged, yaml.safe_dump(kept, allow_unicode=True).encode())
     logger.info("Training %s, seed %d", arm, seed)
-    distill(["--config", plan.recipe, *arguments, "--resume_from_checkpoint", "last"])
-
-
-def _as_arguments(name: str, value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-    return [f"--{name}", *(str(each).lower() if isinstance(each, bool) else str(each) for each in values)]
+    distill(["--config", str(merged), "--resume_from_checkpoint", "last"])
 
 
 def decode(plan: Plan, checkpoint: str, output: Path, one_token: bool = False) -> None:

@@ -155,15 +155,18 @@ def test_an_ablation_is_trained_decoded_and_summarised_once(tmp_path, monkeypatc
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",
+        "extract": {"dataset_name": "not here"},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    plan = PLAN | {"common": {"window_sizes": [4, 6]}}
+    plan = PLAN | {"common": {"window_sizes": [4, 6], "extract": None}}  # a null takes the recipe's away
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
     out, arguments = tmp_path / "out", ["--config", str(tmp_path / "plan.yaml"), "--output_dir", str(tmp_path / "out")]
 
     run_ablation.main([*arguments, "--part", "1/2"])
     assert student_folder(out, "+ trajectory", 0).name == "with-trajectory-0"
     assert not (out / "ablation.json").exists() and "no summary" in caplog.text
+    used = yaml.safe_load((out / "with-trajectory-0" / "recipe.yaml").read_text())
+    assert used["window_sizes"] == [4, 6] and used["objective"] == "trajectory" and "extract" not in used
     run_ablation.main([*arguments, "--part", "0/2"])
     found = json.loads((out / "ablation.json").read_text())
     assert [row["arm"] for row in found["rows"]] == ["teacher", *PLAN["arms"]]
