@@ -2,7 +2,7 @@
 PYTHON ?= python
 CHECKED = d3llm_hf trainers tests
 
-.PHONY: help quality style types test test-all common-tests wheel clean
+.PHONY: help quality style types test test-all common-tests leaderboard wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -26,6 +26,13 @@ test-all:  ## with the slow ones
 
 common-tests:  ## transformers' own model tests on our models (fetches transformers' source distribution)
 	$(PYTHON) tests/common/run_common_tests.py
+
+leaderboard:  ## measure the embedded checkpoints with all methods again (an hour of one core; goes on where it was stopped)
+	OMP_NUM_THREADS=1 $(PYTHON) -m d3llm_hf sweep d3llm-llada-teacher d3llm-llada --dtype float32 --device cpu \
+	    --methods d3llm dparallel fast_dllm dinfer local_leap entropy_bound dkv llada dream --set block_length=16 \
+	    --grid entropy_threshold=0.1,0.2,0.4,0.8 --grid confidence_threshold=0.95,0.9,0.8,0.6 \
+	    --grid entropy_bound=0.003,0.01,0.03,0.1 --num-samples 500 -o docs/leaderboard/points.jsonl
+	$(PYTHON) -m d3llm_hf leaderboard docs/leaderboard/points.jsonl -o docs/leaderboard
 
 wheel:  ## build dist/*.whl
 	$(PYTHON) -m build --wheel

@@ -72,7 +72,8 @@ class PseudoTrajectoryDistillConfig(CarefulArguments):
     > Parameters that control the supervised mixture:
 
         sft_weight (`float`, defaults to 0.0): Weight of LLaDA's fine-tuning loss on the same answers, added to the
-            scaled distillation loss. It keeps a small model from forgetting; costs half as much again.
+            scaled distillation loss. It can keep a small model from forgetting, costs half as much again, and hides
+            in an order of its own, so that the teacher's order counts for less.
         sft_min_mask_ratio, sft_suffix_mask_fraction, sft_suffix_window: As `min_mask_ratio`, `suffix_mask_fraction`
             and `suffix_window` of [`MaskedDiffusionSFTConfig`].
 

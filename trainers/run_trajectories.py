@@ -6,7 +6,7 @@
 
 The embedded checkpoint on generated word problems, on a laptop's CPU in half a minute:
 
-    python trainers/run_trajectories.py --model_name_or_path d3llm-llada --dataset_name word_problems \
+    python trainers/run_trajectories.py --model_name_or_path d3llm-llada-teacher --dataset_name word_problems \
         --num_problems 64 --scorer number --max_new_tokens 64 --block_length 16 --output_dir trajectories
 
 A published teacher on your own data, on eight 80 GB GPUs (every process decodes shards of its own):

@@ -264,7 +264,8 @@ def figures(board: Board) -> dict[str, Any]:
         return {"aup": round(found.aup, 4), "interval": interval, "y_max": round(found.result.y_max, 4)}
 
     def entry(found: Entry) -> dict[str, Any]:
-        point = ("parameter", "value", "tpf", "tpf_interval", "accuracy", "accuracy_interval", "tokens_per_second")
+        point = ("parameter", "value", "num_samples", "tpf", "tpf_interval", "accuracy", "accuracy_interval")
+        point += ("tokens_per_second",)
         return {
             "model": found.model,
             "method": found.method,
@@ -280,6 +281,7 @@ def figures(board: Board) -> dict[str, Any]:
 
     return {
         "schema": SCHEMA,
+        "suite": "leaderboard",
         "title": board.title,
         "tasks": [
             {

@@ -1,7 +1,7 @@
 """Accuracy, forwards, positions and time of decoding settings, written to one results file.
 
     python -m d3llm_hf.evaluation.measure d3llm-llada -o d3llm_hf/checkpoints/d3llm-llada/results.json
-    python -m d3llm_hf.evaluation.measure d3llm-llada --suite caches -o d3llm_hf/evaluation/results/caches.json
+    python -m d3llm_hf.evaluation.measure d3llm-llada-teacher --suite caches -o d3llm_hf/evaluation/results/caches.json
 
 The problems are generated from a seed, so the same command measures the same thing everywhere. A setting is a dict of
 arguments of `generate` (see `suites.py`); a row of the results file is a setting with what it gave.

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import ablation_tables, bench_tables
+from . import ablation_tables, bench_tables, leaderboard_tables
 from .suites import SUITES, Suite
 
 
 # Results files that are not made of a suite's rows.
-_OTHERS = bench_tables.TABLES | ablation_tables.TABLES
+_OTHERS = bench_tables.TABLES | ablation_tables.TABLES | leaderboard_tables.TABLES
 _MARKED = re.compile(r"(<!-- results:begin (?P<file>\S+) -->\n).*?(<!-- results:end -->)", re.DOTALL)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from d3llm_hf import cli
+from d3llm_hf.evaluation import tables
 from d3llm_hf.evaluation.leaderboard import build_board, figures, write_leaderboard
 from d3llm_hf.evaluation.leaderboard_document import document, markdown
 
@@ -186,3 +187,13 @@ def test_the_command_writes_every_file_and_equal_input_gives_equal_bytes(tmp_pat
     assert found == figures(build_board(three_curves(), title="T"))
     first = found["tasks"][0]["entries"][0]
     assert (first["method"], first["common"]["aup"], first["own"]["aup"]) == ("bold", 309.2900, 400.0)
+
+
+def test_a_document_can_show_the_ranks_of_a_leaderboard():
+    lines = tables.table(figures(build_board(three_curves()))).splitlines()
+    assert lines[0] == "| | method | model | AUP | most accurate | fastest that counts |"
+    low, high = build_board(three_curves()).tasks[0].entries[0].common.interval
+    assert lines[2] == f"| 1 | bold | tiny | 309 ({low:.0f} to {high:.0f}) | 80.0 % at 5.00 | 80.0 % at 5.00 |"
+    assert lines[4].endswith("| 60.0 % at 9.00 | 60.0 % at 9.00 |")
+    assert lines[6].startswith("Task sums, 10 samples; `y_max` 90.0 % for all.")
+    assert "Task GSM8K" in (text := tables.table(figures(build_board([], published=True)))) and "(None" not in text
