@@ -86,7 +86,8 @@ def json_value(name: str, value: Any) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
+        example = '{"key": 1}'
         raise ValueError(
-            f"`{name}` must be JSON (got {value[:80]!r}: {error}). Write for example '{{\"key\": 1}}', or a section of "
-            "a recipe."
+            f"`{name}` must be JSON (got {value[:80]!r}: {error}). Write for example {example}, or a section of "
+            "the recipe."
         ) from error
