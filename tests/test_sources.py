@@ -51,5 +51,5 @@ def test_a_checkpoint_without_a_tokenizer_says_where_one_is_missing(official, tm
     shutil.copytree(official["llada"], folder, ignore=shutil.ignore_patterns("*token*", "chat_template*"))
     with pytest.raises(ValueError, match=r"`model` must have a tokenizer beside its weights .got .*save_pretrained"):
         generate.load(str(folder))
-    with pytest.raises(OSError, match="(?i)hub|huggingface"):
+    with pytest.raises(OSError, match=r"(?i)huggingface"):
         load_tokenizer("someone/nothing", "someone/nothing", local_files_only=True)
