@@ -56,8 +56,8 @@ def read_points(*paths: str | os.PathLike) -> list[Point]:
 
     Raises:
         FileNotFoundError: for a file that does not exist.
-        ValueError: for results of another kind, a line that is no point, or one whose figures are not those of its samples; the message names file
-            and line.
+        ValueError: for results of another kind, a line that is no point, or one whose figures are not those of its
+            samples; the message names file and line.
     """
     points = []
     for path in map(Path, paths):
