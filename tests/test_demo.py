@@ -185,6 +185,7 @@ def test_the_page_shows_the_settings_of_its_method_and_a_change_of_method_shows_
 def test_the_command_builds_the_page_and_serves_it(official, monkeypatch, capsys):
     served = {}
     monkeypatch.setattr(gr.Blocks, "launch", lambda page, **options: served.update(options, page=page))
+    monkeypatch.setattr("d3llm_hf.commands.demo.check_address", lambda *address: None)  # whatever listens there now
     argv = ["demo", str(official["llada"]), "--port", "7999", "--host", "0.0.0.0", "--concurrency", "3"]
     assert cli.main(argv) == 0
     assert (served["server_name"], served["server_port"], served["share"]) == ("0.0.0.0", 7999, False)
