@@ -217,7 +217,6 @@ class StaticCanvas(Canvas):
             cache.pin()
             return logits
         key = (*self.signature, inputs["position_ids"].shape[1], places.shape[1])
-        torch.compiler.cudagraph_mark_step_begin()
         return self.forwards.function(key, self.config)(model, places, inputs)
 
 
@@ -271,7 +270,7 @@ def refuse(model: CanvasContract, rules: Rules, config: CompileConfig) -> None:
             is_flash_attention_requested(model.config)
         ),
         f"{name}, which is not known to compile in one graph (set `_can_compile_fullgraph = True` on a class whose "
-        "forward does)": not model._can_compile_fullgraph,
+        "forward does)": not getattr(model, "_can_compile_fullgraph", False),
         f"the `canvas_logits` of {name}, which takes the wanted slots as a mask (leave it to the forward)": not own,
         f"weights that are offloaded to {sorted(places & {'cpu', 'disk'})} (load the model onto its devices)": (
             "disk" in places or ("cpu" in places and len(places) > 1)

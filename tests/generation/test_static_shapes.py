@@ -92,7 +92,9 @@ def test_static_shapes_change_no_answer_and_no_count_of_any_method_with_any_cach
 
 
 @pytest.mark.parametrize("family, cache", [("dream", "none"), ("llada", "delayed"), ("dream", "dual")])
-def test_sampling_gaps_criteria_and_many_prompts_one_after_the_other_change_no_answer(family, cache, widths):
+def test_with_static_shapes_sampling_processors_gaps_criteria_and_embeddings_give_the_same_answers(
+    family, cache, widths
+):
     class Third(StoppingCriteria):
         def __call__(self, ids, scores, **kwargs):
             return torch.tensor([row[-1].item() % 3 == 0 and len(row) > 14 for row in ids])
@@ -101,7 +103,7 @@ def test_sampling_gaps_criteria_and_many_prompts_one_after_the_other_change_no_a
     for first in range(2):
         expected, found = both(model, batch(1 + 3 * first, 9, 4), do_sample=True, temperature=0.9, **chosen)
         assert_same(found, expected)
-    assert_same(*both(model, batch(5), **chosen))
+    assert_same(*both(model, batch(5), no_repeat_ngram_size=2, repetition_penalty=1.3, **chosen))
     inputs = batch(9, 9)
     marked = torch.arange(9).expand(2, -1) % torch.tensor([[2], [3]]) == 1
     assert_same(*both(model, inputs, infill_mask=marked, **chosen))
@@ -109,6 +111,24 @@ def test_sampling_gaps_criteria_and_many_prompts_one_after_the_other_change_no_a
     assert_same(*both(model, batch(9, 3), stopping_criteria=criteria, **chosen))
     embedded = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach()}
     assert_same(*both(model, embedded | {"attention_mask": inputs["attention_mask"]}, **chosen))
+
+
+class Told(list):
+    """A streamer that keeps what it is given."""
+
+    def put(self, value: torch.Tensor) -> None:
+        self.append(value.tolist())
+
+    def end(self) -> None:
+        self.append("end")
+
+
+def test_a_streamer_is_given_the_same_with_static_shapes(widths):
+    model, chosen = model_of("llada", 1, 2), COMMON | SETTINGS["d3llm"] | CACHES["delayed"] | {"max_new_tokens": 14}
+    told = [Told(), Told()]
+    for streamer, more in zip(told, [{}, {"compile_config": EAGER}], strict=True):
+        model.generate(**batch(8), streamer=streamer, **chosen, **more)
+    assert told[0] == told[1] and len(told[0]) > 2
 
 
 def test_other_models_decode_with_static_shapes_where_their_forward_compiles(widths):
