@@ -155,7 +155,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
     ) -> D3LLMGenerationOutput | torch.LongTensor:
         r"""Decodes a batch of canvases, each until its own end.
 
-        1. Settings become rules, the prompt becomes a canvas.
+        1. Settings become rules, the prompt becomes a canvas (of static shapes where `compile_config` asks for them).
         2. Draft canvases beyond the decided ones, where the rules ask for it.
         3. Open blocks and plan which slots the next forward recomputes.
         4. Forward them; logits of the candidates only.

@@ -61,7 +61,7 @@ class Shapes:
         narrow = min(rounded(2 * (block + rules.cache_window), 16), length)
         widths = {narrow, length // 4, length // 2, length} if rules.kv_cache != "none" else {length}
         # One open block has at most its own positions to decide; where several may be open, four will mostly do.
-        positions = canvas.slots.shape[1]
+        positions = rounded(canvas.slots.shape[1], block)
         places = {block} if rules.block_add_threshold >= 1 else {min(4 * block, positions), positions}
         return cls(canvas.batch, length, tuple(sorted(widths)), tuple(sorted(places)))
 
@@ -271,6 +271,9 @@ def refuse(model: CanvasContract, rules: Rules, config: CompileConfig) -> None:
         ),
         f"{name}, which is not known to compile in one graph (set `_can_compile_fullgraph = True` on a class whose "
         "forward does)": not getattr(model, "_can_compile_fullgraph", False),
+        f"{name}, whose forward takes no `position_ids`: padding would move the text (leave `compile_config` unset)": (
+            not model.accepted({"position_ids": None})
+        ),
         f"the `canvas_logits` of {name}, which takes the wanted slots as a mask (leave it to the forward)": not own,
         f"weights that are offloaded to {sorted(places & {'cpu', 'disk'})} (load the model onto its devices)": (
             "disk" in places or ("cpu" in places and len(places) > 1)

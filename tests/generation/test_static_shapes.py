@@ -92,9 +92,7 @@ def test_static_shapes_change_no_answer_and_no_count_of_any_method_with_any_cach
 
 
 @pytest.mark.parametrize("family, cache", [("dream", "none"), ("llada", "delayed"), ("dream", "dual")])
-def test_with_static_shapes_sampling_processors_gaps_criteria_and_embeddings_give_the_same_answers(
-    family, cache, widths
-):
+def test_sampling_processors_gaps_criteria_and_embeddings_give_the_same_answers(family, cache, widths):
     class Third(StoppingCriteria):
         def __call__(self, ids, scores, **kwargs):
             return torch.tensor([row[-1].item() % 3 == 0 and len(row) > 14 for row in ids])
@@ -193,12 +191,11 @@ def test_calls_compile_one_graph_for_each_shape_and_those_of_other_prompt_length
 
 
 @pytest.mark.slow  # a C++ compiler's minutes
-@pytest.mark.parametrize("family", FAMILIES)
-def test_inductor_gives_the_tokens_of_the_uncompiled_run(family):
+@pytest.mark.parametrize("family, cache", [("llada", "none"), ("dream", "dual")])
+def test_inductor_gives_the_tokens_of_the_uncompiled_run(family, cache):
     torch.compiler.reset()
-    model = tiny_model(family, 1)
-    chosen = COMMON | SETTINGS["llada"] | CACHES["dual"] | {"max_new_tokens": 10}
-    inputs = batch(2, 7)
+    model, inputs = tiny_model(family, 1, layers=1), batch(2, 7)
+    chosen = COMMON | SETTINGS["llada"] | CACHES[cache] | {"max_new_tokens": 10}
     found = model.generate(**inputs, **chosen, compile_config=CompileConfig())
     assert_same(found, model.generate(**inputs, **chosen))
 
@@ -310,6 +307,18 @@ def test_a_model_with_canvas_logits_of_its_own_is_not_compiled(widths):
 
     model.__class__ = Own
     with pytest.raises(ValueError, match=r"the `canvas_logits` of Own, .* \(leave it to the forward\)"):
+        model.generate(**batch(3), **COMMON, max_new_tokens=4, compile_config=EAGER)
+
+
+def test_a_model_that_counts_positions_by_itself_is_not_padded(widths):
+    model = tiny_model("llada", 1, layers=1)
+
+    class Counting(type(model)):
+        def forward(self, input_ids=None, attention_mask=None, logits_to_keep=0):
+            return super().forward(input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep)
+
+    model.__class__ = Counting
+    with pytest.raises(ValueError, match=r"Counting, whose forward takes no `position_ids`"):
         model.generate(**batch(3), **COMMON, max_new_tokens=4, compile_config=EAGER)
 
 
