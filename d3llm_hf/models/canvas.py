@@ -185,17 +185,16 @@ class Canvas:
         Returns:
             `(n, V)` logits, those of the slot that predicts each candidate, and `(B,)` positions computed.
         """
-        # 1. The slot that predicts a candidate; where nothing precedes it, its own.
+        # 1. The slot that predicts a candidate.
         row, column = where
-        slot = torch.maximum(self.slots[row, column] - rules.shift, self.first[row])
+        slot = self.predicting(row, column, rules)
 
-        # 2. The window: never padding, always what predicts a candidate.
+        # 2. The window.
         if cache is None:
             slots, index, width = slice(None), slot, self.length
             computed = (self.length - self.first) * (2 if rules.cfg_scale else 1)
         else:
-            recompute = recompute & (torch.arange(self.length, device=slot.device) >= self.first[:, None])
-            recompute = recompute.index_put((row, slot), recompute.new_tensor(True))
+            recompute = self.needed(recompute, row, slot)
             slots, index, width = window_of(recompute, row, slot)
             computed = recompute.sum(1)
             cache.at(slots)
@@ -216,6 +215,15 @@ class Canvas:
             wanted = wanted[: self.batch]
             logits = logits[wanted.flatten().cumsum(0)[row * wanted.shape[1] + index] - 1]
         return logits, computed
+
+    def predicting(self, row: torch.Tensor, column: torch.Tensor, rules: Rules) -> torch.Tensor:
+        """The slot `(n,)` that predicts each candidate; where nothing precedes it, its own."""
+        return torch.maximum(self.slots[row, column] - rules.shift, self.first[row])
+
+    def needed(self, recompute: torch.Tensor, row: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """The marked slots `(B, L)` without padding, always with those that predict a candidate."""
+        recompute = recompute & (torch.arange(self.length, device=slot.device) >= self.first[:, None])
+        return recompute.index_put((row, slot), recompute.new_tensor(True))
 
     def _inputs(self, model, state: State, slots: slice | torch.Tensor) -> dict[str, Any]:
         """Tokens (or embeddings), positions and mask of a forward over `slots`."""
@@ -298,8 +306,6 @@ def window_of(
 ) -> tuple[slice | torch.Tensor, torch.Tensor, int]:
     """The tokens of a forward over the marked slots `(B, L)`.
 
-    Rows with fewer marks repeat their first one: the same token at the same position gives the same key.
-
     Returns:
         the slots, a slice where all rows share one, else `(B, Q)`; the places `(n,)` of `slot` among them; and Q.
     """
@@ -311,7 +317,15 @@ def window_of(
     if end - start == width and all(entry == rows[0] for entry in rows):
         return slice(start, end), slot - start, width
     width = max(entry[2] for entry in rows)
+    return packed(recompute, width), (recompute.long().cumsum(1) - 1)[row, slot], width
+
+
+def packed(recompute: torch.Tensor, width: int) -> torch.Tensor:
+    """The marked slots `(B, L)` of each row one behind the other, `(B, width)`.
+
+    Rows with fewer marks repeat their first one: the same token at the same position gives the same key.
+    """
+    first, count = recompute.long().argmax(1, keepdim=True), recompute.sum(1, keepdim=True)
     slots = (~recompute).long().argsort(dim=1, stable=True)[:, :width]
-    behind = torch.arange(width, device=low.device) >= count[:, None]
-    slots = torch.where(behind, low[:, None], slots)
-    return slots, (recompute.long().cumsum(1) - 1)[row, slot], width
+    slots = torch.nn.functional.pad(slots, (0, width - slots.shape[1]))
+    return torch.where(torch.arange(width, device=slots.device) < count, slots, first)

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils.generic import is_flash_attention_requested
 
 from .cache import SlotCache
 
@@ -30,11 +31,14 @@ class CanvasContract(Module):
         logit_shift (`int`): 0 where logits row i predicts token i, 1 where it predicts token i + 1.
         supports_position_mask (`bool`): `forward` takes `logits_to_keep` as a bool mask `(B, Q)` and returns logits
             `(n, V)` of the marked positions. Without it the head runs on every position of the forward.
+        supports_position_index (`bool`): `forward` takes `logits_to_keep` as places `(B, K)` as well and returns
+            `(B, K, V)`; used where forwards have static shapes (`compile_config`).
         supports_slot_cache (`bool`): `forward` takes `past_key_values` and attends to all that its `update` returns.
     """
 
     logit_shift = 0
     supports_position_mask = False
+    supports_position_index = False
     supports_slot_cache = False
     config: Any
 
@@ -97,7 +101,7 @@ class CanvasContract(Module):
 
         Raises:
             ValueError: for causal attention, for a cache that the model cannot use, and for padded rows where
-                `forward` takes no `position_ids`.
+                `forward` takes no `position_ids`, or where flash-attention would read them together with a cache.
         """
         name = type(self).__name__
         if self._is_causal():
@@ -111,12 +115,20 @@ class CanvasContract(Module):
                 "of earlier forwards. Leave it unset, or set `supports_slot_cache = True` on a class whose forward "
                 "hands `past_key_values` to every attention layer."
             )
+        reads_windows = not (cached and is_flash_attention_requested(self.config))
         takes_positions = self.accepted({"position_ids": None})
-        if attention_mask is not None and not takes_positions and not attention_mask.all():
+        if attention_mask is None or (reads_windows and takes_positions) or attention_mask.all():
+            return
+        if not reads_windows:  # of a window's rows it would leave out those that the last slots' padding names
             raise ValueError(
-                f"`attention_mask` must not hold zeros for {name}: its forward takes no `position_ids`, so padding "
-                "would move the text. Generate prompts of one length together."
+                '`kv_cache` must be "none" where flash-attention decodes a padded batch (got attention implementation '
+                f"{self.config._attn_implementation!r} and zeros in `attention_mask`). Load the model with "
+                '`attn_implementation="sdpa"`, or generate prompts of one length together.'
             )
+        raise ValueError(
+            f"`attention_mask` must not hold zeros for {name}: its forward takes no `position_ids`, so padding "
+            "would move the text. Generate prompts of one length together."
+        )
 
     def _is_causal(self) -> bool:
         """Whether config or modules say that a position does not see later ones.
