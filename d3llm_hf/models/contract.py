@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils.generic import is_flash_attention_requested
 
 from .cache import SlotCache
 
@@ -55,9 +56,10 @@ class CanvasContract(Module):
         """Runs `forward` over Q slots of a batch of canvases and returns the logits of the wanted ones.
 
         The decoder reaches a model in no other way, so a class that overrides this needs no `forward` of a given form.
-        B rows, L slots a canvas (prompt and answer), Q slots of this forward (L without a cache), V tokens:
+        B rows, L slots a canvas (prompt and answer; with `suffix_length` the first L of it, as many as the furthest
+        row sees), Q slots of this forward (L without a cache), V tokens:
 
-        * every slot attends to every unpadded slot of its row, later ones included;
+        * every slot attends to every slot of its row that `attention_mask` leaves in, later ones included;
         * an undecided slot holds the mask token, `config.mask_token_id` unless the call names another one;
         * the logits are finite, and row i is about slot i + `logit_shift`;
         * nothing is kept between calls but what lies in `cache`.
@@ -65,8 +67,8 @@ class CanvasContract(Module):
         Args:
             inputs: `input_ids` `(B, Q)` or `inputs_embeds` `(B, Q, D)`; `position_ids` `(B, Q)`, counted from the
                 first unpadded slot on, `position_offset` being the first; `attention_mask` `(B, L)` bool, `None` where
-                nothing is padding; `token_type_ids` `(B, Q)` where the caller passed them. What the signature of
-                `forward` does not take is left out.
+                nothing is to be left out (padding, and what a row does not see yet); `token_type_ids` `(B, Q)` where
+                the caller passed them. What the signature of `forward` does not take is left out.
             wanted (`(B, Q)` bool): the n slots whose logits are wanted.
             cache: holds a key and a value of all L slots: those of the Q slots are overwritten by this forward, and
                 the attention is over all of them. `None` without a cache.
@@ -88,16 +90,17 @@ class CanvasContract(Module):
         names, takes_any = _parameters(type(self).forward)
         return {name: value for name, value in inputs.items() if takes_any or name in names}
 
-    def check_contract(self, attention_mask: torch.Tensor | None, cached: bool) -> None:
+    def check_contract(self, attention_mask: torch.Tensor | None, cached: bool, ragged: bool = False) -> None:
         """What can be known of the contract without a forward, before the first one.
 
         Args:
             attention_mask (`(B, L)` bool, *optional*): of the canvases.
             cached: whether the decoder wants to keep keys and values.
+            ragged: whether rows of one forward may see different numbers of slots, which a mask has to say.
 
         Raises:
-            ValueError: for causal attention, for a cache that the model cannot use, and for padded rows where
-                `forward` takes no `position_ids`.
+            ValueError: for causal attention, for a cache that the model cannot use, for padded rows where `forward`
+                takes no `position_ids`, and for ragged ones where a mask cannot say so.
         """
         name = type(self).__name__
         if self._is_causal():
@@ -116,6 +119,19 @@ class CanvasContract(Module):
             raise ValueError(
                 f"`attention_mask` must not hold zeros for {name}: its forward takes no `position_ids`, so padding "
                 "would move the text. Generate prompts of one length together."
+            )
+
+        if ragged and not self.accepted({"attention_mask": None}):
+            raise ValueError(
+                f"`suffix_length` needs an `attention_mask` where rows see different numbers of positions (got {name},"
+                " whose forward takes none). Generate prompts one by one, or leave it unset."
+            )
+        attention = getattr(self.config.get_text_config(), "_attn_implementation", None)
+        if ragged and cached and is_flash_attention_requested(requested_attention_implementation=attention or ""):
+            raise ValueError(
+                f"`suffix_length` of a batch with a cache needs another attention implementation (got {attention!r}, "
+                'which masks only what lies before a row\'s text). Load the model with `attn_implementation="sdpa"`, '
+                'pass `kv_cache="none"`, or generate prompts one by one.'
             )
 
     def _is_causal(self) -> bool:

@@ -23,7 +23,7 @@ def _row_sums(logits, row_stride, vocabulary, mask_token_id, best_at, sums_at, c
     """One program: the sums of one row, block by block, relative to the largest logit seen so far.
 
     Kept apart from all others, the best token never enters `others` and `spread`: a sum that held its 1 would lose
-    what is below 1e-7. Where a larger logit appears, the sums are rescaled to it; no term is negative, so none cancels.
+    what is below 1e-7. Where a larger logit appears, the sums are rescaled to it; no term is negative, none cancels.
     """
     row = tl.program_id(0).to(tl.int64)  # a table may have more than 2^31 entries
     lowest = float("-inf")
