@@ -182,10 +182,10 @@ SUFFIX = Suite(
     notes=(
         "The first row of each group sees the whole canvas; the others see so many undecided positions behind the "
         "last open block. Same tokens: the share of answer tokens, stop tokens left out, that equal those of the "
-        "whole canvas. At most 64 new tokens, greedy, in batches of 25; a batch is as wide as its furthest row. Seconds "
-        "are those in `generate`, the settings taking turns batch by batch, CPU s the processor's time of one thread, the "
-        "last column its ratio to the group's first row. What a shorter suffix costs depends on the length for which "
-        "a model plans, so it has to be measured for each."
+        "whole canvas. At most 64 new tokens, greedy, in batches of 25; a batch is as wide as its furthest row. "
+        "Seconds are those in `generate`, the settings taking turns batch by batch, CPU s the processor's time of one "
+        "thread, the last column its ratio to the group's first row. What a shorter suffix costs depends on the "
+        "length for which a model plans, so it has to be measured for each."
     ),
 )
 

@@ -233,8 +233,8 @@ class Canvas:
         """
         if rules.suffix_length is None:
             return torch.full_like(self.first, self.length), self.length, self.mask
-        end = self.prompt_length + state.open_count * rules.block_length + rules.suffix_length
-        end = end.clamp_max(self.length)
+        further = min(rules.suffix_length, self.length)
+        end = (self.prompt_length + state.open_count * rules.block_length + further).clamp_max(self.length)
         least, seen = torch.stack(end.aminmax()).tolist()  # a host sync
         mask = None if self.mask is None else self.mask[:, :seen]
         if least < seen:

@@ -96,7 +96,7 @@ class CanvasContract(Module):
         Args:
             attention_mask (`(B, L)` bool, *optional*): of the canvases.
             cached: whether the decoder wants to keep keys and values.
-            ragged: whether rows of one forward may see different numbers of slots, which a mask has to say.
+            ragged: whether rows or drafts of one forward may see different numbers of slots, as a mask has to say.
 
         Raises:
             ValueError: for causal attention, for a cache that the model cannot use, for padded rows where `forward`
@@ -120,7 +120,6 @@ class CanvasContract(Module):
                 f"`attention_mask` must not hold zeros for {name}: its forward takes no `position_ids`, so padding "
                 "would move the text. Generate prompts of one length together."
             )
-
         if ragged and not self.accepted({"attention_mask": None}):
             raise ValueError(
                 f"`suffix_length` needs an `attention_mask` where rows see different numbers of positions (got {name},"
