@@ -39,6 +39,7 @@ SETTINGS: dict[str, tuple[type, str]] = {
     "cache_refresh_interval": (int, "recompute everything every so many forwards"),
     "cache_window": (int, "positions around the decoded ones that are recomputed (vicinity, dkv_greedy)"),
     "cache_warmup": (int, "forwards at the start that recompute everything (vicinity)"),
+    "suffix_length": (int, "undecided positions behind the last open block that a forward sees; unset: all"),
     "cfg_scale": (float, "classifier-free guidance; 0 is off"),
     "alg_temp": (float, "temperature of the choice of positions (dream)"),
     "lossless": (bool, "the same tokens in fewer forwards, by verified drafts (llada, dream)"),

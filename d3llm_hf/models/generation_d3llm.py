@@ -168,7 +168,8 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         device = input_ids.device
         canvas = Canvas.of_prompt(self, input_ids, generation_config, model_kwargs)
         rules = generation_config.rules(canvas.slots.shape[1], self.logit_shift)
-        self.check_contract(canvas.mask, cached=rules.kv_cache != "none")
+        ragged = rules.suffix_length is not None and canvas.batch + rules.draft_length > 1
+        self.check_contract(canvas.mask, cached=rules.kv_cache != "none", ragged=ragged)
         state = canvas.start(rules)
         stop_ids = generation_config._eos_token_tensor
         sampler = self._sampler(generation_config)

@@ -187,7 +187,7 @@ class StaticCanvas(Canvas):
             width, most = self.shapes.fitting(None, wanted)
             slots, place, computed = slice(None), slot + padding, self.length - self.first
         else:
-            recompute = self.needed(recompute, row, slot)
+            recompute = self.needed(recompute, row, slot, self.length)
             width, most = self.shapes.fitting(recompute, wanted)
             slots, computed = packed(recompute, width), recompute.sum(1)
             place = (recompute.long().cumsum(1) - 1)[row, slot]
@@ -265,6 +265,7 @@ def refuse(model: CanvasContract, rules: Rules, config: CompileConfig) -> None:
     reasons = {
         "`lossless`, whose drafts make batches of any size (unset one of them)": rules.draft_length > 0,
         "`cfg_scale`, which doubles the batch (unset one of them)": rules.cfg_scale > 0,
+        "`suffix_length`, with which the canvas grows (unset one of them)": rules.suffix_length is not None,
         "`dynamic=True`: every forward has one of few static shapes (leave `dynamic` unset)": config.dynamic is True,
         'flash-attention, which takes padding out (load the model with `attn_implementation="sdpa"`)': (
             is_flash_attention_requested(model.config)

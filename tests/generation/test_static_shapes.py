@@ -283,6 +283,7 @@ class Uncompilable:
     [
         ({"lossless": True}, {}, r"`lossless`, .* \(unset one of them\)"),
         ({"cfg_scale": 1.0}, {}, r"`cfg_scale`, .* \(unset one of them\)"),
+        ({"suffix_length": 2}, {}, r"`suffix_length`, .* \(unset one of them\)"),
         ({"compile_config": CompileConfig(dynamic=True)}, {}, r"`dynamic=True`: .* \(leave `dynamic` unset\)"),
         ({}, {"_can_compile_fullgraph": False}, r"LLaDAModelLM, which is not known to compile in one graph"),
         ({}, {"hf_device_map": {"a": 0, "b": "disk"}}, r"offloaded to \['disk'\] \(load the model onto its devices\)"),
