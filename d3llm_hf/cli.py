@@ -1,6 +1,7 @@
 """The `d3llm` command. Each subcommand is a module of `d3llm_hf.commands`; heavy imports happen when one runs."""
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -39,9 +40,15 @@ class _Parser(argparse.ArgumentParser):
             return super().parse_known_args(args, namespace)
         self._in_pass = True
         try:
-            return self.parse_known_intermixed_args(args, namespace)
+            found, unknown = self.parse_known_intermixed_args(args, namespace)
         finally:
             self._in_pass = False
+        if unknown:  # known to no parser above this one either
+            options = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
+            hint = f". Did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         sys.stderr.write(f"d3llm: error: {message} (see `{self.prog} --help`)\n")

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from ._registration import AUTO_CLASSES
 from .engines import prepare_for_engine
+from .files import check_writable_folder
 from .model_card import complete_card, render_card
+from .progress import progress_bar
 
 
 MODEL_FILES = {
@@ -30,6 +32,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 DOCUMENTS = ("LICENSE*", "NOTICE*")
 
+_CHUNK = 2**24  # bytes that are copied at a time
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 
@@ -126,8 +129,7 @@ def export_checkpoint(
         generation = _validated(config, generation)
 
     with _appearing(destination) as target:
-        for file in [*shards, *_matching(folder, TOKENIZER_FILES), *_matching(folder, DOCUMENTS)]:
-            shutil.copyfile(file, target / file.name)
+        _copy([*shards, *_matching(folder, TOKENIZER_FILES), *_matching(folder, DOCUMENTS)], target)
         _make_tokenizer_standard(target)
         _write_json(target / "config.json", with_auto_map(config))
         _write_json(target / "generation_config.json", generation)
@@ -197,8 +199,11 @@ def _resolve_source(source: str | os.PathLike, revision: str | None) -> tuple[Pa
         )
     from huggingface_hub import snapshot_download
 
+    from .sources import loading
+
     patterns = [*WEIGHTS, *TOKENIZER_FILES, *DOCUMENTS, "config.json", "generation_config.json", "README.md"]
-    return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns)), str(source)
+    with loading(str(source), "source"):
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns)), str(source)
 
 
 def _weight_files(folder: Path, source: str | os.PathLike) -> list[Path]:
@@ -296,6 +301,7 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
     if destination.is_dir() and not any(destination.iterdir()):
         return
     if not destination.exists():
+        check_writable_folder(destination.parent, "destination")
         return
     if overwrite and (destination / "config.json").is_file() and not (destination / ".git").exists():
         return
@@ -330,6 +336,15 @@ def _appearing(destination: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _copy(files: list[Path], target: Path) -> None:
+    total = sum(file.stat().st_size for file in files)
+    with progress_bar(total, "B", "copying", unit_scale=True, leave=False) as bar:
+        for file in files:
+            with file.open("rb") as source, (target / file.name).open("wb") as copy:
+                while chunk := source.read(_CHUNK):
+                    bar.update(copy.write(chunk))
 
 
 def _read_json(file: Path) -> dict:

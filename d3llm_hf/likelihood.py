@@ -287,7 +287,7 @@ class _Texts:
         parts = []
         for part in _parts(logits):
             stats, best, finite = statistics(logits[part].float(), self.mask_token_id)
-            parts.append((best.cpu(), confidence_cost(stats, best, None).cpu(), finite.cpu()))
+            parts.append((best.cpu(), confidence_cost(stats, stats.top, None).cpu(), finite.cpu()))
         best, cost, finite = (torch.cat(part) for part in zip(*parts, strict=True))
         _refuse_broken(rows, hidden, finite)
         tokens, costs = torch.zeros_like(self.ids[rows]), torch.full(hidden.shape, math.inf)

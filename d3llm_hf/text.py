@@ -108,7 +108,7 @@ def encode_chat(
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "`tokenizer` must have a chat template (got one without). Set `tokenizer.chat_template`, or encode a "
-            "plain prompt with `encode_text` (no `--chat`)."
+            "plain prompt with `encode_text` (`d3llm generate` without `--chat`)."
         )
     special = _special_tokens(tokenizer)
     for turn in messages:

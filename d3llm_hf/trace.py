@@ -206,6 +206,11 @@ class Recording(Iterator[int]):
         self.close()
 
     @property
+    def decided(self) -> int:
+        """Positions that are decided by now."""
+        return len([step for step in self._steps if step > 0])
+
+    @property
     def _end(self) -> int:
         return self._lengths[-1] if self._lengths else 0
 

@@ -545,4 +545,4 @@ def test_on_a_real_terminal_the_last_screen_is_the_answer(model, monkeypatch, ca
 
 def test_a_name_that_is_nearly_that_of_an_embedded_checkpoint_is_put_right(capsys):
     assert cli.main(["chat", "d3llm-lada"]) == 2
-    assert "There is no checkpoint 'd3llm-lada'. Did you mean 'd3llm-llada'?" in capsys.readouterr().err
+    assert "Did you mean 'd3llm-llada'?" in capsys.readouterr().err

@@ -144,10 +144,14 @@ def test_sampling_is_repeatable_with_a_seed(run, llada):
         (["--max-new-tokens", "100000"], "must fit into the model's 512 positions"),
         (["--max-new-tokens", "0"], "`max_new_tokens`"),
         (["--device", "abacus"], "`--device` must be a device of torch"),
+        (["--device", "cuda:99"], "`--device` must be a device of torch that this machine has .got 'cuda:99'"),
         (["--dtype", "float"], None),
         (["--dtype", "nn"], "`--dtype` must be a floating point type of torch"),
+        (["--dtype", "int8"], "`--dtype` must be a floating point type of torch"),
         (["--system", "s"], "`--system` needs `--chat`"),
-        (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--unknown"], "unrecognized arguments: --unknown .see `d3llm generate --help`"),
+        (["--entropy-treshold", "1"], "arguments: --entropy-treshold 1. Did you mean --entropy-threshold"),
+        (["--method=llada"], "Did you mean --decoding-method"),
     ],
 )
 def test_bad_options_are_answered_in_one_line(argv, pattern, run, llada):
@@ -218,6 +222,34 @@ def test_init_and_export_write_folders_and_refuse_existing_ones(run, llada, tmp_
     assert run("export", llada, "out", "--decoding-method", "dparallel", "--name", "Fruit")[0] == 0
     assert "# Fruit\n" in (tmp_path / "out" / "README.md").read_text()
     failed(run("export", tmp_path / "no" / "thing" / "here", "new"), "a checkpoint folder or a Hub id")
+    (tmp_path / "file").write_text("x")
+    failed(run("export", llada, "file/new"), "`destination` must lie in a folder")
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(run, llada, tmp_path):
+    (tmp_path / "file").write_text("x")
+    below = tmp_path / "file" / "out"
+    for argv in (
+        ("sweep", llada, "-o", below),
+        ("bench", "decode", "-o", below),
+        ("bench", "train", "-o", below),
+        ("bench", "all", "-o", below),
+        ("sweep", llada, "-o", tmp_path),
+    ):
+        failed(run(*argv), "`--output` must")
+    failed(run("leaderboard", "--published", "-o", below), "`output` must lie in a folder")
+    from d3llm_hf.evaluation import measure
+
+    with pytest.raises(SystemExit):
+        measure.main(["d3llm-llada", "-o", str(below)])
+
+
+def test_a_checkpoint_that_the_hub_does_not_give_is_named(run, tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise FileNotFoundError("no connection")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    failed(run("export", "someone/nothing", tmp_path / "new"), "`source` must .*someone/nothing.*no connection")
 
 
 def test_watch_draws_only_on_a_terminal_and_leaves_the_answer_alone(run, llada, monkeypatch):

@@ -159,9 +159,8 @@ def test_the_page_shows_the_settings_of_its_method_and_a_change_of_method_shows_
     cache, *updates = functions["on_method"][0]("dkv")
     shown = {name for name, update in zip(FIELDS, updates, strict=True) if update["visible"]}
     assert cache == "dkv"
-    assert shown == {"block_length", "steps", "remasking", "early_stop", "cfg_scale", "cache_delay"} | {
-        "cache_refresh_interval"
-    }
+    common = {"early_stop", "cfg_scale", "suffix_length"}
+    assert shown == {"block_length", "steps", "remasking", "cache_delay", "cache_refresh_interval"} | common
     updates = functions["on_cache"][0]("d3llm", "vicinity")
     assert [update["visible"] for update in updates] == [False, True, True, True]
     request = type("Request", (), {"session_hash": "a"})()
@@ -185,6 +184,7 @@ def test_the_page_shows_the_settings_of_its_method_and_a_change_of_method_shows_
 def test_the_command_builds_the_page_and_serves_it(official, monkeypatch, capsys):
     served = {}
     monkeypatch.setattr(gr.Blocks, "launch", lambda page, **options: served.update(options, page=page))
+    monkeypatch.setattr("d3llm_hf.commands.demo.check_address", lambda *address: None)  # whatever listens there now
     argv = ["demo", str(official["llada"]), "--port", "7999", "--host", "0.0.0.0", "--concurrency", "3"]
     assert cli.main(argv) == 0
     assert (served["server_name"], served["server_port"], served["share"]) == ("0.0.0.0", 7999, False)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from d3llm_hf import LLaDAConfig, LLaDAModelLM
 from d3llm_hf.evaluation.measure import environment
 from d3llm_hf.evaluation.memory import in_fresh_process, machine, peak_memory, threads
+from d3llm_hf.progress import progress_bar
 
 from .distill_config import PseudoTrajectoryDistillConfig
 from .distill_trainer import PseudoTrajectoryDistillTrainer
@@ -261,8 +262,12 @@ def times(
     model: LLaDAModelLM,
     trainers: dict[str, PseudoTrajectoryDistillTrainer],
     batches: list[dict[str, torch.Tensor]],
+    advance: Callable[[], Any],
 ) -> dict[str, list[tuple[float, float]]]:
-    """Seconds and processor seconds of a step, for each variant and turn; the variants take turns."""
+    """Seconds and processor seconds of a step, for each variant and turn, of which `advance` is told.
+
+    The variants take turns.
+    """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in trainers}
     for _ in range(bench.repeats):
         for name, trainer in trainers.items():
@@ -273,6 +278,7 @@ def times(
                 torch.cuda.synchronize()
             taken = time.perf_counter() - began, time.process_time() - cpu_began
             found[name].append((taken[0] / bench.steps, taken[1] / bench.steps))
+            advance()
     return found
 
 
@@ -299,12 +305,17 @@ def measure_training(bench: TrainBench) -> dict[str, Any]:
     Raises:
         ArithmeticError: If the variants do not have the same loss and gradients.
     """
-    usage = {name: in_fresh_process(memory, bench, name) for name in VARIANTS}
-    with prepared(bench) as (model, trainers, batches):
-        agreed = agreement(bench, model, trainers, batches[0])  # and warms up
-        positions = _positions(trainers[OURS], batches[0])
-        parameters = model.num_parameters()
-        taken = times(bench, model, trainers, batches)
+    with progress_bar(len(VARIANTS) * (2 + bench.repeats), "turn", "bench") as bar:
+        usage = {}
+        for name in VARIANTS:
+            usage[name] = in_fresh_process(memory, bench, name)
+            bar.update()
+        with prepared(bench) as (model, trainers, batches):
+            agreed = agreement(bench, model, trainers, batches[0])  # and warms up
+            bar.update(len(VARIANTS))
+            positions = _positions(trainers[OURS], batches[0])
+            parameters = model.num_parameters()
+            taken = times(bench, model, trainers, batches, bar.update)
     return {
         "schema": SCHEMA,
         "suite": SUITE,

@@ -226,7 +226,7 @@ class PseudoTrajectoryDistillConfig(CarefulArguments):
                 f"`eval_generate_steps` must be at least 1 (got {self.eval_generate_steps}). "
                 "Leave it unset to decode in every evaluation."
             )
-        if not self.window_sizes or min(self.window_sizes) < 1:
+        if not isinstance(self.window_sizes, list | tuple) or min(self.window_sizes, default=0) < 1:
             raise ValueError(
                 f"`window_sizes` must hold positive window lengths (got {self.window_sizes}). "
                 "Leave it unset for [16, 16, 24, 24, 32, 32]."

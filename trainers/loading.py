@@ -1,6 +1,9 @@
 """What the training scripts share before a model is trained: loading it, and refusing a launch that would go wrong."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -34,6 +37,30 @@ def with_end_of_text(tokenizer: Any) -> Any:
     return tokenizer
 
 
+@contextmanager
+def reading(name: str, argument: str) -> Iterator[None]:
+    """Inside, `datasets` reads what `name` says; errors name the argument, what is wrong, and the way out.
+
+    Raises:
+        FileNotFoundError: For the name of a file that does not exist.
+        ValueError: For what `datasets` cannot read.
+    """
+    if Path(name).suffix in (".json", ".jsonl", ".csv", ".parquet") and not Path(name).is_file():
+        raise FileNotFoundError(
+            f"`{argument}` must name a file that exists, or a data set of the Hub (got {name!r}, seen from "
+            f"{str(Path.cwd())!r}). Correct the path."
+        )
+    try:
+        yield
+    except Exception as error:  # it has errors of its own, and lets those of its formats pass
+        cause = error.__cause__ or error
+        said = " ".join(str(cause).split())[:250].rstrip(".") or "no rows"
+        raise ValueError(
+            f"`{argument}` must name data that `datasets` reads: a .jsonl, .json or .parquet file, or a data set of "
+            f"the Hub (got {name!r}: {type(cause).__name__}: {said}). Correct the name, the split or the file."
+        ) from error
+
+
 def load_checkpoint(name: str, tokenizer: Any, *, bidirectional: bool = False, **kwargs: Any) -> Any:
     """A masked language model where the architecture has one, else its decoder; ours, or given our decoder.
 
@@ -49,11 +76,13 @@ def load_checkpoint(name: str, tokenizer: Any, *, bidirectional: bool = False, *
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     from d3llm_hf import D3LLMGenerationMixin, as_diffusion_lm
+    from d3llm_hf.sources import loading
 
     hub = {key: value for key, value in kwargs.items() if key in ("revision", "token", "trust_remote_code")}
-    config = AutoConfig.from_pretrained(name, **hub)
-    auto = AutoModelForMaskedLM if type(config) in AutoModelForMaskedLM._model_mapping else AutoModelForCausalLM
-    model = auto.from_pretrained(name, **kwargs)
+    with loading(name, "model_name_or_path"):
+        config = AutoConfig.from_pretrained(name, **hub)
+        auto = AutoModelForMaskedLM if type(config) in AutoModelForMaskedLM._model_mapping else AutoModelForCausalLM
+        model = auto.from_pretrained(name, **kwargs)
     if isinstance(model, D3LLMGenerationMixin):
         return model
     mask_token_id = getattr(config, "mask_token_id", None)
@@ -79,16 +108,31 @@ def load_named(
     Raises:
         ValueError: If the type is none of floating point, or the checkpoint cannot be decoded by diffusion.
     """
-    from transformers import AutoTokenizer
-
     from d3llm_hf.hub import checkpoint_source
 
     dtype = float_dtype("torch_dtype", torch_dtype)
-    revision = None if tokenizer_name else kwargs.get("revision")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint_source(tokenizer_name or name), revision=revision)
-    tokenizer = with_end_of_text(tokenizer)
+    tokenizer = named_tokenizer(name, tokenizer_name, kwargs.get("revision"))
     kwargs = {"dtype": dtype} | kwargs
     return load_checkpoint(checkpoint_source(name), tokenizer, bidirectional=bidirectional, **kwargs), tokenizer
+
+
+def named_tokenizer(name: str, tokenizer_name: str | None, revision: str | None = None) -> Any:
+    """The checkpoint's tokenizer, or the one that is named; see [`with_end_of_text`].
+
+    Raises:
+        OSError: If there is no such checkpoint.
+        ValueError: If it has no tokenizer.
+    """
+    from d3llm_hf.hub import checkpoint_source
+    from d3llm_hf.sources import load_tokenizer, loading
+
+    if tokenizer_name:
+        return with_end_of_text(
+            load_tokenizer(checkpoint_source(tokenizer_name), tokenizer_name, "tokenizer_name_or_path")
+        )
+    with loading(name, "model_name_or_path"):
+        tokenizer = load_tokenizer(checkpoint_source(name), name, "model_name_or_path", revision=revision)
+    return with_end_of_text(tokenizer)
 
 
 def float_dtype(name: str, value: str) -> Any:

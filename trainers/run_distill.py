@@ -19,14 +19,13 @@ did), and optionally `target_ids`, `correct` and `answer`.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainers.loading import check_processes, float_dtype, load_named, resumption
+from trainers.loading import check_processes, float_dtype, load_named, reading, resumption
 
 
 if TYPE_CHECKING:
@@ -92,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         (DistillScriptArguments, PseudoTrajectoryDistillConfig), sys.argv[1:] if argv is None else argv
     )
     check_processes(args.world_size)
+    save_dtype = script_args.save_dtype and float_dtype("save_dtype", script_args.save_dtype)
     if script_args.extract is not None:
         extract_first(script_args, args)
     set_seed(args.seed)
@@ -111,8 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=resumption(args.resume_from_checkpoint))
     if script_args.use_peft and script_args.merge_adapter:
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-    if script_args.save_dtype is not None:
-        trainer.model.to(float_dtype("save_dtype", script_args.save_dtype))
+    if save_dtype is not None:
+        trainer.model.to(save_dtype)
     card = {"finetuned_from": _hub_id(script_args.model_name_or_path), "dataset": _hub_id(script_args.dataset_name)}
     if args.push_to_hub:
         trainer.push_to_hub(**card)  # saves before it pushes
@@ -131,9 +131,10 @@ def extract_first(script_args: DistillScriptArguments, args: TrainingArguments) 
     from transformers import HfArgumentParser
 
     from trainers.run_trajectories import TrajectoryScriptArguments, extract
+    from trainers.script_utils import json_value
     from trainers.trajectories import TrajectoryConfig
 
-    given = json.loads(script_args.extract) if isinstance(script_args.extract, str) else script_args.extract
+    given = json_value("extract", script_args.extract)
     own = {"output_dir": script_args.dataset_name, "use_cpu": args.use_cpu}
     if not isinstance(given, dict) or own.keys() & given.keys():
         raise ValueError(
@@ -142,7 +143,14 @@ def extract_first(script_args: DistillScriptArguments, args: TrainingArguments) 
         )
     defaults = {"model_name_or_path": script_args.model_name_or_path}
     parser = HfArgumentParser((TrajectoryScriptArguments, TrajectoryConfig))
-    extract(*parser.parse_dict(defaults | given | own), args.distributed_state)
+    try:
+        chosen = parser.parse_dict(defaults | given | own)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`extract` must map arguments of run_trajectories.py, `dataset_name` among them (got {given}: {error}). "
+            "Correct the section."
+        ) from error
+    extract(*chosen, args.distributed_state)
     args.distributed_state.wait_for_everyone()
 
 
@@ -163,11 +171,11 @@ def load_trajectories(script_args: DistillScriptArguments, seed: int, evaluate: 
     Raises:
         ValueError: If there is nothing to load, or nothing is left to train on.
     """
-    train = _load(script_args.dataset_name, script_args.dataset_split)
+    train = _load(script_args.dataset_name, script_args.dataset_split, "dataset_name")
     if not evaluate:
         return train, None
     if script_args.eval_dataset_name is not None:
-        return train, _load(script_args.eval_dataset_name, script_args.dataset_split)
+        return train, _load(script_args.eval_dataset_name, script_args.dataset_split, "eval_dataset_name")
     # Numbered before the split, so that a sample's draws do not depend on how many are held out.
     if "sample_id" not in train.column_names:
         train = train.map(lambda row, index: {"sample_id": index}, with_indices=True)
@@ -180,21 +188,25 @@ def load_trajectories(script_args: DistillScriptArguments, seed: int, evaluate: 
     return splits["train"], splits["test"]
 
 
-def _load(name: str, split: str):
+def _load(name: str, split: str, argument: str):
     from datasets import load_dataset
 
     path = Path(name)
+    files = [name]
     if path.is_dir():
         files = sorted(str(file) for file in path.rglob("*.parquet"))
         if not files:
             raise ValueError(
                 f"A folder of trajectories must hold .parquet files (got none in {name}). Name another folder."
             )
-        return load_dataset("parquet", data_files={split: files}, split=split)
     builders = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    if path.suffix in builders:
-        return load_dataset(builders[path.suffix], data_files={split: name}, split=split)
-    return load_dataset(name, split=split)
+    builder = "parquet" if path.is_dir() else builders.get(path.suffix)
+    with reading(name, argument):
+        return (
+            load_dataset(builder, data_files={split: files}, split=split)
+            if builder
+            else load_dataset(name, split=split)
+        )
 
 
 def _hub_id(name: str) -> str | None:

@@ -23,13 +23,12 @@ Any other model of transformers that has a mask token, an encoder or a decoder m
 A data set has the columns `prompt` and `completion`, or `messages`.
 """
 
-import json
 import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainers.loading import check_processes, float_dtype, load_checkpoint, resumption, with_end_of_text
+from trainers.loading import check_processes, float_dtype, load_checkpoint, named_tokenizer, reading, resumption
 
 
 @dataclass
@@ -96,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         (SFTScriptArguments, MaskedDiffusionSFTConfig), sys.argv[1:] if argv is None else argv
     )
     check_processes(args.world_size)
+    save_dtype = script_args.save_dtype and float_dtype("save_dtype", script_args.save_dtype)
     set_seed(args.seed)  # before the model: its initial weights are part of the run
     tokenizer = load_tokenizer(script_args)
     model = load_model(script_args, tokenizer)
@@ -111,8 +111,8 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=_peft_config(script_args),
     )
     trainer.train(resume_from_checkpoint=resumption(args.resume_from_checkpoint))
-    if script_args.save_dtype is not None:
-        trainer.model.to(float_dtype("save_dtype", script_args.save_dtype))
+    if save_dtype is not None:
+        trainer.model.to(save_dtype)
     trainer.save_model()
 
 
@@ -121,14 +121,13 @@ def load_tokenizer(script_args: SFTScriptArguments):
 
     Where it has no end of text, as BERT's, its separator ends an answer.
     """
-    from transformers import AutoTokenizer
-
     from trainers.build_tokenizer import build_tokenizer
 
-    name = script_args.tokenizer_name_or_path or script_args.model_name_or_path
-    revision = None if script_args.tokenizer_name_or_path else script_args.model_revision
-    tokenizer = build_tokenizer() if name is None else AutoTokenizer.from_pretrained(name, revision=revision)
-    return with_end_of_text(tokenizer)
+    if script_args.tokenizer_name_or_path is None and script_args.model_name_or_path is None:
+        return build_tokenizer()
+    return named_tokenizer(
+        script_args.model_name_or_path or "", script_args.tokenizer_name_or_path, script_args.model_revision
+    )
 
 
 def load_model(script_args: SFTScriptArguments, tokenizer):
@@ -139,6 +138,7 @@ def load_model(script_args: SFTScriptArguments, tokenizer):
             by diffusion (see [`as_diffusion_lm`]).
     """
     from d3llm_hf import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
+    from d3llm_hf.hub import checkpoint_source
 
     dtype = float_dtype("torch_dtype", script_args.torch_dtype)
     if (script_args.model_name_or_path is None) == (script_args.model_config is None):
@@ -148,7 +148,7 @@ def load_model(script_args: SFTScriptArguments, tokenizer):
         )
     if script_args.model_name_or_path is not None:
         return load_checkpoint(
-            script_args.model_name_or_path,
+            checkpoint_source(script_args.model_name_or_path),
             tokenizer,
             bidirectional=script_args.bidirectional,
             revision=script_args.model_revision,
@@ -176,9 +176,16 @@ def load_model(script_args: SFTScriptArguments, tokenizer):
 
 
 def _model_shape(value: str | dict) -> dict:
-    if isinstance(value, dict):
-        return dict(value)
-    return json.loads(Path(value).read_text(encoding="utf-8") if Path(value).suffix == ".json" else value)
+    from trainers.script_utils import json_value
+
+    if isinstance(value, str) and Path(value).suffix == ".json":
+        if not Path(value).is_file():
+            raise FileNotFoundError(f"`model_config` must name a file that exists (got {value!r}). Correct the path.")
+        value = Path(value).read_text(encoding="utf-8")
+    shape = json_value("model_config", value)
+    if not isinstance(shape, dict):
+        raise ValueError(f"`model_config` must map names to sizes (got {shape!r}). Write {{model_type: llada, ...}}.")
+    return dict(shape)
 
 
 def load_datasets(script_args: SFTScriptArguments, evaluate: bool):
@@ -204,10 +211,16 @@ def load_datasets(script_args: SFTScriptArguments, evaluate: bool):
         return train, test if evaluate else None
     suffix = Path(name).suffix.removeprefix(".")
     builders = {"json": "json", "jsonl": "json", "parquet": "parquet"}
-    if suffix in builders:
-        splits = load_dataset(builders[suffix], data_files={script_args.dataset_split: name})
-    else:
-        splits = load_dataset(name)
+    with reading(name, "dataset_name"):
+        if suffix in builders:
+            splits = load_dataset(builders[suffix], data_files={script_args.dataset_split: name})
+        else:
+            splits = load_dataset(name)
+    if script_args.dataset_split not in splits:
+        raise ValueError(
+            f"`dataset_split` must be a split of the data set, one of {sorted(splits)} (got "
+            f"{script_args.dataset_split!r}). Correct it."
+        )
     if evaluate and "test" not in splits:
         raise ValueError(
             f"`eval_strategy` must be `no` for a data set without a `test` split (got {sorted(splits)}). Unset it."

@@ -84,9 +84,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def extract(script_args: TrajectoryScriptArguments, args: TrajectoryConfig, state: PartialState) -> None:
     """This process' share of the trajectories, into the folder `output_dir`."""
+    from d3llm_hf.files import check_writable_folder
     from trainers.loading import load_named
     from trainers.trajectories import extract_trajectories
 
+    check_writable_folder(Path(script_args.output_dir).absolute(), "output_dir")
     with state.main_process_first():
         dataset = load_prompts(script_args)
     model, tokenizer = load_named(
@@ -114,6 +116,7 @@ def load_prompts(script_args: TrajectoryScriptArguments):
     """The data set: generated word problems, a file, or one of the Hub."""
     from datasets import Dataset, load_dataset
 
+    from trainers.loading import reading
     from trainers.run_sft import word_problem_rows
 
     name, split = script_args.dataset_name, script_args.dataset_split
@@ -133,9 +136,10 @@ def load_prompts(script_args: TrajectoryScriptArguments):
         return Dataset.from_list(list(rows))
     builders = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
     builder = builders.get(Path(name).suffix)
-    if builder is None:
-        return load_dataset(name, script_args.dataset_config, split=split)
-    return load_dataset(builder, data_files={split.split("[")[0]: name}, split=split)
+    with reading(name, "dataset_name"):
+        if builder is None:
+            return load_dataset(name, script_args.dataset_config, split=split)
+        return load_dataset(builder, data_files={split.split("[")[0]: name}, split=split)
 
 
 if __name__ == "__main__":

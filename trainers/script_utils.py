@@ -2,15 +2,26 @@
 
 import argparse
 import difflib
+import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
 
+class _Parser(HfArgumentParser):
+    """Errors in one line: the usage, with the Trainer's arguments, fills screens."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
 def parse_args_with_config(dataclass_types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     """Parse `argv` into the dataclasses; `--config file.yaml` sets defaults that other arguments override.
+
+    A value of `null` in the file leaves an argument unset.
 
     Args:
         dataclass_types (`tuple[type, ...]`): What to fill, in order.
@@ -20,9 +31,9 @@ def parse_args_with_config(dataclass_types: tuple[type, ...], argv: list[str]) -
         One instance of each type.
 
     Raises:
-        ValueError: If the file is not a mapping, or has a key that no dataclass knows.
+        ValueError: If the file cannot be read, is not a mapping, or has a key that no dataclass knows.
     """
-    parser = HfArgumentParser(dataclass_types)
+    parser = _Parser(dataclass_types)
     parser.add_argument("--config", help="YAML file of defaults; arguments given here take precedence.")
     recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what is required may be in the file
     recipe.add_argument("--config")
@@ -32,11 +43,21 @@ def parse_args_with_config(dataclass_types: tuple[type, ...], argv: list[str]) -
         for action in parser._actions:
             if action.dest in parser._defaults:
                 action.required = False
-    return parser.parse_args_into_dataclasses(args=argv)[: len(dataclass_types)]
+    *found, _, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_hint(unknown[0], options)}")
+    return tuple(found)
 
 
 def _read_config(path: str, parser: HfArgumentParser) -> dict[str, Any]:
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"`--config` must name a YAML file that can be read (got {path}: {error}). The recipes are in "
+            "trainers/recipes."
+        ) from error
     if not isinstance(values, dict):
         raise ValueError(
             f"`--config` must name a YAML mapping (got {type(values).__name__} in {path}). "
@@ -45,7 +66,28 @@ def _read_config(path: str, parser: HfArgumentParser) -> dict[str, Any]:
     known = {action.dest for action in parser._actions}
     for name in values:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean `{nearest[0]}`?" if nearest else " See --help for all names."
-            raise ValueError(f"`{name}` in {path} must be a known argument (got an unknown name).{hint}")
-    return values
+            raise ValueError(
+                f"`{name}` in {path} must be a known argument (got an unknown name).{_hint(str(name), known)}"
+            )
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean `{nearest[0]}`?" if nearest else " See --help for all names."
+
+
+def json_value(name: str, value: Any) -> Any:
+    """The value of an argument that is JSON on a command line and may be anything in a recipe.
+
+    Raises:
+        ValueError: If a text is no JSON; `name` is the argument.
+    """
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        example = '{"key": 1}'
+        raise ValueError(
+            f"`{name}` must be JSON (got {value[:80]!r}: {error}). Write for example {example}, or a section of "
+            "the recipe."
+        ) from error

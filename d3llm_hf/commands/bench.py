@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..files import check_writable
 from . import bench_decoding
 from .common import new_parser, tell
 
@@ -57,6 +58,8 @@ def run_train(args: argparse.Namespace) -> None:
 
     if args.shape not in SHAPES:
         raise ValueError(f"`--shape` must be one of {list(SHAPES)} (got {args.shape!r}). Change it by other options.")
+    if args.output is not None:
+        check_writable(args.output, "--output")
     given = {name: getattr(args, name) for name in (*_TRAIN, "complementary") if getattr(args, name) is not None}
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     results = measure_training(replace(SHAPES[args.shape], **given, device=device))

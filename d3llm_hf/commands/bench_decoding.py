@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import check_writable, check_writable_folder
 from .common import new_parser, tell
 from .generate import SETTINGS
 
@@ -113,6 +114,8 @@ def _bench(args: argparse.Namespace, **more: Any) -> "DecodingBench":
 
     from ..evaluation.bench_shapes import SHAPES, DecodingBench
 
+    if args.output is not None:
+        check_writable(args.output, "--output")
     name = getattr(args, "shape", None)
     if name is not None and name not in SHAPES:
         raise ValueError(f"`--shape` must be one of {list(SHAPES)} (got {name!r}). Change it by other options.")
@@ -202,6 +205,7 @@ def run_all(args: argparse.Namespace) -> None:
     unknown = [name for name in names if name not in COMMITTED]
     if unknown:
         raise ValueError(f"`--only` must name some of {list(COMMITTED)} (got {unknown}). Correct the name.")
+    check_writable_folder(args.output.absolute(), "--output")
     failed = []
     for name in names:
         path = args.output / f"{name}{'-cuda' if args.device == 'cuda' else ''}.json"

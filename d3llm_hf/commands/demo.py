@@ -2,7 +2,7 @@
 
 import argparse
 
-from .common import new_parser
+from .common import check_address, new_parser
 from .generate import add_model_options, load
 
 
@@ -22,6 +22,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.concurrency < 1:
         raise ValueError(f"`--concurrency` must be a positive integer (got {args.concurrency}). Pass 1 or more.")
+    if args.port is not None:
+        check_address(args.host, args.port)
     model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
     page = build(model, tokenizer, name=args.model, concurrency=args.concurrency)
     launch(page, host=args.host, port=args.port, share=args.share)

@@ -1,13 +1,12 @@
 """`d3llm generate`: answer a prompt, and say what it took."""
 
 import argparse
-import difflib
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+from ..progress import DecidedTokens, quiet_loading
 from ..terminal import CanvasStreamer, can_redraw, printable
 from .common import new_parser, tell
 
@@ -40,6 +39,7 @@ SETTINGS: dict[str, tuple[type, str]] = {
     "cache_refresh_interval": (int, "recompute everything every so many forwards"),
     "cache_window": (int, "positions around the decoded ones that are recomputed (vicinity, dkv_greedy)"),
     "cache_warmup": (int, "forwards at the start that recompute everything (vicinity)"),
+    "suffix_length": (int, "undecided positions behind the last open block that a forward sees; unset: all"),
     "cfg_scale": (float, "classifier-free guidance; 0 is off"),
     "alg_temp": (float, "temperature of the choice of positions (dream)"),
     "lossless": (bool, "the same tokens in fewer forwards, by verified drafts (llada, dream)"),
@@ -101,7 +101,10 @@ def run(args: argparse.Namespace) -> None:
     _, model, tokenizer, inputs, settings = prepare(args)
     start = time.perf_counter()
     output = model.generate(
-        **inputs, **settings, streamer=_watcher(tokenizer, args.watch), return_dict_in_generate=True
+        **inputs,
+        **settings,
+        streamer=_watcher(tokenizer, args.watch) or _counter(model, settings),
+        return_dict_in_generate=True,
     )
     seconds = time.perf_counter() - start
     answer = output.sequences[0, inputs["input_ids"].shape[1] :]
@@ -176,35 +179,33 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str 
         OSError: when there is no such checkpoint.
     """
     import torch
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoModel
 
-    from ..hub import checkpoint_source, embedded_checkpoints
+    from ..hub import checkpoint_source
     from ..models.generation_d3llm import D3LLMGenerationMixin
+    from ..sources import load_tokenizer, loading
 
-    logging.disable_progress_bar()  # a progress bar between the prompt and its answer helps nobody
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    quiet_loading()
+    known = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
         raise ValueError(f"`--dtype` must be a floating point type of torch (got {dtype!r}). Try float32 or bfloat16.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         target = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"`--device` must be a device of torch (got {device!r}). Try cpu or cuda.") from error
-    source = checkpoint_source(name)
-    try:
-        model = AutoModel.from_pretrained(source, dtype=dtype, revision=revision, trust_remote_code=False)
-    except OSError as error:
-        near = difflib.get_close_matches(name, embedded_checkpoints(), n=1)
-        if not near or Path(name).exists():
-            raise
-        raise OSError(f"There is no checkpoint {name!r}. Did you mean {near[0]!r}? ({error})") from error
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(
+            f"`--device` must be a device of torch that this machine has (got {device!r}: {error}). Try cpu."
+        ) from error
+    source, common = checkpoint_source(name), {"revision": revision, "trust_remote_code": False}
+    with loading(name):
+        model = AutoModel.from_pretrained(source, dtype=dtype, **common)
     if not isinstance(model, D3LLMGenerationMixin):
         raise ValueError(
             f"`model` must be a LLaDA, Dream or d3LLM checkpoint (got {type(model).__name__} from {name!r})."
         )
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    return model.to(target).eval(), tokenizer
+    return model.to(target).eval(), load_tokenizer(source, name, **common)
 
 
 def statistics(output, seconds: float) -> str:
@@ -248,3 +249,14 @@ def _watcher(tokenizer, watch: bool):
         tell("--watch needs a terminal, the answer follows when it is complete")
         return None
     return CanvasStreamer(tokenizer)
+
+
+def _counter(model, settings: dict[str, Any]) -> DecidedTokens | None:
+    """A bar of decided tokens, where it would be seen."""
+    counter = DecidedTokens(canvas_length(model, settings), model.config.mask_token_id)
+    return None if counter.bar.disable else counter
+
+
+def canvas_length(model, settings: dict[str, Any]) -> int | None:
+    """Positions that an answer may have, where the settings or the checkpoint say so."""
+    return settings.get("max_new_tokens", model.generation_config.max_new_tokens)

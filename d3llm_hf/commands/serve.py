@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 
-from .common import new_parser, tell
+from .common import check_address, new_parser, tell
 from .generate import SETTINGS, add_settings, load
 
 
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
             "`pip install 'd3llm-hf[serve]'`."
         ) from error
 
+    check_address(args.host, args.port)
     limits = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
     key = _api_key(args.api_key_env)
     model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)

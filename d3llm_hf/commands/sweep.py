@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..files import check_writable
 from .common import new_parser, tell
 from .generate import load, name_and_value, value_of
 
@@ -60,6 +61,7 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     models = _models(args.models)
+    check_writable(args.output, "--output")
 
     from ..evaluation.grids import curves_of
     from ..evaluation.sweep import check_settings, describe, sweep

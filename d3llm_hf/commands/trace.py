@@ -4,8 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..files import check_writable, replace_file
+from ..progress import progress_bar
 from .common import new_parser, tell
-from .generate import add_options, name_and_value, prepare
+from .generate import add_options, canvas_length, name_and_value, prepare
 
 
 # What two methods that are compared have in common; all else is the method's own.
@@ -28,21 +30,19 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     compared = None if args.compare is None else _method(args.compare)
-    folder = args.output.parent
-    if not folder.is_dir() or args.output.is_dir():
+    if not args.output.parent.is_dir() or args.output.is_dir():
         raise ValueError(
             f"`--output` must be a file in a folder that exists (got {str(args.output)!r}). Make it first."
         )
+    check_writable(args.output, "--output")
     prompt, model, tokenizer, inputs, settings = prepare(args)
 
-    from ..files import replace_file
-    from ..trace import record
     from ..trace_page import page
 
     runs = [settings]
     if compared is not None:
         runs.append({name: settings[name] for name in SHARED if name in settings} | compared)
-    traces = [record(model, tokenizer, prompt, inputs, name=args.model, **chosen) for chosen in runs]
+    traces = [_traced(model, tokenizer, prompt, inputs, args.model, chosen) for chosen in runs]
     replace_file(args.output, page(traces).encode())
     for trace in traces:
         tell(
@@ -50,6 +50,19 @@ def run(args: argparse.Namespace) -> None:
             f"({trace.tokens_per_forward:.2f} tokens per forward), {trace.seconds[-1]:.2f} s"
         )
     tell(f"wrote {args.output}")
+
+
+def _traced(model, tokenizer, prompt: str, inputs, name: str, settings: dict[str, Any]):
+    from ..trace import Recording
+
+    length = canvas_length(model, settings)
+    with (
+        Recording(model, tokenizer, prompt, inputs, name=name, **settings) as recording,
+        progress_bar(length, "token", settings.get("decoding_method", "decided"), leave=False) as bar,
+    ):
+        for _ in recording:
+            bar.update(recording.decided - bar.n)
+        return recording.trace()
 
 
 def _method(text: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..progress import progress_bar
 from .bench_shapes import DecodingBench, Work, prepared
 from .bench_split import PARTS, backbone_flops, matmul_rate, taken_apart, widths_seen
 from .measure import environment
@@ -138,16 +139,25 @@ def timed(work: Callable[[], Any], device: str) -> tuple[float, float]:
     return time.perf_counter() - began, time.process_time() - cpu_began
 
 
-def times(bench: DecodingBench, work: Work, chosen: dict[str, Contestant]) -> dict[str, list[tuple[float, float]]]:
-    """Seconds and processor seconds of each contestant and turn; they take turns."""
+def times(
+    bench: DecodingBench, work: Work, chosen: dict[str, Contestant], advance: Callable[[], Any]
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and processor seconds of each contestant and turn; they take turns, and `advance` is told of each."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
     for _ in range(bench.repeats):
         for name, contestant in chosen.items():
             found[name].append(timed(lambda each=contestant: decode(each, work), bench.device))
+            advance()
     return found
 
 
-def figures(bench: DecodingBench, work: Work, turns: dict[str, Turn], chosen: dict[str, Contestant]) -> list[dict]:
+def figures(
+    bench: DecodingBench,
+    work: Work,
+    turns: dict[str, Turn],
+    chosen: dict[str, Contestant],
+    advance: Callable[[], Any] = lambda: None,
+) -> list[dict]:
     """Times the contestants, and what each did: a row for each.
 
     Returns:
@@ -157,7 +167,7 @@ def figures(bench: DecodingBench, work: Work, turns: dict[str, Turn], chosen: di
         the ratio of tokens a second to the baseline's in the same turn; `equal_tokens` with the baseline, and
         `same_as` the plain loop that the tokens were found equal to; with word problems `accuracy` in percent.
     """
-    taken = times(bench, work, chosen)
+    taken = times(bench, work, chosen, advance)
     base, rows = turns[BASELINE], []
     for name, contestant in chosen.items():
         turn, per_token = turns[name], max(1, turns[name].tokens)
@@ -233,16 +243,22 @@ def measure_decoding(bench: DecodingBench) -> dict[str, Any]:
         ArithmeticError: If tokens in float32 differ.
     """
     chosen = contestants(bench)
-    with prepared(bench) as (work, scale):
-        turns = {name: decode(contestant, work) for name, contestant in chosen.items()}  # and warms up
-        check(bench, turns, chosen)
-        rows = figures(bench, work, turns, chosen)
+    with progress_bar(len(chosen) * (bench.repeats + 3), "turn", "bench") as bar:
+        with prepared(bench) as (work, scale):
+            turns = {}
+            for name, contestant in chosen.items():  # and warms up
+                turns[name] = decode(contestant, work)
+                bar.update()
+            check(bench, turns, chosen)
+            rows = figures(bench, work, turns, chosen, bar.update)
+            for row in rows:
+                row |= split(bench, work, chosen[row["name"]])
+                bar.update()
+            parameters = work.model.num_parameters()
         for row in rows:
-            row |= split(bench, work, chosen[row["name"]])
-        parameters = work.model.num_parameters()
-    for row in rows:
-        before, peak = in_fresh_process(memory, bench, row["name"], scale)
-        row |= {"peak_bytes": peak, "work_bytes": peak - before}
+            before, peak = in_fresh_process(memory, bench, row["name"], scale)
+            row |= {"peak_bytes": peak, "work_bytes": peak - before}
+            bar.update()
     return results(SUITE, bench, rows=rows, parameters=parameters, head_scale=round(scale, 4))
 
 

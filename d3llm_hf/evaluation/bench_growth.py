@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..progress import progress_bar
 from .bench import check, contestants, decode, figures, results
 from .bench_shapes import DecodingBench, prepared
 
@@ -49,14 +50,19 @@ def measure_growth(bench: DecodingBench, axes: dict[str, Sequence[int]]) -> dict
     if not any(axes.values()):
         raise ValueError(f"`axes` must give values to one of {list(AXES)} at least (got none).")
     rows, scale = [], None
-    for axis, values in axes.items():
-        for value in values:
+    points = [(axis, value) for axis, values in axes.items() for value in values]
+    chosen = [contestants(replace(bench, **{axis: value})) for axis, value in points]
+    with progress_bar(sum(map(len, chosen)) * (1 + bench.repeats), "turn", "growth") as bar:
+        for (axis, value), each in zip(points, chosen, strict=True):
             point = replace(bench, **{axis: value})
-            chosen = contestants(point)
+            bar.set_postfix_str(f"{AXES[axis]} {value}", refresh=False)
             with prepared(point, scale) as (work, scale):  # the same head everywhere
-                turns = {name: decode(contestant, work) for name, contestant in chosen.items()}
-                check(point, turns, chosen)
-                for row in figures(point, work, turns, chosen):
+                turns = {}
+                for name, contestant in each.items():
+                    turns[name] = decode(contestant, work)
+                    bar.update()
+                check(point, turns, each)
+                for row in figures(point, work, turns, each, bar.update):
                     milliseconds = round(1000 * row["seconds"] / max(1, row["steps"]), 3)
                     rows.append({"axis": axis, "value": value} | row | {"ms_per_step": milliseconds})
     return results(SUITE, bench, axes={axis: list(values) for axis, values in axes.items()}, rows=rows)

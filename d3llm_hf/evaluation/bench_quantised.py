@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..progress import progress_bar
 from .bench_shapes import SEED, DecodingBench
 from .measure import Tally, environment
 from .memory import machine, threads
@@ -113,15 +114,15 @@ def measure_quantised(bench: DecodingBench) -> dict[str, Any]:
     Raises:
         ValueError: Without a checkpoint.
     """
-    from transformers import AutoTokenizer
-
     from ..hub import checkpoint_source
+    from ..sources import load_tokenizer, loading
 
     if not bench.model:
         raise ValueError("`model` must name a checkpoint whose answers can be scored (got none). Try d3llm-llada.")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint_source(bench.model))
+    with loading(bench.model):
+        tokenizer = load_tokenizer(checkpoint_source(bench.model), bench.model)
     problems = generate_problems(bench.count, split="test", seed=SEED)
-    with threads(bench.threads):
+    with threads(bench.threads), progress_bar(len(problems) * len(VARIANTS), "answer", "quantised") as bar:
         tallies: dict[str, Tally] = {}
         models: dict[str, Any] = {}
         reasons: dict[str, str] = {}
@@ -134,11 +135,13 @@ def measure_quantised(bench: DecodingBench) -> dict[str, Any]:
             if not models:
                 models, reasons = _prepared(bench, inputs)
                 tallies = {name: Tally() for name in models}
+                bar.total = len(problems) * len(models)
             for name, model in models.items():
                 answers = tallies[name].generate(model, inputs, bench.settings, max_new_tokens=bench.new_tokens)
                 texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
                 right = sum(exact_match(text, each.answer) for text, each in zip(texts, batch, strict=True))
                 tallies[name].correct += right
+                bar.update(len(batch))
     rows = [_row(name, models, tallies, reasons) for name in VARIANTS]
     return {
         "schema": SCHEMA,

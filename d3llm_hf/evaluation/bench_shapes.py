@@ -28,7 +28,8 @@ from .word_problems import WordProblem, generate_problems
 _HEAD_WIDTH = 64
 _FIRST_BLOCKS = 4  # whose masks a random model's head is scaled by
 _LEAST = {"vocab_size": 16, "prompts": 0, "schedule": 0, "seed": 0}
-_FIXED = {"remasking", "cfg_scale", "lossless", "draft_length"}  # the plain loops have but one value of them
+# What the plain loops have but one value of.
+_FIXED = {"remasking", "cfg_scale", "lossless", "draft_length", "suffix_length"}
 DTYPES = ("float32", "bfloat16", "float16")
 SEED = 4242  # of the embedded checkpoint's problems, as in its results
 

@@ -20,19 +20,15 @@ _TRAIN: dict[str, Callable[[dict[str, Any]], str]] = {
 def training_table(results: dict[str, Any]) -> str:
     """The Markdown of a results file of `d3llm bench train`, with what it takes to repeat it."""
     shape, made, positions, found = (results[key] for key in ("shape", "provenance", "positions", "agreement"))
-    on_cpu = made["device"] == "cpu"
-    where = f"CPU ({made['machine']}), threads: {made['threads']}" if on_cpu else made["machine"]
-    counted = (
-        "resident memory of a fresh process, with Python and its libraries"
-        if on_cpu
-        else "what torch's allocator has handed out"
-    )
-    missing = " Nothing was measured on CUDA." if on_cpu else ""
+    counted = "resident memory of a fresh process, with Python and its libraries"
+    handed_out = "what torch's allocator has handed out"
+    if made["device"] == "cuda":
+        counted = handed_out
+    elif "cuda" in results:
+        counted += f" (on CUDA {handed_out})"
     extra = f", fine-tuning loss weighted {shape['sft_weight']}" if shape["sft_weight"] else ""
     lines = [
-        f"| loss computed from | {' | '.join(_TRAIN)} |",
-        f"|---|{'---:|' * len(_TRAIN)}",
-        *(f"| {row['name']} | {' | '.join(text(row) for text in _TRAIN.values())} |" for row in results["rows"]),
+        *_lines("loss computed from", _TRAIN, _with_cuda(results, lambda row: row["name"])),
         "",
         f"A forward and a backward pass of a random LLaDA of {results['parameters'] / 1e6:.1f} M parameters "
         f"({shape['layers']} layers of width {shape['d_model']}, {shape['vocab_size']} tokens) in {shape['dtype']}, "
@@ -45,8 +41,8 @@ def training_table(results: dict[str, Any]) -> str:
         "probabilities of the rows with a loss only, the last is `PseudoTrajectoryDistillTrainer`. Times are medians "
         f"of {shape['repeats']} turns of {shape['steps']} step{'s' * (shape['steps'] > 1)}, ratios medians within a "
         f"turn; CPU s is the processor's time, which other programs disturb less. Peak: {counted}; the step's share "
-        f"is what came on top of model and libraries, gradients among it.{missing} {where}, torch {made['torch']}, "
-        f"transformers {made['transformers']}. Regenerate: `{results['command']}`.",
+        f"is what came on top of model and libraries, gradients among it. {_where(results)} Regenerate: "
+        f"`{results['command']}`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -85,7 +81,7 @@ _QUANTISED: dict[str, Callable[[dict[str, Any]], str]] = {
     "faster (CPU s)": lambda row: f"{row['cpu_speedup']:.2f} x",
     "weights, MB": lambda row: f"{row['weight_bytes'] / 1e6:.2f}",
 }
-NOT_MEASURED = "not measured"
+NEVER_MEASURED = "never measured"
 _AXES = {"prompt_length": "prompt", "new_tokens": "answer", "batch_size": "batch"}
 
 
@@ -108,7 +104,7 @@ def _with_cuda(
         return named
     if "cuda" in results:
         return named + [(f"{name(row)}, on CUDA", row) for row in results["cuda"]["rows"]]
-    return [*named, ("on CUDA", NOT_MEASURED)]
+    return [*named, ("on CUDA", NEVER_MEASURED)]
 
 
 def _where(results: dict[str, Any]) -> str:

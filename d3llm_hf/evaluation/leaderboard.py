@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file
+from ..files import check_writable_folder, replace_file
 from ..metrics.aup.curve import AUPResult, aup_score
 from .points import Point, curve_aup, curves, read_points
 from .published import published_points
@@ -330,6 +330,7 @@ def write_leaderboard(
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`output` must be a folder (got {str(output)!r}, which is a file). Choose another name.")
+    check_writable_folder(folder.absolute(), "output")
     board = build_board(read_points(*results), published=published, title=title)
     files = draw(board)
     blocks = document(board, files)

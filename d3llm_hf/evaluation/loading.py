@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..hub import checkpoint_source
+from ..sources import load_tokenizer, loading
 
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def load_checkpoint(
         TypeError: for a model that does not decode by diffusion, or one without a tokenizer.
         OSError: when there is no such checkpoint.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"`dtype` must be a data type of torch (got {dtype!r}). Try float32 or bfloat16.")
@@ -50,7 +51,8 @@ def load_checkpoint(
     if isinstance(pretrained, str):
         source = checkpoint_source(pretrained)
         more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        model = AutoModel.from_pretrained(source, dtype=dtype, **common, **more)
+        with loading(pretrained, "pretrained"):
+            model = AutoModel.from_pretrained(source, dtype=dtype, **common, **more)
         tokenizer = source if tokenizer is None else tokenizer
     else:
         model = pretrained
@@ -66,7 +68,7 @@ def load_checkpoint(
     if tokenizer is None:
         raise TypeError("`tokenizer` must be given with a loaded model (got None). Pass its name or the tokenizer.")
     if isinstance(tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint_source(tokenizer), **common)
+        tokenizer = load_tokenizer(checkpoint_source(tokenizer), tokenizer, "tokenizer", **common)
     if target is not None:
         model = model.to(target)
     return model.eval(), tokenizer

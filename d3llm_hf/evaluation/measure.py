@@ -23,8 +23,9 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
-from ..files import replace_file
+from ..files import check_writable, replace_file
 from ..hub import embedded_checkpoints
+from ..progress import progress_bar
 from .suites import FIGURES, SUITES, Settings, Suite
 from .word_problems import WordProblem, exact_match, generate_problems
 
@@ -122,17 +123,20 @@ def measure(
         the rows of the results file: name, settings, figures (see `Tally.figures`).
     """
     tallies = {name: Tally() for name in suite.rows}
-    for number, batch in enumerate(_batches(problems, batch_size)):
-        chats = [[{"role": "user", "content": problem.question}] for problem in batch]
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-        ).to(model.device)
-        for settings in suite.rows.values() if number == 0 else ():
-            Tally().generate(model, inputs, settings, max_new_tokens=1)
-        for name, settings in suite.rows.items():
-            answers = tallies[name].generate(model, inputs, settings, max_new_tokens=max_new_tokens)
-            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-            tallies[name].correct += sum(exact_match(text, p.answer) for text, p in zip(texts, batch, strict=True))
+    with progress_bar(len(problems) * len(suite.rows), "answer", "measuring") as bar:
+        for number, batch in enumerate(_batches(problems, batch_size)):
+            chats = [[{"role": "user", "content": problem.question}] for problem in batch]
+            inputs = tokenizer.apply_chat_template(
+                chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+            ).to(model.device)
+            for settings in suite.rows.values() if number == 0 else ():
+                Tally().generate(model, inputs, settings, max_new_tokens=1)
+            for name, settings in suite.rows.items():
+                answers = tallies[name].generate(model, inputs, settings, max_new_tokens=max_new_tokens)
+                texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+                right = sum(exact_match(text, each.answer) for text, each in zip(texts, batch, strict=True))
+                tallies[name].correct += right
+                bar.update(len(batch))
     return [_row(suite, name, settings, tallies) for name, settings in suite.rows.items()]
 
 
@@ -173,23 +177,25 @@ def measure_larger(
         model = LLaDAModelLM(config).eval()
         prompts = torch.randint(998, (max(batch_sizes), prompt_tokens))
     rows: list[dict[str, Any]] = []
-    for batch in batch_sizes:
-        inputs = {"input_ids": prompts[:batch], "attention_mask": torch.ones_like(prompts[:batch])}
-        for settings in suite.rows.values():
-            Tally().generate(model, inputs, settings, max_new_tokens=max(1, new_tokens // 8))
-        best: dict[str, Tally] = {}
-        for _ in range(rounds):
-            for name, settings in suite.rows.items():
+    with progress_bar(len(batch_sizes) * (1 + rounds) * len(suite.rows), "turn", "larger model") as bar:
+        for batch in batch_sizes:
+            inputs = {"input_ids": prompts[:batch], "attention_mask": torch.ones_like(prompts[:batch])}
+            for settings in suite.rows.values():
+                Tally().generate(model, inputs, settings, max_new_tokens=max(1, new_tokens // 8))
+                bar.update()
+            best: dict[str, Tally] = {}
+            for name, settings in [*suite.rows.items()] * rounds:
                 tally = Tally()
                 tally.generate(model, inputs, settings, max_new_tokens=new_tokens)
+                bar.update()
                 if name in best:
                     tally.seconds = min(tally.seconds, best[name].seconds)
                     tally.cpu_seconds = min(tally.cpu_seconds, best[name].cpu_seconds)
                 best[name] = tally
-        for name, settings in suite.rows.items():
-            row = _row(suite, name, settings, best) | {"batch": batch, "seconds": round(best[name].seconds, 2)}
-            rows.append(row | {"cpu_seconds": round(best[name].cpu_seconds, 2)})
-            del rows[-1]["accuracy"]
+            for name, settings in suite.rows.items():
+                row = _row(suite, name, settings, best) | {"batch": batch, "seconds": round(best[name].seconds, 2)}
+                rows.append(row | {"cpu_seconds": round(best[name].cpu_seconds, 2)})
+                del rows[-1]["accuracy"]
     return {
         "width": width,
         "layers": layers,
@@ -271,6 +277,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Path]:
             f"MODEL must be a folder with model.safetensors, or one of {sorted(embedded_checkpoints())} (got "
             f"{args.model!r}). Correct the path."
         )
+    try:
+        check_writable(args.output, "--output")
+    except ValueError as error:
+        parser.error(str(error))
     return args, folder
 
 

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..progress import progress_bar
 from .leaderboard import Board, Entry, Group, Task
 
 
@@ -61,12 +62,18 @@ def draw(board: Board) -> dict[str, bytes]:
     wide = [group for group in board.groups if len(group.tasks) > 2]
     files: dict[str, bytes] = {}
     # The reader's own matplotlibrc must not change the pictures.
-    with matplotlib.style.context(["default", _SETTINGS]):
+    with (
+        matplotlib.style.context(["default", _SETTINGS]),
+        progress_bar(2 * len(board.tasks) + bool(wide), "picture", "drawing") as bar,
+    ):
         for task in board.tasks:
             files |= _saved(f"curves-{task.slug}", _curves(task, styles))
+            bar.update()
             files |= _saved(f"bars-{task.slug}", _bars(task, styles))
+            bar.update()
         if wide:
             files |= _saved("radar", _radar(wide, styles))
+            bar.update()
     return files
 
 

@@ -56,8 +56,8 @@ def read_points(*paths: str | os.PathLike) -> list[Point]:
 
     Raises:
         FileNotFoundError: for a file that does not exist.
-        ValueError: for a line that is no point, or whose figures are not those of its samples; the message names file
-            and line.
+        ValueError: for results of another kind, a line that is no point, or one whose figures are not those of its
+            samples; the message names file and line.
     """
     points = []
     for path in map(Path, paths):
@@ -65,7 +65,13 @@ def read_points(*paths: str | os.PathLike) -> list[Point]:
             raise FileNotFoundError(
                 f"`paths` must name results files (got {str(path)!r}, which is none). Make one with `d3llm sweep`."
             )
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        lines = path.read_bytes().splitlines()
+        if lines and lines[0].strip() == b"{":
+            raise ValueError(
+                f"`paths` must name results of `d3llm sweep`, JSON lines (got {str(path)!r}, one object over many "
+                "lines, as `d3llm bench` and `d3llm_hf.evaluation.measure` write it). Choose another file."
+            )
+        for number, line in enumerate(lines, 1):
             points.append(_parse(line, f"{path.name}, line {number}"))
     return points
 

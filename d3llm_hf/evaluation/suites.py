@@ -4,6 +4,7 @@ card      what the model card of an embedded checkpoint compares
 methods   every decoding method
 caches    every kind of cache against none, also on a larger random model
 lossless  one token a forward against the same tokens in fewer forwards
+suffix    the whole canvas against a shortened suffix
 """
 
 from dataclasses import dataclass, field
@@ -164,4 +165,30 @@ LOSSLESS = Suite(
     ),
 )
 
-SUITES: dict[str, Suite] = {"card": CARD, "methods": METHODS, "caches": CACHES, "lossless": LOSSLESS}
+_SHORTER = {f"suffix of {n}": {"suffix_length": n} for n in (32, 16, 0)}
+
+SUFFIX = Suite(
+    **_joined(
+        with_variants("one token a forward", ONE_TOKEN, _SHORTER),
+        with_variants("by confidence", FAST_DLLM, _SHORTER),
+        with_variants(
+            "by confidence, dual",
+            FAST_DLLM | {"kv_cache": "dual"},
+            {"suffix of 16": {"suffix_length": 16}},
+        ),
+        with_variants("multi-block", MULTI_BLOCK, _SHORTER),
+    ),
+    columns=("name", "added", "accuracy", "equal_tokens", "forwards", "positions_per_token", "tpf", *_TIMES),
+    notes=(
+        "The first row of each group sees the whole canvas; the others see so many undecided positions behind the "
+        "last open block. Same tokens: the share of answer tokens, stop tokens left out, that equal those of the "
+        "whole canvas. At most 64 new tokens, greedy, in batches of 25; a batch is as wide as its furthest row. "
+        "Seconds are those in `generate`, the settings taking turns batch by batch, CPU s the processor's time of one "
+        "thread, the last column its ratio to the group's first row. What a shorter suffix costs depends on the "
+        "length for which a model plans, so it has to be measured for each."
+    ),
+)
+
+SUITES: dict[str, Suite] = {
+    "card": CARD, "methods": METHODS, "caches": CACHES, "lossless": LOSSLESS, "suffix": SUFFIX,
+}  # fmt: skip

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import transformers
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
 from ..files import replace_file
+from ..progress import progress_bar
 from .grids import Curve
 from .points import SAMPLES, SCHEMA, Point, append_point, digest, intervals, key_of, ratios, read_points
 from .tasks import Task
@@ -124,11 +124,10 @@ def sweep(
 
     # 3. Decode what is missing, batch by batch
     batches = -(-len(prompts) // batch_size)
-    hidden = None if progress is None else not progress  # None: tqdm looks for a terminal
-    with tqdm(total=batches * len(wanted), unit="batch", disable=hidden, desc=label) as bar:
+    with progress_bar(batches * len(wanted), "batch", label, shown=progress) as bar:
         bar.update(batches * (len(wanted) - len(missing)))
         for point in missing:
-            bar.set_postfix_str(describe(point["method"], None, point["parameter"], point["value"]))
+            bar.set_postfix_str(describe(point["method"], None, point["parameter"], point["value"]), refresh=False)
             found = _measure(model, tokenizer, task, prompts, point, journal, bar.update)
 
             # 4. Append the point to the results file

@@ -21,7 +21,7 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Overwrites the slots that the forward recomputes, and returns the whole buffer to attend to."""
+        """Overwrites the slots that the forward recomputes, and returns all that it sees to attend to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         slots = self.cache.slots
@@ -32,13 +32,14 @@ class SlotLayer(CacheLayerMixin):
             index = slots[:, None, :, None]
             self.keys.scatter_(2, index.expand_as(key_states), key_states)
             self.values.scatter_(2, index.expand_as(value_states), value_states)
-        return self.keys, self.values
+        seen = self.cache.seen
+        return (self.keys, self.values) if seen is None else (self.keys[:, :, :seen], self.values[:, :, :seen])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.length, 0
+        return self.get_seq_length(), 0
 
     def get_seq_length(self) -> int:
-        return self.cache.length
+        return self.cache.length if self.cache.seen is None else self.cache.seen
 
     def get_max_length(self) -> int:
         return self.cache.length
@@ -60,14 +61,17 @@ class SlotCache(Cache):
     def __init__(self, num_layers: int, length: int):
         self.length = length
         self.slots: slice | torch.Tensor = slice(0, length)
+        self.seen: int | None = None
         super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
 
-    def at(self, slots: slice | torch.Tensor) -> "SlotCache":
+    def at(self, slots: slice | torch.Tensor, seen: int | None = None) -> "SlotCache":
         """Names the slots of the next forward's tokens: a slice that all rows share, or a `(B, Q)` index.
+
+        The forward attends to the first `seen` slots, to all of them where nothing else is said.
 
         A slot may occur twice in a row when it holds the same token both times (a window padded with its first slot).
         """
-        self.slots = slots
+        self.slots, self.seen = slots, seen
         return self
 
     def select_rows(self, keep: torch.Tensor) -> None:

@@ -70,8 +70,8 @@ class Canvas:
         """The canvas of what `GenerationMixin.generate` prepared.
 
         Raises:
-            ValueError: without a mask token, for a right-padded prompt, beyond the model's positions, or for an
-                `infill_mask` that does not fit the prompt.
+            ValueError: without a mask token, for a right-padded prompt, beyond the model's positions, for an
+                `infill_mask` that does not fit the prompt, or for infilling with a `suffix_length`.
         """
         # 1. Text and length
         mask_token_id = generation_config.mask_token_id
@@ -107,6 +107,11 @@ class Canvas:
                 'a row that has a prompt). Tokenize with `padding_side="left"`.'
             )
         holes = holes_of(input_ids, seen, mask_token_id, generation_config, model_kwargs)
+        if holes is not None and generation_config.suffix_length is not None:
+            raise ValueError(
+                "`suffix_length` cannot be combined with infilling: a hole is filled by the text behind it, which it "
+                f"would hide (got {generation_config.suffix_length}). Leave it unset."
+            )
         seen = torch.cat([seen, seen.new_ones(prompt.shape[0], new_length)], dim=1)
         if token_types is not None:
             following = token_types[:, -1:] if token_types.shape[1] else token_types.new_zeros(len(prompt), 1)
@@ -185,25 +190,25 @@ class Canvas:
         Returns:
             `(n, V)` logits, those of the slot that predicts each candidate, and `(B,)` positions computed.
         """
-        # 1. The slot that predicts a candidate; where nothing precedes it, its own.
+        # 1. The slot that predicts a candidate.
         row, column = where
-        slot = torch.maximum(self.slots[row, column] - rules.shift, self.first[row])
+        slot = self.predicting(row, column, rules)
 
-        # 2. The window: never padding, always what predicts a candidate.
+        # 2. The window, and how far the forward sees.
+        end, seen, mask = self._seen(state, rules)
         if cache is None:
-            slots, index, width = slice(None), slot, self.length
-            computed = (self.length - self.first) * (2 if rules.cfg_scale else 1)
+            slots, index, width = slice(0, seen), slot, seen
+            computed = (end - self.first) * (2 if rules.cfg_scale else 1)
         else:
-            recompute = recompute & (torch.arange(self.length, device=slot.device) >= self.first[:, None])
-            recompute = recompute.index_put((row, slot), recompute.new_tensor(True))
+            recompute = self.needed(recompute, row, slot, end[:, None])
             slots, index, width = window_of(recompute, row, slot)
             computed = recompute.sum(1)
-            cache.at(slots)
+            cache.at(slots, seen)
 
         # 3. The forward, and the head only where a candidate is decided.
         wanted = torch.zeros(self.batch, width, dtype=torch.bool, device=slot.device)
         wanted[row, index] = True
-        inputs = self._inputs(model, state, slots)
+        inputs = self._inputs(model, state, slots) | {"attention_mask": mask}
         if rules.cfg_scale:
             inputs, wanted = self._with_unprompted(model, state, inputs), torch.cat([wanted, wanted])
         logits = model.canvas_logits(inputs, wanted, cache, **self.model_kwargs)
@@ -217,15 +222,45 @@ class Canvas:
             logits = logits[wanted.flatten().cumsum(0)[row * wanted.shape[1] + index] - 1]
         return logits, computed
 
+    def predicting(self, row: torch.Tensor, column: torch.Tensor, rules: Rules) -> torch.Tensor:
+        """The slot `(n,)` that predicts each candidate; where nothing precedes it, its own."""
+        return torch.maximum(self.slots[row, column] - rules.shift, self.first[row])
+
+    def needed(
+        self, recompute: torch.Tensor, row: torch.Tensor, slot: torch.Tensor, end: torch.Tensor | int
+    ) -> torch.Tensor:
+        """The marked slots `(B, L)`, never padding nor those from `end` on, always those that predict a candidate."""
+        place = torch.arange(self.length, device=slot.device)
+        recompute = recompute & (place >= self.first[:, None]) & (place < end)
+        return recompute.index_put((row, slot), recompute.new_tensor(True))
+
+    def _seen(self, state: State, rules: Rules) -> tuple[torch.Tensor, int, torch.Tensor | None]:
+        """What a forward sees of the canvas: everything, or so many positions behind a row's last open block.
+
+        Returns:
+            the slots `(B,)` behind what each row sees; S, the largest of them; and the attention mask `(B, S)`, `None`
+            where every row sees all S slots.
+        """
+        if rules.suffix_length is None:
+            return torch.full_like(self.first, self.length), self.length, self.mask
+        further = min(rules.suffix_length, self.length)
+        end = (self.prompt_length + state.open_count * rules.block_length + further).clamp_max(self.length)
+        least, seen = torch.stack(end.aminmax()).tolist()  # a host sync
+        mask = None if self.mask is None else self.mask[:, :seen]
+        if least < seen:
+            inside = torch.arange(seen, device=end.device) < end[:, None]
+            mask = inside if mask is None else inside & mask
+        return end, seen, mask
+
     def _inputs(self, model, state: State, slots: slice | torch.Tensor) -> dict[str, Any]:
-        """Tokens (or embeddings), positions and mask of a forward over `slots`."""
+        """Tokens (or embeddings) and positions of a forward over `slots`."""
 
         def pick(table: torch.Tensor) -> torch.Tensor:
             if isinstance(slots, slice):
                 return table[:, slots]
             return table.take_along_dim(slots if table.ndim == 2 else slots[..., None], dim=1)
 
-        inputs = {"position_ids": pick(self.positions), "attention_mask": self.mask}
+        inputs = {"position_ids": pick(self.positions)}
         if self.token_types is not None:
             inputs["token_type_ids"] = pick(self.token_types)
         ids = self.fill(state.tokens)
@@ -238,7 +273,7 @@ class Canvas:
     def _with_unprompted(self, model, state: State, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch twice: as it is, and with everything that was given masked (classifier-free guidance, LLaDA)."""
         blank = replace(self, base=torch.full_like(self.base, self.mask_token_id))
-        hidden = blank.fill(state.tokens)
+        hidden = blank.fill(state.tokens)[:, : inputs["position_ids"].shape[1]]
         both = {name: None if value is None else torch.cat([value, value]) for name, value in inputs.items()}
         if self.prompt_embeds is None:
             both["input_ids"] = torch.cat([inputs["input_ids"], hidden])
@@ -298,8 +333,6 @@ def window_of(
 ) -> tuple[slice | torch.Tensor, torch.Tensor, int]:
     """The tokens of a forward over the marked slots `(B, L)`.
 
-    Rows with fewer marks repeat their first one: the same token at the same position gives the same key.
-
     Returns:
         the slots, a slice where all rows share one, else `(B, Q)`; the places `(n,)` of `slot` among them; and Q.
     """
@@ -311,7 +344,15 @@ def window_of(
     if end - start == width and all(entry == rows[0] for entry in rows):
         return slice(start, end), slot - start, width
     width = max(entry[2] for entry in rows)
+    return packed(recompute, width), (recompute.long().cumsum(1) - 1)[row, slot], width
+
+
+def packed(recompute: torch.Tensor, width: int) -> torch.Tensor:
+    """The marked slots `(B, L)` of each row one behind the other, `(B, width)`.
+
+    Rows with fewer marks repeat their first one: the same token at the same position gives the same key.
+    """
+    first, count = recompute.long().argmax(1, keepdim=True), recompute.sum(1, keepdim=True)
     slots = (~recompute).long().argsort(dim=1, stable=True)[:, :width]
-    behind = torch.arange(width, device=low.device) >= count[:, None]
-    slots = torch.where(behind, low[:, None], slots)
-    return slots, (recompute.long().cumsum(1) - 1)[row, slot], width
+    slots = torch.nn.functional.pad(slots, (0, width - slots.shape[1]))
+    return torch.where(torch.arange(width, device=slots.device) < count, slots, first)

@@ -42,6 +42,7 @@ class Rules:
         cache_window: positions around the decoded ones that are recomputed with them (vicinity, dkv_greedy).
         cache_warmup: forwards at the start that recompute everything (vicinity).
         serial_stamps: a block's delay starts once the block before is cached (LLaDA), not once it is finished (Dream).
+        suffix_length: undecided positions behind the last open block that a forward sees; `None` is all of them.
         cfg_scale: weight of classifier-free guidance against the same canvas with its prompt masked; 0 is off.
         alg_temp: temperature of the choice of positions; 0 takes the cheapest.
         score_processed: rank by the logits after temperature, top-p and the like (Dream's samplers), not before.
@@ -71,6 +72,7 @@ class Rules:
     cache_window: int = 0
     cache_warmup: int = 0
     serial_stamps: bool = False
+    suffix_length: int | None = None
     cfg_scale: float = 0.0
     alg_temp: float = 0.0
     score_processed: bool = False
@@ -231,9 +233,15 @@ def open_blocks(state: State, rules: Rules, stop: torch.Tensor) -> None:
 
 
 def candidates(state: State, rules: Rules, ahead: int = 0) -> torch.Tensor:
-    """Undecided positions of open blocks and of `ahead` more: `(B, N)` bool, some in every unfinished row."""
+    """Undecided positions of open blocks and of `ahead` more: `(B, N)` bool, some in every unfinished row.
+
+    Of those ahead, only what a forward sees.
+    """
     column = torch.arange(state.tokens.shape[1], device=state.tokens.device)
-    return state.undecided & (column < ((state.open_count + ahead) * rules.block_length)[:, None])
+    further = ahead * rules.block_length
+    if rules.suffix_length is not None:
+        further = min(further, rules.suffix_length)
+    return state.undecided & (column < (state.open_count * rules.block_length + further)[:, None])
 
 
 def commit(state: State, commits: torch.Tensor, tokens: torch.Tensor) -> None:

@@ -51,6 +51,7 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "cache_refresh_interval": ((int,), "a positive integer (forwards); leave it unset for never", lambda v: v > 0),
     "cache_window": ((int,), "a non-negative integer (positions)", lambda v: v >= 0),
     "cache_warmup": ((int,), "a non-negative integer (forwards)", lambda v: v >= 0),
+    "suffix_length": ((int,), "a non-negative integer (positions); leave it unset for all", lambda v: v >= 0),
     "cfg_scale": (NUMBER, "a non-negative number", lambda v: v >= 0 and math.isfinite(v)),
     "alg_temp": (NUMBER, "a non-negative number", lambda v: v >= 0 and math.isfinite(v)),
     "lossless": ((bool,), "True or False", lambda v: True),
@@ -126,6 +127,8 @@ class D3LLMGenerationConfig(GenerationConfig):
         cache_refresh_interval (`int`): recompute everything every so many forwards; never when unset.
         cache_window (`int`): positions around the decoded ones that are recomputed with them.
         cache_warmup (`int`): forwards at the start that recompute everything (`"vicinity"`).
+        suffix_length (`int`): undecided positions behind the last open block that a forward sees (suffix dropout); the
+            whole canvas when unset. Fewer cost less and change what the model sees. Not with infilling.
         cfg_scale (`float`): classifier-free guidance, 0 is off.
         alg_temp (`float`): temperature of Dream's choice of positions, 0 takes the highest ranked.
         lossless (`bool`): exactly the tokens of the method without it, in fewer forwards: drafted canvases are

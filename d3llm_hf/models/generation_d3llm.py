@@ -26,6 +26,7 @@ from .processors import Processors
 from .scoring import Sampler, Scorer
 from .selection import choose
 from .speculation import Speculation
+from .static_shapes import static_shapes
 from .streaming import Stream
 
 
@@ -154,7 +155,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
     ) -> D3LLMGenerationOutput | torch.LongTensor:
         r"""Decodes a batch of canvases, each until its own end.
 
-        1. Settings become rules, the prompt becomes a canvas.
+        1. Settings become rules, the prompt becomes a canvas (of static shapes where `compile_config` asks for them).
         2. Draft canvases beyond the decided ones, where the rules ask for it.
         3. Open blocks and plan which slots the next forward recomputes.
         4. Forward them; logits of the candidates only.
@@ -167,7 +168,8 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         device = input_ids.device
         canvas = Canvas.of_prompt(self, input_ids, generation_config, model_kwargs)
         rules = generation_config.rules(canvas.slots.shape[1], self.logit_shift)
-        self.check_contract(canvas.mask, cached=rules.kv_cache != "none")
+        ragged = rules.suffix_length is not None and canvas.batch + rules.draft_length > 1
+        self.check_contract(canvas.mask, cached=rules.kv_cache != "none", ragged=ragged)
         state = canvas.start(rules)
         stop_ids = generation_config._eos_token_tensor
         sampler = self._sampler(generation_config)
@@ -193,7 +195,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         if rules.kv_cache != "none":
             cache = SlotCache(self.config.get_text_config().num_hidden_layers, canvas.length)
 
-        with ledger:
+        with ledger, static_shapes(self, canvas, rules, cache, generation_config) as (canvas, cache):
             while self._has_unfinished_sequences(state.rows.numel() == 0, synced_gpus, device):
                 if state.rows.numel() == 0:  # another process is not finished, and its forwards are collective
                     self(**self.accepted(canvas.idle_inputs()))

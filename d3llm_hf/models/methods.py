@@ -35,7 +35,7 @@ CACHES: dict[str, dict[str, Any]] = {
 CACHE_FIELDS = {name for settings in CACHES.values() for name in settings}
 
 # What every method has: field -> value where nothing else is said.
-COMMON: dict[str, Any] = {"early_stop": True, "cfg_scale": 0.0, "kv_cache": "none"}
+COMMON: dict[str, Any] = {"early_stop": True, "cfg_scale": 0.0, "kv_cache": "none", "suffix_length": None}
 
 DEFAULT_METHOD = "d3llm"
 
@@ -182,6 +182,7 @@ def rules_of(method: str, values: dict[str, Any], length: int, logit_shift: int)
         "shift": logit_shift,
         "cfg_scale": values["cfg_scale"],
         "kv_cache": values["kv_cache"],
+        "suffix_length": values["suffix_length"],
         # Dream stamps the end of a block when it comes, LLaDA when the block before is cached.
         "serial_stamps": not logit_shift,
     }

@@ -146,6 +146,7 @@ class MaskedDiffusionLMMixin(PublishingMixin):
     _pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
     supports_position_mask = True
+    supports_position_index = True
     supports_slot_cache = True
 
     # The entries that let `AutoModel.from_pretrained(folder, trust_remote_code=True)` find the code in the folder.

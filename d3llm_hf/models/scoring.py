@@ -2,14 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
+from transformers.utils import logging
 
 from .canvas import Canvas
 from .credit import Credit
 from .decoding import Rules, State
 from .processors import Processors
 
+
+logger = logging.get_logger(__name__)
 
 # Vocabulary entries that are worked on at once; bounds the float32 copies, whatever the canvas and the batch.
 CHUNK_ELEMENTS = 1 << 24
@@ -46,7 +51,7 @@ class Scores:
 class Statistics:
     """What the scores need of a distribution; `others` and `second` are relative to the reference logit `peak`."""
 
-    logits: torch.Tensor  # (n, V) float32, mask token excluded
+    top: torch.Tensor  # (n,) the best token's logit
     peak: torch.Tensor  # (n,) the largest logit, the mask token's included
     log_z: torch.Tensor  # (n,) log sum exp(logits - peak), exact near 0
     others: torch.Tensor  # (n,) sum exp(logits - peak) over all tokens but the best
@@ -54,34 +59,35 @@ class Statistics:
     entropy: torch.Tensor  # (n,) nats
 
 
-def entropy_cost(stats: Statistics, tokens: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+def entropy_cost(stats: Statistics, chosen: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
     """Entropy in nats (d3LLM, dParallel, Dream's `entropy`)."""
     return stats.entropy
 
 
-def confidence_cost(stats: Statistics, tokens: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+def confidence_cost(stats: Statistics, chosen: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
     """Negative log-probability of the chosen token (LLaDA's low-confidence remasking, Dream's `maskgit_plus`).
 
     It orders positions as the probability does, and still tells them apart where that rounds to 1 in float32.
     """
-    return stats.log_z + (stats.peak - stats.logits.gather(1, tokens[:, None])[:, 0])
+    return stats.log_z + (stats.peak - chosen)
 
 
-def probability_cost(stats: Statistics, tokens: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+def probability_cost(stats: Statistics, chosen: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
     """Minus the probability of the chosen token, for the temperature that Dream puts on it (`alg_temp`)."""
-    return -torch.exp(-confidence_cost(stats, tokens, noise))
+    return -torch.exp(-confidence_cost(stats, chosen, noise))
 
 
-def margin_cost(stats: Statistics, tokens: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+def margin_cost(stats: Statistics, chosen: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
     """One minus the difference of the two highest probabilities (Dream's `topk_margin`), exact near 0."""
     return (stats.others + stats.second) / stats.log_z.exp()
 
 
-def noise_cost(stats: Statistics, tokens: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+def noise_cost(stats: Statistics, chosen: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
     """A uniform number (random remasking, Dream's `origin`)."""
     return noise
 
 
+# Each takes the statistics, the logit of the chosen token, and noise where it asks for it; `(n,)` all of them.
 SCORES: dict[str, Callable[[Statistics, torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
     "entropy": entropy_cost,
     "confidence": confidence_cost,
@@ -172,7 +178,8 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def statistics(logits: torch.Tensor, mask_token_id: int) -> tuple[Statistics, torch.Tensor, torch.Tensor]:
     """Entropy and the like of `(n, V)` float32 logits, over all tokens; the best token is never the mask token.
 
-    Sums leave out the best token's 1 and use log1p, so that costs near 0 keep their order in float32.
+    The mask token's logits are overwritten with -inf. Sums leave out the best token's 1 and use log1p, so that costs
+    near 0 keep their order in float32.
 
     Returns:
         the statistics, the best tokens `(n,)`, and whether the logits were finite `(n,)`.
@@ -181,7 +188,6 @@ def statistics(logits: torch.Tensor, mask_token_id: int) -> tuple[Statistics, to
     logits[:, mask_token_id] = float("-inf")
     top, best = logits.max(-1)
     peak = torch.maximum(top, mask_logit)
-    finite = top.isfinite() & peak.isfinite()
 
     weight = (logits - peak[:, None]).exp_()  # (n, V), the one large temporary beside the entropy's
     best_weight = weight.gather(1, best[:, None])[:, 0]
@@ -189,10 +195,47 @@ def statistics(logits: torch.Tensor, mask_token_id: int) -> tuple[Statistics, to
     mask_weight = (mask_logit - peak).exp()
     second = torch.maximum(weight.amax(-1), mask_weight)
     others = weight.sum(-1) + mask_weight
-    spread = torch.special.entr(weight).sum(-1) + torch.special.entr(mask_weight) + torch.special.entr(best_weight)
-    z = others + best_weight
+    spread = torch.special.entr(weight).sum(-1) + torch.special.entr(mask_weight)
+    return _of_sums(best, top, peak, others, second, spread, best_weight)
+
+
+def _of_sums(best, top, peak, others, second, spread, best_weight):
+    """What [`statistics`] returns, of `(n,)` sums; `spread` is the entropy's over all tokens but the best."""
     log_z = torch.log1p(others + torch.expm1(top - peak))
-    return Statistics(logits, peak, log_z, others, second, log_z + spread / z), best, finite
+    spread = spread + torch.special.entr(best_weight)
+    stats = Statistics(top, peak, log_z, others, second, log_z + spread / (others + best_weight))
+    return stats, best, top.isfinite() & peak.isfinite()
+
+
+def kernel_for(logits: torch.Tensor) -> Callable | None:
+    """What stands in for [`statistics`] without a float32 copy of `logits`, `None` where nothing does."""
+    wide = logits.dtype in (torch.float32, torch.bfloat16, torch.float16) and logits.stride(-1) == 1
+    return _kernel_on(logits.device) if logits.is_cuda and wide else None
+
+
+@lru_cache
+def _kernel_on(device: torch.device) -> Callable | None:
+    """The Triton kernel, where Triton is installed and the device computes with it what torch does."""
+    if find_spec("triton") is None:
+        return None
+    from .triton_statistics import row_sums
+
+    def by_kernel(logits: torch.Tensor, mask_token_id: int):
+        best, top, peak, others, second, spread = row_sums(logits, mask_token_id)
+        return _of_sums(best, top, peak, others, second, spread, (top - peak).exp())
+
+    # Tried once: a compiler may be missing, or the device be too old.
+    table = torch.arange(3 * 5000, device=device).mul(7919).remainder(10007).view(3, 5000) / 500
+    try:
+        found, best, _ = by_kernel(table, 1)
+        wanted, best_wanted, _ = statistics(table, 1)
+        right = torch.equal(best, best_wanted) and torch.allclose(found.entropy, wanted.entropy, rtol=1e-3)
+        reason = "its entropies are wrong"
+    except Exception as error:  # whatever it is, torch computes the same, only slower
+        right, reason = False, str(error)
+    if not right:
+        logger.warning_once(f"Logits on {device} are scored without the Triton kernel: {reason}.")
+    return by_kernel if right else None
 
 
 class Scorer:
@@ -218,13 +261,20 @@ class Scorer:
         if self.processors:
             self.processors.look(state, canvas)
         rows, steps, columns = state.rows[where[0]], state.step[where[0]], where[1]
-        size = max(1, CHUNK_ELEMENTS // logits.shape[1])
-        chunks = [slice(start, start + size) for start in range(0, logits.shape[0], size)]
-        parts = [
-            self._chunk(logits[chunk].float(), where[0][chunk], rows[chunk], steps[chunk], columns[chunk])
-            for chunk in chunks
-        ]
-        tokens, best, cost, entropy, fault = (torch.cat(part) for part in zip(*parts, strict=True))
+        untouched = not (self.processors or self.sampling or self.credit)
+        kernel = kernel_for(logits) if untouched else None
+        if kernel is not None:
+            stats, best, finite = kernel(logits, self.mask_token_id)
+            cost = self._cost(stats, stats.top, rows, steps, columns)
+            tokens, entropy, fault = best, stats.entropy, torch.where(finite, 0, NOT_FINITE)
+        else:
+            size = max(1, CHUNK_ELEMENTS // logits.shape[1])
+            chunks = [slice(start, start + size) for start in range(0, logits.shape[0], size)]
+            parts = [
+                self._chunk(logits[chunk].float(), where[0][chunk], rows[chunk], steps[chunk], columns[chunk])
+                for chunk in chunks
+            ]
+            tokens, best, cost, entropy, fault = (torch.cat(part) for part in zip(*parts, strict=True))
 
         rules = self.rules
         if rules.alg_temp:
@@ -269,8 +319,15 @@ class Scorer:
             left = processed.amax(-1).isfinite()
             fault = torch.where(valid, torch.where(left, fault, NOTHING_LEFT), NOT_FINITE)
         tokens = self.sampler.tokens(processed, rows, steps, columns) if self.sampling else best
+        cost = self._cost(stats, raw.gather(1, tokens[:, None])[:, 0], rows, steps, columns)
+        return tokens, best, cost, stats.entropy, fault
+
+    def _cost(
+        self, stats: Statistics, chosen: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor:
+        """Ranks `(m,)` candidates, whose tokens have the logits `chosen`."""
         noise = self.sampler.noise(rows, steps, columns) if self.rules.score == "noise" else None
-        return tokens, best, SCORES[self.rules.score](stats, tokens, noise), stats.entropy, fault
+        return SCORES[self.rules.score](stats, chosen, noise)
 
     def _processed(self, scores: torch.Tensor, index: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Processed `(m, V)` scores; the mask token takes no part in them, so that it is no rank of a top-k."""

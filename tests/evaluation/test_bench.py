@@ -193,7 +193,7 @@ def test_the_bench_of_decoding_writes_its_results_and_prints_their_table(run, tm
     code, out, err = run("decode", "--shape", "tiny", *options, "-o", path, "--device", "cpu")
     assert (code, err.splitlines()[-1]) == (0, f"wrote {path}"), err
     results = json.loads(path.read_text())
-    assert out == tables.table(results) and "| on CUDA | not measured |" in out
+    assert out == tables.table(results) and "| on CUDA | never measured |" in out
     rows = {row["name"]: row for row in results["rows"]}
     assert len(rows) == (4 if options else 2)
     assert (rows[BASELINE]["speedup"], rows[BASELINE]["equal_tokens"], rows[BASELINE]["positions_ratio"]) == (
@@ -364,13 +364,13 @@ def test_rows_of_another_machine_stand_behind_those_of_a_cpu(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(results))
     document = tmp_path / "README.md"
     document.write_text("<!-- results:begin r.json -->\n<!-- results:end -->\n")
-    assert "| on CUDA | not measured |" in tables.fill(document)
+    assert "| on CUDA | never measured |" in tables.fill(document)
 
     other = results | {"provenance": made | {"device": "cuda", "machine": "a GPU"}}
     (tmp_path / "r-cuda.json").write_text(json.dumps(other))
     text = tables.fill(document)
-    assert "| float32, on CUDA | 90.0 % |" in text and "not measured" not in text and "CUDA (a GPU), torch t" in text
-    assert "not measured" not in tables.table(other)
+    assert "| float32, on CUDA | 90.0 % |" in text and "never measured" not in text and "CUDA (a GPU), torch t" in text
+    assert "never measured" not in tables.table(other)
 
 
 @pytest.mark.slow
@@ -414,4 +414,4 @@ def test_the_bench_of_decoding_runs_on_a_gpu(run, tmp_path):
     path = tmp_path / "results.json"
     assert run("decode", "--shape", "tiny", "--device", "cuda", "-o", path)[0] == 0
     results = json.loads(path.read_text())
-    assert results["rows"][-1]["peak_bytes"] > 0 and "not measured" not in tables.table(results)
+    assert results["rows"][-1]["peak_bytes"] > 0 and "never measured" not in tables.table(results)

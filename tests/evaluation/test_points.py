@@ -128,6 +128,11 @@ def test_a_file_that_is_no_results_file_is_refused_by_name(output):
             read_points(output)
     with pytest.raises(ValueError, match=r"`schema` must be 1 .got 2"):
         check_point(point_of(schema=2))
+    output.write_text(json.dumps({"suite": "caches", "rows": []}, indent=1))
+    with pytest.raises(
+        ValueError, match=r"`paths` must name results of `d3llm sweep`.*results.jsonl', one object over"
+    ):
+        read_points(output)
 
 
 def test_further_fields_are_kept_and_change_nothing():

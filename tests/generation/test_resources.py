@@ -15,11 +15,12 @@ from tiny import (
     left_padded,
     same_attributes,
     tables,
+    tiny_model,
     tiny_prompt,
     trained_like,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from transformers.generation import CompileConfig, LogitsProcessorList, TemperatureLogitsWarper
 
 from d3llm_hf.models.canvas import Canvas
 from d3llm_hf.models.decoding import Rules, State, candidates, commit, open_blocks
@@ -183,6 +184,16 @@ def test_running_out_of_memory_passes_through_and_the_next_call_works(kv_cache, 
 # ---- D-19: time and synchronisation --------------------------------------------------------------------------------
 
 
+def uncounted(function, **chosen):
+    """In place of `torch.compile`: the function, unseen by a [`Meter`]."""
+
+    def run(*args):
+        with _disable_current_modes():
+            return function(*args)
+
+    return run
+
+
 @pytest.mark.parametrize(
     "chosen, allowed",
     [
@@ -192,14 +203,17 @@ def test_running_out_of_memory_passes_through_and_the_next_call_works(kv_cache, 
         ({"decoding_method": "llada"}, 3),
         ({"decoding_method": "dream"}, 3),
         ({"decoding_method": "d3llm", "kv_cache": "delayed"}, 4),  # one more for the width of the window
+        ({"decoding_method": "llada", "compile_config": CompileConfig()}, 2),  # one shape, and nothing to ask
+        ({"decoding_method": "d3llm", "kv_cache": "delayed", "compile_config": CompileConfig()}, 3),
     ],
-    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
+    ids=lambda value: " ".join(str(v) for v in value.values()).partition("(")[0] if isinstance(value, dict) else "",
 )
 def test_a_step_waits_for_the_device_a_fixed_number_of_times_whatever_the_batch(chosen, allowed, monkeypatch):
     lists = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (lists.append(1), tolist(self))[1])
-    model = trained_like("dream")
+    monkeypatch.setattr(torch, "compile", uncounted)  # a graph without a break waits for nothing
+    model = tiny_model("dream", layers=1, spread=4.0)
     # Every row takes as many forwards as the others, so that a call of many rows makes no more of them.
     chosen = {"early_stop": False, "max_new_tokens": 24, "eos_token_id": EOS, "pad_token_id": PAD, "seed": 0} | chosen
 

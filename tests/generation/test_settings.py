@@ -43,6 +43,8 @@ INVALID = [
     ({"cache_delay": 1.5}, TypeError, "cache_delay"),
     ({"cache_refresh_interval": 0}, ValueError, "cache_refresh_interval"),
     ({"cache_refresh_interval": math.inf}, TypeError, "cache_refresh_interval"),
+    ({"suffix_length": -1}, ValueError, "suffix_length"),
+    ({"suffix_length": 1.5}, TypeError, "suffix_length"),
     ({"cfg_scale": -0.5}, ValueError, "cfg_scale"),
     ({"cfg_scale": math.inf}, ValueError, "cfg_scale"),
     ({"alg_temp": -0.1}, ValueError, "alg_temp"),

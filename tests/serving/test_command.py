@@ -1,10 +1,13 @@
 """`d3llm serve`: what it hands to the server, and what it refuses."""
 
+import socket
 import sys
 
 import pytest
 
 from d3llm_hf import cli
+from d3llm_hf.commands import serve
+from d3llm_hf.commands.common import check_address
 
 
 @pytest.fixture
@@ -15,6 +18,7 @@ def served(monkeypatch):
     seen = {}
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: seen.update(options, app=app))
     monkeypatch.setattr("logging.basicConfig", lambda **options: None)
+    monkeypatch.setattr(serve, "check_address", lambda *address: None)  # whatever listens there now
     return seen
 
 
@@ -61,3 +65,22 @@ def test_without_its_packages_the_command_says_what_to_install(monkeypatch, caps
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert cli.main(["serve", "d3llm-llada"]) == 2
     assert "pip install 'd3llm-hf[serve]'" in capsys.readouterr().err
+
+
+def test_an_address_where_no_server_can_listen_is_refused_before_the_model_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr(serve, "load", None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        cases = {
+            ("--port", port): f"`--port` must be free at `--host` (got {port} at 127.0.0.1: ",
+            ("--port", "65536"): "`--port` must be from 0 to 65535 (got 65536)",
+            ("--host", "a..b"): "`--host` must be an address of this machine (got 'a..b': ",
+        }
+        for argv, message in cases.items():
+            assert cli.main(["serve", "d3llm-llada", *argv]) == 2
+            assert message in capsys.readouterr().err
+            assert cli.main(["demo", "d3llm-llada", "--port", "7860", *argv]) == 2
+            assert message in capsys.readouterr().err
+    check_address("127.0.0.1", 0)  # any free port

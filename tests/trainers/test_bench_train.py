@@ -203,7 +203,13 @@ def test_a_table_of_another_device_says_what_its_memory_is():
         "suite": "bench_train",
     }
     text = tables.table(results)
-    assert "what torch's allocator has handed out" in text and " a GPU, torch t" in text and "Nothing was" not in text
+    assert "Peak: what torch's allocator has handed out" in text and "CUDA (a GPU), torch t" in text
+    assert "never measured" not in text
+
+    on_cpu = results | {"provenance": results["provenance"] | {"device": "cpu", "threads": 1}}
+    assert "| on CUDA | never measured |" in tables.table(on_cpu)
+    text = tables.table(on_cpu | {"cuda": results})
+    assert "never measured" not in text and "(on CUDA what torch's allocator" in text and "CUDA (a GPU)" in text
 
 
 def test_every_size_of_the_bench_is_an_option():

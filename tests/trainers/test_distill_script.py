@@ -163,6 +163,63 @@ def test_one_command_extracts_trajectories_and_trains_on_them(teacher, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "trajectories").iterdir()} == before
 
 
+def parsed(folder, **recipe):
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(folder / "out")} | recipe), encoding="utf-8")
+    kinds = (run_distill.DistillScriptArguments, PseudoTrajectoryDistillConfig)
+    return parse_args_with_config(kinds, ["--config", str(path), "--report_to", "none", "--use_cpu", "true"])
+
+
+def test_null_in_a_recipe_leaves_an_argument_unset(tmp_path, capsys):
+    named = {"model_name_or_path": "a", "dataset_name": "b"}
+    script_args, args = parsed(tmp_path, **named, extract=None, save_dtype=None, learning_rate=None, window_sizes=[4])
+    assert script_args.extract is None and script_args.save_dtype is None
+    assert args.learning_rate == PseudoTrajectoryDistillConfig(str(tmp_path), report_to="none").learning_rate
+    with pytest.raises(SystemExit):
+        parsed(tmp_path, model_name_or_path="a", dataset_name=None)
+    said = capsys.readouterr().err
+    assert "arguments are required: --dataset_name" in said and said.count("\n") == 1  # no page of usage
+
+
+def test_a_recipe_or_an_argument_that_cannot_be_read_is_named(tmp_path, capsys):
+    kinds = (run_distill.DistillScriptArguments,)
+    for path in (tmp_path / "nothing.yaml", tmp_path / "broken.yaml"):
+        (tmp_path / "broken.yaml").write_text("a: [1")
+        with pytest.raises(ValueError, match=r"`--config` must name a YAML file that can be read .got .*yaml"):
+            parse_args_with_config(kinds, ["--config", str(path)])
+    with pytest.raises(SystemExit):
+        parse_args_with_config(kinds, ["--model_name_or_path", "a", "--dataset_name", "b", "--use_pefd", "true"])
+    assert "unrecognized arguments: --use_pefd true Did you mean `--use_peft`?" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"`window_sizes` must hold positive window lengths .got 3"):
+        PseudoTrajectoryDistillConfig(str(tmp_path), window_sizes=3, report_to="none")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dataset_name": "nothing.jsonl"}, r"`dataset_name` must name a file that exists.*nothing.jsonl"),
+        ({"dataset_name": "empty.jsonl"}, r"`dataset_name` must name data that `datasets` reads.*empty.jsonl"),
+        ({"dataset_name": "broken.jsonl"}, r"`dataset_name` must name data that .*broken.jsonl.*Correct the name"),
+        ({"eval_dataset_name": "nothing.jsonl"}, "`eval_dataset_name` must name a file that exists"),
+        ({"save_dtype": "int8"}, r"`save_dtype` must be a floating-point type of torch .got 'int8'"),
+        ({"extract": "{x"}, r"`extract` must be JSON .got '{x'"),
+        ({"extract": '{"foo": 1}'}, r"`extract` must map arguments of run_trajectories.py, `dataset_name` among them"),
+        ({"model_name_or_path": "no/such/model"}, r"`model_name_or_path` must be a checkpoint folder.*no/such/model"),
+        ({"tokenizer_name_or_path": "empty"}, r"`tokenizer_name_or_path` must have a tokenizer .*got 'empty'"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_before_the_training(changed, message, teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.jsonl").write_text("{x\n")
+    (tmp_path / "empty").mkdir()
+    values = {"model_name_or_path": str(teacher / "model"), "dataset_name": str(teacher / "rows.jsonl")} | changed
+    arguments = [word for name, value in values.items() for word in (f"--{name}", value)]
+    more = ["--output_dir", "out", "--use_cpu", "true", "--report_to", "none", "--eval_strategy", "epoch"]
+    with pytest.raises((ValueError, OSError), match=message):
+        run_distill.main([*arguments, *more])
+
+
 @pytest.mark.parametrize("section", ['["word_problems"]', '{"output_dir": "elsewhere"}', '{"use_cpu": true}'])
 def test_what_else_gives_an_argument_of_the_extraction_is_refused(teacher, tmp_path, section):
     with pytest.raises(ValueError, match=r"`extract` must map arguments of run_trajectories\.py other than"):

@@ -589,13 +589,35 @@ def test_a_recipe_that_is_no_mapping_is_refused(tmp_path):
         ({}, "Exactly one of `model_name_or_path` and `model_config`"),
         ({"model_name_or_path": "a", "model_config": SHAPE}, "Exactly one of"),
         ({"model_config": '{"d_model": 16}'}, "`model_config` must name one of the model types"),
+        ({"model_config": "{d_model"}, "`model_config` must be JSON .got '{d_model'"),
+        ({"model_config": "[16]"}, r"`model_config` must map names to sizes .got \[16\]"),
+        ({"model_config": "nothing.json"}, "`model_config` must name a file that exists .got 'nothing.json'"),
+        ({"model_name_or_path": "./nothing"}, "`model_name_or_path` must be a checkpoint folder, an id"),
         ({"model_config": SHAPE, "torch_dtype": "int8"}, "`torch_dtype` must be a floating-point type"),
         ({"model_config": SHAPE, "torch_dtype": "nope"}, "`torch_dtype` must be a floating-point type"),
     ],
 )
 def test_a_model_that_cannot_be_made_is_refused(tokenizer, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_sft.load_model(run_sft.SFTScriptArguments(**arguments), tokenizer)
+
+
+def test_a_data_set_or_a_split_that_is_not_there_is_named(tmp_path):
+    path = tmp_path / "rows.json"
+    with pytest.raises(FileNotFoundError, match=r"`dataset_name` must name a file that exists, .*rows.json"):
+        run_sft.load_datasets(run_sft.SFTScriptArguments(dataset_name=str(path)), evaluate=False)
+    with pytest.raises(ValueError, match=r"`dataset_name` must name data that `datasets` reads"):
+        run_sft.load_datasets(run_sft.SFTScriptArguments(dataset_name=str(tmp_path)), evaluate=False)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    arguments = run_sft.SFTScriptArguments(dataset_name=str(tmp_path), dataset_split="validation")
+    with pytest.raises(ValueError, match=r"`dataset_split` must be a split .* \['train'\] .got 'validation'"):
+        run_sft.load_datasets(arguments, evaluate=False)
+
+
+def test_the_embedded_checkpoint_can_be_trained_on(tokenizer):
+    arguments = run_sft.SFTScriptArguments(model_name_or_path="d3llm-llada")
+    own = run_sft.load_tokenizer(arguments)
+    assert run_sft.load_model(arguments, own).config.vocab_size >= len(own)
 
 
 def test_a_model_shape_may_come_from_a_json_file_and_the_family_may_be_dream(tmp_path, tokenizer):
