@@ -31,7 +31,7 @@ leaderboard:  ## measure the embedded checkpoints with all methods again (an hou
 	OMP_NUM_THREADS=1 $(PYTHON) -m d3llm_hf sweep d3llm-llada-teacher d3llm-llada --dtype float32 --device cpu \
 	    --methods d3llm dparallel fast_dllm dinfer local_leap entropy_bound dkv llada dream --set block_length=16 \
 	    --grid entropy_threshold=0.1,0.2,0.4,0.8 --grid confidence_threshold=0.95,0.9,0.8,0.6 \
-	    --grid entropy_bound=0.003,0.01,0.03,0.1 --num-samples 500 -o docs/leaderboard/points.jsonl
+	    --grid entropy_bound=0.003,0.01,0.03,0.1 --grid steps=64,16 --num-samples 500 -o docs/leaderboard/points.jsonl
 	$(PYTHON) -m d3llm_hf leaderboard docs/leaderboard/points.jsonl -o docs/leaderboard
 
 wheel:  ## build dist/*.whl
