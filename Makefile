@@ -27,7 +27,7 @@ test-all:  ## with the slow ones
 common-tests:  ## transformers' own model tests on our models (fetches transformers' source distribution)
 	$(PYTHON) tests/common/run_common_tests.py
 
-leaderboard:  ## measure the embedded checkpoints with all methods again (an hour of one core; goes on where it was stopped)
+leaderboard:  ## measure the embedded checkpoints with all methods (an hour of one core; resumable)
 	OMP_NUM_THREADS=1 $(PYTHON) -m d3llm_hf sweep d3llm-llada-teacher d3llm-llada --dtype float32 --device cpu \
 	    --methods d3llm dparallel fast_dllm dinfer local_leap entropy_bound dkv llada dream --set block_length=16 \
 	    --grid entropy_threshold=0.1,0.2,0.4,0.8 --grid confidence_threshold=0.95,0.9,0.8,0.6 \
