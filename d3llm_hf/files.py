@@ -16,7 +16,7 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.replace(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:  # the partial file's name would tell nobody anything
+        if isinstance(error, OSError) and error.errno is not None:  # the partial file's name would tell nothing
             error.filename = str(path)
         raise
     sync(path.parent)  # the new name is durable once the folder is
