@@ -273,7 +273,8 @@ def test_a_model_pushes_weights_code_generation_config_and_a_card_with_metadata(
 
     model = AutoModel.from_pretrained(exported["llada"])
     model.add_model_tags("mine")
-    results = results_metadata(REPOSITORY / "d3llm_hf" / "checkpoints" / "d3llm-llada" / "results.json", "tiny")
+    measured = REPOSITORY / "d3llm_hf" / "checkpoints" / "d3llm-llada" / "results.json"
+    results = results_metadata(measured, "tiny")
     model.config._name_or_path = "GSAI-ML/LLaDA-8B-Instruct"
     more = {"license": "mit", "datasets": ["a/b"], **results}
     info = model.push_to_hub("me/tiny", tags=["extra"], metadata=more)
@@ -286,7 +287,8 @@ def test_a_model_pushes_weights_code_generation_config_and_a_card_with_metadata(
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
     assert (data["base_model"], data["license"], data["datasets"]) == ("GSAI-ML/LLaDA-8B-Instruct", "mit", ["a/b"])
     assert {"diffusion-language-model", "llada", "mine", "extra"} <= set(data["tags"])
-    assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 98.6
+    accuracy = json.loads(measured.read_text())["rows"][0]["accuracy"]
+    assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == accuracy
     assert 'from_pretrained("me/tiny", trust_remote_code=True)' in files["README.md"].decode()
 
     # A card that is there stays, and weights under other names go.
