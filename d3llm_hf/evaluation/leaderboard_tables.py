@@ -18,12 +18,13 @@ def _task(task: dict[str, Any]) -> str:
         best = max(points, key=lambda point: (point["accuracy"], point["tpf"]))
         fastest = max((point for point in points if point["counted"]), key=lambda point: point["tpf"])
         lines.append(f"| {rank} | {entry['method']} | {entry['model']} | {aup} | {_pair(best)} | {_pair(fastest)} |")
-    samples = sorted({point["num_samples"] for entry in task["entries"] for point in entry["points"]} - {None})
+    counts = sorted({point["num_samples"] for entry in task["entries"] for point in entry["points"]} - {None})
+    samples = " or ".join(map(str, counts)) or "published"
     lines += [
         "",
-        f"Task {task['task']}, {' or '.join(map(str, samples)) or 'published'} samples; `y_max` {task['y_max']:.1f} % for all. Accuracy "
-        "and tokens per forward of each curve's most accurate point, and of its fastest among those that count; in "
-        "brackets 95 % bootstrap intervals over the samples.",
+        f"Task {task['task']}, {samples} samples; `y_max` {task['y_max']:.1f} % for all. Accuracy and tokens per forward "
+        "of each curve's most accurate point, and of its fastest among those that count; in brackets 95 % bootstrap "
+        "intervals over the samples.",
         "",
     ]
     return "\n".join(lines)
