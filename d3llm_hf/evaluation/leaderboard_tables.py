@@ -22,9 +22,9 @@ def _task(task: dict[str, Any]) -> str:
     samples = " or ".join(map(str, counts)) or "published"
     lines += [
         "",
-        f"Task {task['task']}, {samples} samples; `y_max` {task['y_max']:.1f} % for all. Accuracy and tokens per forward "
-        "of each curve's most accurate point, and of its fastest among those that count; in brackets 95 % bootstrap "
-        "intervals over the samples.",
+        f"Task {task['task']}, {samples} samples; `y_max` {task['y_max']:.1f} % for all. Accuracy and tokens per "
+        "forward of each curve's most accurate point, and of its fastest among those that count; in brackets 95 % "
+        "bootstrap intervals over the samples.",
         "",
     ]
     return "\n".join(lines)
