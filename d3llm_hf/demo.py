@@ -352,7 +352,8 @@ def _shown(name: str, usual: dict[str, Any], method: str) -> dict[str, Any]:
 def _field(name: str, usual: dict[str, Any], method: str) -> gr.components.Component:
     kind, text = SETTINGS[name]
     info = re.split(r" \(|:|;", text)[0]
-    shown = {"label": name, "info": info, "min_width": 150} | _shown(name, usual, method)
+    width = max(150, 9 * len(name))  # pixels in which the label is not cut off on a phone
+    shown = {"label": name, "info": info, "min_width": width} | _shown(name, usual, method)
     if kind is bool:
         return gr.Checkbox(**shown | {"value": bool(shown["value"])})
     if kind is str:
