@@ -1,7 +1,7 @@
 """The README and `docs/`: every example runs as a reader would paste it, and no link is dead.
 
-The examples of a page run in their order, in one folder in which `d3llm init d3llm-llada` was run, and the Python ones
-share their names. A comment line before a block says what else holds for it:
+The examples of a page run in their order, in one folder in which `d3llm init` wrote both embedded checkpoints, and the
+Python ones share their names. A comment line before a block says what else holds for it:
 
     <!-- prints: TEXT -->       its output holds that text
     <!-- not run: REASON -->    it cannot run here; its syntax, and the options of its commands, are checked
@@ -104,19 +104,20 @@ def check_command(words: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """The folder that `d3llm init d3llm-llada` writes."""
-    folder = tmp_path_factory.mktemp("init") / "d3llm-llada"
-    assert cli.main(["init", "d3llm-llada", str(folder)]) == 0
+def checkpoints(tmp_path_factory) -> Path:
+    """A folder with those that `d3llm init` writes."""
+    folder = tmp_path_factory.mktemp("init")
+    for name in ("d3llm-llada", "d3llm-llada-teacher"):
+        assert cli.main(["init", name, str(folder / name)]) == 0
     return folder
 
 
 @pytest.fixture
-def names(checkpoint, tmp_path, monkeypatch) -> Iterator[dict]:
-    """Names of a reader's session, in a folder of its own with the checkpoint in it."""
+def names(checkpoints, tmp_path, monkeypatch) -> Iterator[dict]:
+    """Names of a reader's session, in a folder of its own with the checkpoints in it."""
     import datasets
 
-    shutil.copytree(checkpoint, tmp_path / "d3llm-llada")
+    shutil.copytree(checkpoints, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(sys, "stdin", io.StringIO())

@@ -8,7 +8,7 @@ from d3llm_hf.commands import generate
 from d3llm_hf.sources import load_tokenizer, loading
 
 
-EMBEDDED = r"`model` must be a checkpoint folder, an id on the Hub or one of \['d3llm-llada'\] "
+EMBEDDED = r"`model` must be a checkpoint folder, an id on the Hub or one of \['d3llm-llada', 'd3llm-llada-teacher'\] "
 
 
 @pytest.mark.parametrize(
