@@ -9,6 +9,7 @@ All other arguments are lm-eval's: `d3llm-eval run --help` lists them, `d3llm-ev
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,7 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.show:
         sys.stdout.write(chosen.command(others) + "\n")
         return 0
-    return _run_lm_eval(chosen.arguments(others))
+    try:
+        return _run_lm_eval(chosen.arguments(others))
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG":
+            raise
+        hint = ". `d3llm-eval ls tasks` lists those there are." if "Tasks not found" in str(error) else ""
+        parser.error(f"{' '.join(str(error).split())}{hint} (LMEVAL_LOG_LEVEL=DEBUG shows where.)")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -259,6 +259,19 @@ def test_show_prints_lm_evals_command_with_the_users_arguments_last(run):
     assert words[words.index("--tasks") + 1] == "gsm8k_cot_zeroshot"
 
 
+def test_what_lm_eval_refuses_is_said_in_one_line(run, monkeypatch):
+    words = ("--pretrained", "d3llm-llada", "--tasks", "nonsense")
+    code, _, errors = run(*words)
+    assert code == 2
+    assert errors.splitlines()[-1] == (
+        "d3llm-eval: error: Tasks not found: nonsense. `d3llm-eval ls tasks` lists those there are. "
+        "(LMEVAL_LOG_LEVEL=DEBUG shows where.)"
+    )
+    monkeypatch.setenv("LMEVAL_LOG_LEVEL", "DEBUG")
+    with pytest.raises(ValueError, match="nonsense"):
+        run(*words)
+
+
 def test_the_users_task_and_model_take_the_place_of_the_recipes(run):
     words = shlex.split(
         run("run", "--recipe", "mbpp", "--settings", "d3llm-dream", "--show", "--tasks=x", "-M", "hf")[1]
