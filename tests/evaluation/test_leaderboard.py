@@ -12,6 +12,9 @@ from d3llm_hf import cli
 from d3llm_hf.evaluation import tables
 from d3llm_hf.evaluation.leaderboard import build_board, figures, write_leaderboard
 from d3llm_hf.evaluation.leaderboard_document import document, markdown
+from d3llm_hf.evaluation.points import read_points
+from d3llm_hf.hub import embedded_checkpoints
+from d3llm_hf.models.methods import METHODS
 
 
 sys.path.append(str(Path(__file__).parent))
@@ -197,3 +200,16 @@ def test_a_document_can_show_the_ranks_of_a_leaderboard():
     assert lines[4].endswith("| 60.0 % at 9.00 | 60.0 % at 9.00 |")
     assert lines[6].startswith("Task sums, 10 samples; `y_max` 90.0 % for all.")
     assert "Task GSM8K" in (text := tables.table(figures(build_board([], published=True)))) and "(None" not in text
+
+
+def test_the_committed_leaderboard_is_made_of_its_points():
+    folder = Path(__file__).parents[2] / "docs" / "leaderboard"
+    title = "Embedded checkpoints: accuracy under parallelism"
+    board = build_board(read_points(folder / "points.jsonl"), title=title)
+    assert json.loads((folder / "leaderboard.json").read_text()) == json.loads(json.dumps(figures(board)))
+    pictures = [path.name for path in folder.glob("*.svg")]
+    assert (folder / "leaderboard.md").read_text() == markdown(document(board, pictures))
+    (task,) = board.tasks
+    assert {entry.method for entry in task.entries} == set(METHODS)
+    assert {entry.model for entry in task.entries} == set(embedded_checkpoints())
+    assert all(point["num_samples"] >= 500 for entry in task.entries for point in entry.points)
