@@ -15,6 +15,7 @@ import numpy as np
 
 from d3llm_hf.evaluation.points import Point
 from d3llm_hf.metrics.aup.curve import aup_score
+from d3llm_hf.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def summarise(
 
     # 2. AUP and TPF of each curve in each resample
     found = {key: np.empty((len(drawn), 2)) for key in curves}
-    for number, times in enumerate(drawn):
+    for number, times in enumerate(progress_bar(None, "resample", "intervals", iterable=drawn)):
         best = float(base.figures(times, np.arange(1))[0].item())
         for key, curve in curves.items():
             values = [

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from d3llm_hf.evaluation.word_problems import extract_answer
+from d3llm_hf.progress import progress_bar
 
 
 if TYPE_CHECKING:
@@ -35,20 +36,24 @@ def decode_and_score(
     tokens, forwards, matches = 0.0, 0.0, 0.0
     training = model.training
     model.eval()
-    for start in range(0, len(own), args.per_device_eval_batch_size):
-        batch = own[start : start + args.per_device_eval_batch_size]
-        inputs = _left_padded([row["prompt_ids"] for row in batch], tokenizer, args.device)
-        output = model.generate(
-            **inputs,
-            **({"max_new_tokens": args.response_length, "do_sample": False} | args.eval_generate_kwargs),
-            return_dict_in_generate=True,
-        )
-        tokens += (output.tokens_per_forward * output.num_forwards).sum().item()
-        forwards += output.num_forwards.sum().item()
-        if has_answers:
-            answers = output.sequences[:, inputs["input_ids"].shape[1] :]
-            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-            matches += sum(same_answer(t, row[args.eval_answer_column]) for t, row in zip(texts, batch, strict=True))
+    never = args.disable_tqdm or args.process_index > 0
+    with progress_bar(len(own), "answer", "decoding", shown=False if never else None) as bar:
+        for start in range(0, len(own), args.per_device_eval_batch_size):
+            batch = own[start : start + args.per_device_eval_batch_size]
+            inputs = _left_padded([row["prompt_ids"] for row in batch], tokenizer, args.device)
+            output = model.generate(
+                **inputs,
+                **({"max_new_tokens": args.response_length, "do_sample": False} | args.eval_generate_kwargs),
+                return_dict_in_generate=True,
+            )
+            tokens += (output.tokens_per_forward * output.num_forwards).sum().item()
+            forwards += output.num_forwards.sum().item()
+            if has_answers:
+                answers = output.sequences[:, inputs["input_ids"].shape[1] :]
+                texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+                wanted = [row[args.eval_answer_column] for row in batch]
+                matches += sum(map(same_answer, texts, wanted))
+            bar.update(len(batch))
     model.train(training)
     sums = torch.tensor([[tokens, forwards, matches]], device=args.device)
     tokens, forwards, matches = accelerator.gather(sums).sum(0).tolist()
