@@ -16,12 +16,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from d3llm_hf import LLaDAConfig, LLaDAModelLM
+from d3llm_hf.evaluation.bench_shapes import HEAD_WIDTH, check_shape
 from d3llm_hf.evaluation.measure import environment
 from d3llm_hf.evaluation.memory import in_fresh_process, machine, peak_memory, threads
 from d3llm_hf.progress import progress_bar
@@ -46,7 +47,6 @@ VARIANTS: dict[str, type[PseudoTrajectoryDistillTrainer]] = {
 # variants add up in another order, and in bfloat16 the head's rows are rounded before that.
 TOLERANCES = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 5e-2)}
 
-_HEAD_WIDTH = 64
 _SEED = 0
 
 
@@ -88,25 +88,7 @@ class TrainBench:
 
     def __post_init__(self):
         least = {"vocab_size": 16, "prompt_length": 2, "response_length": 2}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and value < least.get(field.name, 1):
-                raise ValueError(
-                    f"`{field.name}` must be at least {least.get(field.name, 1)} (got {value}). Pass a larger number."
-                )
-        if self.d_model % min(self.d_model, _HEAD_WIDTH) or self.d_model % 2:
-            raise ValueError(
-                f"`d_model` must be even, and above {_HEAD_WIDTH} a multiple of it (got {self.d_model}). The default "
-                "is 512."
-            )
-        choices = {"objective": OBJECTIVES, "dtype": tuple(TOLERANCES), "device": ("cpu", "cuda")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"`{name}` must be one of {list(known)} (got {getattr(self, name)!r}). Pass one of them."
-                )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("`device` must be one that torch finds (got 'cuda', and it finds none). Pass 'cpu'.")
+        check_shape(self, least, {"objective": OBJECTIVES, "dtype": tuple(TOLERANCES), "device": ("cpu", "cuda")})
         if self.sft_weight < 0:
             raise ValueError(f"`sft_weight` must be at least 0 (got {self.sft_weight}). 0 leaves its view out.")
 
@@ -134,7 +116,7 @@ def prepared(
         vocab_size=bench.vocab_size,
         d_model=bench.d_model,
         n_layers=bench.layers,
-        n_heads=max(1, bench.d_model // _HEAD_WIDTH),
+        n_heads=max(1, bench.d_model // HEAD_WIDTH),
         mlp_hidden_size=3 * bench.d_model,
         max_sequence_length=bench.prompt_length + bench.response_length,
         **special,

@@ -12,7 +12,7 @@ How many tokens a forward then decides is for the decoding to show; the results 
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,13 +25,40 @@ from .plain_decoding import METHODS_AND_CACHES, plain_settings
 from .word_problems import WordProblem, generate_problems
 
 
-_HEAD_WIDTH = 64
+HEAD_WIDTH = 64
 _FIRST_BLOCKS = 4  # whose masks a random model's head is scaled by
 _LEAST = {"vocab_size": 16, "prompts": 0, "schedule": 0, "seed": 0}
 # What the plain loops have but one value of.
 _FIXED = {"remasking", "cfg_scale", "lossless", "draft_length", "suffix_length"}
 DTYPES = ("float32", "bfloat16", "float16")
 SEED = 4242  # of the embedded checkpoint's problems, as in its results
+
+
+def check_shape(bench: Any, least: dict[str, int], choices: dict[str, Sequence[str]]) -> None:
+    """Refuses what no bench can measure: of decoding, or of training.
+
+    Args:
+        bench: a dataclass with a `d_model` and a `device`.
+        least: the smallest values of integers that may not begin at 1.
+        choices: name -> values that a field may have.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for each in dataclasses.fields(bench):
+        value, low = getattr(bench, each.name), least.get(each.name, 1)
+        if each.type in (int, "int") and value < low:
+            raise ValueError(f"`{each.name}` must be at least {low} (got {value}). Pass a larger number.")
+    if bench.d_model % min(bench.d_model, HEAD_WIDTH) or bench.d_model % 2:
+        raise ValueError(
+            f"`d_model` must be even, and above {HEAD_WIDTH} a multiple of it (got {bench.d_model}). Try 512."
+        )
+    for name, known in choices.items():
+        value = getattr(bench, name)
+        if value not in known:
+            raise ValueError(f"`{name}` must be one of {list(known)} (got {value!r}). Pass one of them.")
+    if bench.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("`device` must be one that torch finds (got 'cuda', and it finds none). Pass 'cpu'.")
 
 
 @dataclass(frozen=True)
@@ -78,23 +105,9 @@ class DecodingBench:
     seed: int = 0
 
     def __post_init__(self):
-        for each in dataclasses.fields(self):
-            value, least = getattr(self, each.name), _LEAST.get(each.name, 1)
-            if each.type is int and value < least:
-                raise ValueError(f"`{each.name}` must be at least {least} (got {value}). Pass a larger number.")
-        if self.d_model % min(self.d_model, _HEAD_WIDTH) or self.d_model % 2:
-            raise ValueError(
-                f"`d_model` must be even, and above {_HEAD_WIDTH} a multiple of it (got {self.d_model}). Try 512."
-            )
+        check_shape(self, _LEAST, {"dtype": DTYPES, "device": ("cpu", "cuda")})
         if not 0 < self.sure < 1:
             raise ValueError(f"`sure` must be between 0 and 1 (got {self.sure}). The default is 0.2.")
-        for name, known in {"dtype": DTYPES, "device": ("cpu", "cuda")}.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"`{name}` must be one of {list(known)} (got {getattr(self, name)!r}). Pass one of them."
-                )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("`device` must be one that torch finds (got 'cuda', and it finds none). Pass 'cpu'.")
         if self.schedule and {"decoding_method", "steps"} & set(self.settings):
             raise ValueError(
                 "`schedule` decides by LLaDA's quota, so no method or steps can be chosen beside it (got "
@@ -221,7 +234,7 @@ def _random(bench: DecodingBench) -> Work:
         vocab_size=bench.vocab_size,
         d_model=bench.d_model,
         n_layers=bench.layers,
-        n_heads=max(1, bench.d_model // _HEAD_WIDTH),
+        n_heads=max(1, bench.d_model // HEAD_WIDTH),
         mlp_hidden_size=3 * bench.d_model,
         max_sequence_length=bench.prompt_length + bench.new_tokens,
         mask_token_id=last,

@@ -65,20 +65,15 @@ _DECODE: dict[str, Callable[[dict[str, Any]], str]] = {
     "peak, GB": lambda row: f"{row['peak_bytes'] / 1e9:.2f}",
 }
 _GROWTH: dict[str, Callable[[dict[str, Any]], str]] = {
-    "tokens/s": lambda row: f"{row['tokens_per_second']:.2f}",
-    "faster": lambda row: f"{row['speedup']:.2f} x",
-    "faster (CPU s)": lambda row: f"{row['cpu_speedup']:.2f} x",
+    **{name: _DECODE[name] for name in ("tokens/s", "faster", "faster (CPU s)")},
     "ms a forward": lambda row: f"{row['ms_per_step']:.1f}",
-    "positions per token": lambda row: f"{row['positions_per_token']:.0f}",
-    "same tokens": lambda row: f"{row['equal_tokens']:.1f} %",
+    **{name: _DECODE[name] for name in ("positions per token", "same tokens")},
 }
 _QUANTISED: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy": lambda row: f"{row['accuracy']:.1f} %",
-    "same tokens": lambda row: f"{row['equal_tokens']:.1f} %",
-    "tokens per forward": lambda row: f"{row['tpf']:.2f}",
+    **{name: _DECODE[name] for name in ("same tokens", "tokens per forward")},
     "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
-    "faster": lambda row: f"{row['speedup']:.2f} x",
-    "faster (CPU s)": lambda row: f"{row['cpu_speedup']:.2f} x",
+    **{name: _DECODE[name] for name in ("faster", "faster (CPU s)")},
     "weights, MB": lambda row: f"{row['weight_bytes'] / 1e6:.2f}",
 }
 NEVER_MEASURED = "never measured"

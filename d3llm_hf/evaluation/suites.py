@@ -103,6 +103,7 @@ METHODS = Suite(
 )
 
 _TIMES = ("seconds", "cpu_seconds", "relative_cpu")
+_COMPARED = ("name", "added", "accuracy", "equal_tokens", "forwards", "positions_per_token", "tpf", *_TIMES)
 _KINDS = {kind: {"kv_cache": kind} for kind in ("prefix", "dual", "delayed", "dkv", "vicinity")}
 _GREEDY = {"dkv_greedy": {"kv_cache": "dkv_greedy"}}
 _IN_ORDER = with_variants("one token a forward", ONE_TOKEN, _KINDS)
@@ -119,7 +120,7 @@ CACHES = Suite(
             {f"delayed by {delay}": {"kv_cache": "delayed", "cache_delay": delay} for delay in (1, 2)},
         ),
     ),
-    columns=("name", "added", "accuracy", "equal_tokens", "forwards", "positions_per_token", "tpf", *_TIMES),
+    columns=_COMPARED,
     notes=(
         "The first row of each group is the method without a cache, `kv_cache='none'`; the others add what they show. "
         "Same tokens: the share of answer tokens, stop tokens left out, that equal those without a cache. At most 64 "
@@ -178,7 +179,7 @@ SUFFIX = Suite(
         ),
         with_variants("multi-block", MULTI_BLOCK, _SHORTER),
     ),
-    columns=("name", "added", "accuracy", "equal_tokens", "forwards", "positions_per_token", "tpf", *_TIMES),
+    columns=_COMPARED,
     notes=(
         "The first row of each group sees the whole canvas; the others see so many undecided positions behind the "
         "last open block. Same tokens: the share of answer tokens, stop tokens left out, that equal those of the "
