@@ -19,6 +19,8 @@ logger = logging.get_logger(__name__)
 # Vocabulary entries that are worked on at once; bounds the float32 copies, whatever the canvas and the batch.
 CHUNK_ELEMENTS = 1 << 24
 
+_FLOOR = -110.0  # exp of it rounds to 0 in float32
+
 # What can be wrong with a row.
 NOT_FINITE, NOTHING_LEFT = 1, 2
 
@@ -189,13 +191,16 @@ def statistics(logits: torch.Tensor, mask_token_id: int) -> tuple[Statistics, to
     top, best = logits.max(-1)
     peak = torch.maximum(top, mask_logit)
 
-    weight = (logits - peak[:, None]).exp_()  # (n, V), the one large temporary beside the entropy's
+    # Under the floor a weight is 0 in float32, and 0 times a number is 0; 0 times -inf would be NaN.
+    distance = (logits - peak[:, None]).clamp_(min=_FLOOR)  # (n, V), one of two large temporaries
+    weight = distance.exp()
     best_weight = weight.gather(1, best[:, None])[:, 0]
     weight.scatter_(1, best[:, None], 0.0)
     mask_weight = (mask_logit - peak).exp()
     second = torch.maximum(weight.amax(-1), mask_weight)
     others = weight.sum(-1) + mask_weight
-    spread = torch.special.entr(weight).sum(-1) + torch.special.entr(mask_weight)
+    # -p log p with the logarithm that is there already: taking it anew is most of the pass on a CPU.
+    spread = torch.special.entr(mask_weight) - weight.mul_(distance).sum(-1)
     return _of_sums(best, top, peak, others, second, spread, best_weight)
 
 
