@@ -7,6 +7,7 @@ import torch
 
 from .cache import SlotCache
 from .decoding import Rules, State
+from .layers import packed
 from .modeling_common import positions_of
 
 
@@ -345,14 +346,3 @@ def window_of(
         return slice(start, end), slot - start, width
     width = max(entry[2] for entry in rows)
     return packed(recompute, width), (recompute.long().cumsum(1) - 1)[row, slot], width
-
-
-def packed(recompute: torch.Tensor, width: int) -> torch.Tensor:
-    """The marked slots `(B, L)` of each row one behind the other, `(B, width)`.
-
-    Rows with fewer marks repeat their first one: the same token at the same position gives the same key.
-    """
-    first, count = recompute.long().argmax(1, keepdim=True), recompute.sum(1, keepdim=True)
-    slots = (~recompute).long().argsort(dim=1, stable=True)[:, :width]
-    slots = torch.nn.functional.pad(slots, (0, width - slots.shape[1]))
-    return torch.where(torch.arange(width, device=slots.device) < count, slots, first)

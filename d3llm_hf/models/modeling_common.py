@@ -12,6 +12,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .layers import at_positions, can_narrow, packed
 from .publishing import PublishingMixin
 
 
@@ -58,8 +59,38 @@ def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Te
     if logits_to_keep.dtype == torch.bool:
         return hidden_states[logits_to_keep]
     if logits_to_keep.ndim == 2:
-        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+        return at_positions(hidden_states, logits_to_keep)
     return hidden_states[:, logits_to_keep]
+
+
+@dataclass
+class Kept:
+    """The positions whose logits are wanted, as many in each row, so that the last layer runs at no others.
+
+    Attributes:
+        positions (`(B, K)` long): those of each row; one with fewer repeats its first.
+        among (`(n,)` long, *optional*): which of the B x K are the marked ones of a bool mask, in its order.
+    """
+
+    positions: torch.Tensor
+    among: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, logits_to_keep: int | torch.Tensor) -> "Kept | None":
+        """Those that a 2-D index or a bool mask names; `None` for what [`select_positions`] takes beside them."""
+        if isinstance(logits_to_keep, int) or logits_to_keep.ndim != 2:
+            return None
+        if logits_to_keep.dtype != torch.bool:
+            return cls(logits_to_keep)
+        count = logits_to_keep.sum(1)
+        total, width = torch.stack([count.sum(), count.amax()]).tolist()  # a host sync
+        positions = packed(logits_to_keep, max(width, 1))
+        beyond = torch.arange(positions.shape[1], device=positions.device) >= count[:, None]
+        return cls(positions, beyond.flatten().long().argsort(stable=True)[:total])
+
+    def select(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Of `(B, K, D)` states what [`select_positions`] would take."""
+        return hidden_states if self.among is None else hidden_states.flatten(0, 1)[self.among]
 
 
 class Float32RotaryMixin:
@@ -90,9 +121,14 @@ class BidirectionalBackboneMixin:
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        kept_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """See [`MaskedDiffusionLMMixin.forward`]; returns the last hidden states `(B, L, D)`."""
+        """See [`MaskedDiffusionLMMixin.forward`]; returns the last hidden states `(B, L, D)`.
+
+        With `kept_positions` `(B, K)` it returns those at these positions, `(B, K, D)`, and the last layer computes
+        no others.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds` (got both or neither).")
         if inputs_embeds is None:
@@ -115,15 +151,19 @@ class BidirectionalBackboneMixin:
         kwargs["is_causal"] = False  # a missing mask must not make sdpa and flash-attention fall back to causal
         # `position_ids` end here: flash-attention would take gaps between them for packed sequences.
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        narrow = kept_positions is not None and can_narrow(mask)
         hidden_states = inputs_embeds
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers, start=1):
             hidden_states = layer(
                 hidden_states,
+                kept=kept_positions if narrow and index == len(self.layers) else None,
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 **kwargs,
             )
+        if kept_positions is not None and not narrow:
+            hidden_states = at_positions(hidden_states, kept_positions)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
@@ -179,6 +219,10 @@ class MaskedDiffusionLMMixin(PublishingMixin):
         Returns:
             [`MaskedDiffusionOutput`]: `logits` of shape `(B, K, V)`, or `(N, V)` for a bool mask.
         """
+        # What is recorded of the layers is of the whole canvas.
+        recorded = ("output_hidden_states", "output_attentions")
+        recording = any(kwargs.get(name, getattr(self.config, name, False)) for name in recorded)
+        kept = None if recording else Kept.of(logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -186,9 +230,11 @@ class MaskedDiffusionLMMixin(PublishingMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **({} if kept is None else {"kept_positions": kept.positions}),
             **kwargs,
         )
-        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
+        states = outputs.last_hidden_state
+        logits = self.lm_head(select_positions(states, logits_to_keep) if kept is None else kept.select(states))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -1,26 +1,18 @@
 """LLaDA on today's transformers: official tensor names on disk, transformers' own structure in memory."""
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import (
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from .configuration_llada import LLaDAConfig
 from .generation_d3llm import D3LLMGenerationMixin
+from .layers import BidirectionalAttentionMixin, BidirectionalBlockMixin
 from .modeling_common import BidirectionalBackboneMixin, Float32RotaryMixin, MaskedDiffusionLMMixin
 
 
@@ -61,7 +53,7 @@ class LLaDARotaryEmbedding(Float32RotaryMixin, LlamaRotaryEmbedding):
         return super().forward(x[..., :1].float(), position_ids)
 
 
-class LLaDAAttention(nn.Module):
+class LLaDAAttention(BidirectionalAttentionMixin, nn.Module):
     """Multi-head attention that sees the whole canvas."""
 
     def __init__(self, config: LLaDAConfig, layer_idx: int):
@@ -79,39 +71,6 @@ class LLaDAAttention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.include_qkv_bias)
         self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        shape = hidden_states.shape[:-1]
-        heads = (*shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        # The rotation happens in float32, the dtype of the cosines.
-        query, key = (x.to(value.dtype) for x in apply_rotary_pos_emb(query, key, *position_embeddings))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
-
 
 class LLaDAMLP(nn.Module):
     """Gated MLP: `down(silu(gate(x)) * up(x))`."""
@@ -126,7 +85,7 @@ class LLaDAMLP(nn.Module):
         return self.down_proj(nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class LLaDABlock(GradientCheckpointingLayer):
+class LLaDABlock(BidirectionalBlockMixin, GradientCheckpointingLayer):
     """Pre-norm attention and MLP."""
 
     def __init__(self, config: LLaDAConfig, layer_idx: int):
@@ -135,11 +94,6 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.mlp = LLaDAMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.d_model, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.d_model, config.rms_norm_eps)
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class LLaDAPreTrainedModel(PreTrainedModel):

@@ -23,9 +23,10 @@ from transformers.generation import CompileConfig
 from transformers.utils.generic import is_flash_attention_requested
 
 from .cache import SlotCache
-from .canvas import Canvas, packed
+from .canvas import Canvas
 from .contract import CanvasContract
 from .decoding import Rules, State
+from .layers import packed
 
 
 def rounded(number: int, step: int) -> int:

@@ -9,6 +9,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
+from d3llm_hf.models import modeling_common
+from d3llm_hf.models.layers import can_narrow
 from d3llm_hf.models.modeling_common import dense_mask, positions_of
 
 
@@ -248,6 +250,63 @@ def test_the_head_runs_only_at_the_positions_to_keep(tiny):
     tiny.lm_head.register_forward_hook(lambda module, args, output: rows.append(args[0].shape))
     tiny(tokens(2, 6), logits_to_keep=torch.eye(2, 6, dtype=torch.bool))
     assert rows == [(2, 32)]
+
+
+KEPT = {
+    "mask": torch.tensor([[0, 0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 1, 0]], dtype=torch.bool),
+    "index": torch.tensor([[5, 2, 3], [5, 5, 6]]),
+}
+
+
+@pytest.mark.parametrize("form", sorted(KEPT))
+@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
+def test_the_last_layer_computes_keys_for_all_and_the_rest_for_the_positions_to_keep(
+    family, backend, form, padding
+):
+    model = family.tiny(attn_implementation=backend)
+    kept, ids = KEPT[form], tokens(2, 7)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7]) if padding else None
+    with torch.no_grad():
+        everything = model(ids, attention_mask=mask, output_hidden_states=True, logits_to_keep=kept)
+        rows, first, last = {}, model.model.layers[0], model.model.layers[-1]
+        for name, module in (
+            ("first", first.mlp),
+            ("mlp", last.mlp),
+            ("query", last.self_attn.q_proj),
+            ("key", last.self_attn.k_proj),
+        ):
+            module.register_forward_hook(lambda _, args, output, name=name: rows.update({name: args[0].shape[1]}))
+        found = model(ids, attention_mask=mask, logits_to_keep=kept)
+    assert [state.shape[1] for state in everything.hidden_states] == [7] * 3  # what is recorded is of all positions
+    assert rows == {"first": 7, "key": 7, "query": 3, "mlp": 3}
+    assert found.logits.shape == everything.logits.shape
+    assert torch.allclose(found.logits, everything.logits, atol=1e-6)
+
+
+def test_gradients_do_not_depend_on_what_the_last_layer_leaves_out(family):
+    kept, ids = KEPT["mask"], tokens(2, 7)
+
+    def gradients(**recorded):
+        model = family.tiny()
+        model(ids, logits_to_keep=kept, **recorded).logits.square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    for ours, expected in zip(gradients(), gradients(output_hidden_states=True), strict=True):
+        assert torch.allclose(ours, expected, atol=1e-6)
+
+
+def test_a_mask_that_has_no_rows_of_queries_leaves_the_last_layer_whole(tiny, monkeypatch):
+    """Flash-attention's padding mask: which queries it holds depends on how many there are."""
+    ids, kept = tokens(2, 7), KEPT["mask"]
+    widths = []
+    tiny.model.layers[-1].mlp.register_forward_hook(lambda _, args, output: widths.append(args[0].shape[1]))
+    with torch.no_grad():
+        expected = tiny(ids).logits[kept]
+        monkeypatch.setattr(modeling_common, "can_narrow", lambda mask: False)
+        assert torch.allclose(tiny(ids, logits_to_keep=kept).logits, expected, atol=1e-6)
+    assert widths == [7, 7]
+    assert not can_narrow(torch.ones(2, 7))
+    assert can_narrow(torch.ones(2, 1, 7, 7)) and can_narrow(None)
 
 
 def test_labels_give_the_unshifted_cross_entropy(tiny):

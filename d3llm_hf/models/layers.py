@@ -1,0 +1,108 @@
+"""Attention and block of the backbones, whose output can be asked for at some positions only.
+
+Of a position whose logits nobody wants the last layer needs a key and a value, and nothing else: no query, no output
+projection, no MLP. Those are four fifths of a layer's weights, and few positions of a canvas are wanted at a time.
+"""
+
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward, rotate_half
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+
+def at_positions(table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Entries `(B, K, D)` of a `(B, L, D)` or `(1, L, D)` table at positions `(B, K)`."""
+    return torch.take_along_dim(table, positions[..., None], dim=1)
+
+
+def packed(marked: torch.Tensor, width: int) -> torch.Tensor:
+    """The marked positions `(B, L)` of each row one behind the other, `(B, width)`.
+
+    Rows with fewer marks repeat their first one: the same token at the same position gives the same key.
+    """
+    first, count = marked.long().argmax(1, keepdim=True), marked.sum(1, keepdim=True)
+    places = (~marked).long().argsort(dim=1, stable=True)[:, :width]
+    places = torch.nn.functional.pad(places, (0, width - places.shape[1]))
+    return torch.where(torch.arange(width, device=places.device) < count, places, first)
+
+
+def can_narrow(attention_mask: torch.Tensor | None) -> bool:
+    """Whether an attention mask, as the attention function gets it, has rows of queries that can be picked."""
+    return attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4)
+
+
+def _mask_at(attention_mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor | None:
+    """The rows of some queries; a mask of one row serves them all."""
+    if attention_mask is None or attention_mask.shape[2] == 1:
+        return attention_mask
+    return torch.take_along_dim(attention_mask, positions[:, None, :, None], dim=2)
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`(B, H, L, d)` queries or keys turned by `(B, L, d)` cosines and sines."""
+    cos, sin = cos[:, None], sin[:, None]
+    return x * cos + rotate_half(x) * sin
+
+
+class BidirectionalAttentionMixin:
+    """The forward of an attention with `q_proj`, `k_proj`, `v_proj` and `o_proj`; every token sees all others.
+
+    The rotation happens in the dtype of the cosines.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        kept: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(B, L, D)` to `(B, L, D)`, or `(B, K, D)` at the positions `kept` `(B, K)`; and the weights."""
+        asking = hidden_states if kept is None else at_positions(hidden_states, kept)
+
+        def heads(projection: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
+            return projection(states).view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+        query, key = heads(self.q_proj, asking), heads(self.k_proj, hidden_states)
+        value = heads(self.v_proj, hidden_states)
+        if kept is None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        else:
+            query = _rotated(query, *(at_positions(table, kept) for table in position_embeddings))
+            key, attention_mask = _rotated(key, *position_embeddings), _mask_at(attention_mask, kept)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*asking.shape[:-1], -1).contiguous()), weights
+
+
+class BidirectionalBlockMixin:
+    """The forward of a block: pre-norm attention and MLP."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, kept: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """`(B, L, D)` to `(B, L, D)`, or `(B, K, D)` at the positions `kept` `(B, K)`."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), kept=kept, **kwargs)
+        hidden_states = (hidden_states if kept is None else at_positions(hidden_states, kept)) + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
