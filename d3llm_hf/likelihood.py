@@ -11,6 +11,7 @@ from itertools import islice
 
 import torch
 
+from .models.half_precision import fast_products
 from .models.modeling_common import positions_of
 from .models.scoring import CHUNK_ELEMENTS, Sampler, confidence_cost, statistics
 
@@ -321,10 +322,11 @@ class _Texts:
             "use_cache": False,
         }
         keep = keep.to(device)
-        if self.model.supports_position_mask:
-            logits = self.model(**inputs, logits_to_keep=keep).logits
-        else:
-            logits = self.model(**inputs).logits[keep]
+        with fast_products(self.model, compiled=False):
+            if self.model.supports_position_mask:
+                logits = self.model(**inputs, logits_to_keep=keep).logits
+            else:
+                logits = self.model(**inputs).logits[keep]
         if self.cfg_scale:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + (self.cfg_scale + 1) * (conditional - unconditional)

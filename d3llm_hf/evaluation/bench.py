@@ -15,7 +15,7 @@ import torch
 
 from ..progress import progress_bar
 from .bench_shapes import DecodingBench, Work, prepared
-from .bench_split import PARTS, backbone_flops, matmul_rate, taken_apart, widths_seen
+from .bench_split import OVERHEAD, PARTS, backbone_flops, matmul_rate, taken_apart, widths_seen
 from .measure import environment
 from .memory import in_fresh_process, machine, peak_memory
 from .plain_decoding import plain_generate
@@ -212,7 +212,7 @@ def split(bench: DecodingBench, work: Work, contestant: Contestant) -> dict[str,
     """Where the time of a turn goes, measured in a turn of its own.
 
     Returns:
-        `split`, seconds of each of `PARTS`; `overhead`, those of deciding and the head over the backbone's;
+        `split`, seconds of each of `PARTS`; `overhead`, those of the head, scoring and deciding over the backbone's;
         `decide_ms`, milliseconds of deciding in each forward of a batch; `backbone_rate` and `matmul_rate` in
         operations a second, and `matmul_fraction`, their ratio.
     """
@@ -220,11 +220,11 @@ def split(bench: DecodingBench, work: Work, contestant: Contestant) -> dict[str,
         decode(contestant, work)
     seconds = watch.seconds
     rate = backbone_flops(work.model, forwards) / max(seconds["backbone"], 1e-9)
-    positions = round(statistics.mean(positions for positions, _ in forwards))
+    positions = round(statistics.mean(each.positions for each in forwards))
     possible = matmul_rate(work.model, positions)
     return {
         "split": {part: round(seconds[part], 4) for part in PARTS},
-        "overhead": round((seconds["decide"] + seconds["head"]) / max(seconds["backbone"], 1e-9), 4),
+        "overhead": round(sum(seconds[part] for part in OVERHEAD) / max(seconds["backbone"], 1e-9), 4),
         "decide_ms": round(1000 * seconds["decide"] / len(forwards), 3),
         "backbone_rate": round(rate),
         "matmul_rate": round(possible),

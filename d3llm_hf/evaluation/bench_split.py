@@ -4,7 +4,8 @@ The parts of a turn are taken apart in turns of their own, since the clock that 
 
     backbone  the layers of the model, without the cache below
     head      the matrix of the vocabulary
-    decide    from logits to what is committed: softmax, entropy, argmax, and the rules that choose
+    score     from logits to a token and a cost for each candidate: softmax, entropy, argmax
+    decide    the rules: which blocks are open, which candidates are committed, which rows are finished
     cache     the plan of what to recompute, and writing keys and values
     rest      all else: preparing inputs, books on rows, `generate`'s own preparations
 
@@ -15,6 +16,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -22,11 +24,13 @@ import torch
 
 from ..models import caching, generation_d3llm
 from ..models.cache import SlotLayer
+from ..models.half_precision import fast_products
 from ..models.scoring import Scorer
 from . import plain_decoding
 
 
-PARTS = ("backbone", "head", "decide", "cache", "rest")
+PARTS = ("backbone", "head", "score", "decide", "cache", "rest")
+OVERHEAD = ("head", "score", "decide")
 
 _SECONDS_OF_MATMUL = 0.1
 
@@ -80,12 +84,12 @@ def taken_apart(model: torch.nn.Module, device: str) -> Iterator[Stopwatch]:
     """Everything inside is decoding with `model`, by `generate` or the plain loop; its parts are timed."""
     watch = Stopwatch(device)
     attributes = [
-        (Scorer, "__call__", "decide"),
+        (Scorer, "__call__", "score"),
         *(
             (generation_d3llm, name, "decide")
             for name in ("open_blocks", "candidates", "choose", "commit", "finished")
         ),
-        *((plain_decoding, name, "decide") for name in ("entropies", "confidences", "best_tokens")),
+        *((plain_decoding, name, "score") for name in ("entropies", "confidences", "best_tokens")),
         *((kind, "decide", "decide") for kind in (plain_decoding._BlockByBlock, plain_decoding._MultiBlock)),
         *((kind, "prepare", "decide") for kind in (plain_decoding._BlockByBlock, plain_decoding._MultiBlock)),
         (generation_d3llm, "Plan", "cache"),
@@ -116,16 +120,32 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
 
 
+@dataclass(frozen=True)
+class Width:
+    """How wide a forward of the backbone was.
+
+    Attributes:
+        positions: of all rows together.
+        keys: that each of them attends to.
+        last: positions, of all rows, at which the last layer has an output.
+    """
+
+    positions: int
+    keys: int
+    last: int
+
+
 @contextlib.contextmanager
-def widths_seen(model: torch.nn.Module) -> Iterator[list[tuple[int, int]]]:
-    """Collects `(positions of all rows, keys of a row)` of each forward of the backbone."""
-    found: list[tuple[int, int]] = []
+def widths_seen(model: torch.nn.Module) -> Iterator[list[Width]]:
+    """Collects the widths of the forwards of the backbone."""
+    found: list[Width] = []
 
     def note(module, args, kwargs) -> None:
-        ids, past = kwargs["input_ids"], kwargs.get("past_key_values")
+        ids, past, kept = kwargs["input_ids"], kwargs.get("past_key_values"), kwargs.get("kept_positions")
         before = 0 if past is None else past.get_seq_length()
         slots = hasattr(past, "at")  # the decoder's own cache counts what it will hold, transformers' what it holds
-        found.append((ids.numel(), before if slots else before + ids.shape[1]))
+        keys = before if slots else before + ids.shape[1]
+        found.append(Width(ids.numel(), keys, ids.numel() if kept is None else kept.numel()))
 
     handle = model.base_model.register_forward_pre_hook(note, with_kwargs=True)
     try:
@@ -136,20 +156,36 @@ def widths_seen(model: torch.nn.Module) -> Iterator[list[tuple[int, int]]]:
 
 def layer_matrices(model: torch.nn.Module) -> list[tuple[int, int]]:
     """`(outputs, inputs)` of every linear layer of the backbone."""
-    linear = (module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear))
-    return [(module.out_features, module.in_features) for module in linear]
+    return [(module.out_features, module.in_features) for module in _linear(model.base_model).values()]
 
 
-def backbone_flops(model: torch.nn.Module, forwards: list[tuple[int, int]]) -> float:
-    """Multiplications and additions of the backbone's matrices and attention in `forwards` of [`widths_seen`]."""
+def _linear(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    return {name: inner for name, inner in module.named_modules() if isinstance(inner, torch.nn.Linear)}
+
+
+def backbone_flops(model: torch.nn.Module, forwards: list[Width]) -> float:
+    """Multiplications and additions of the backbone's matrices and attention in `forwards`.
+
+    The last layer has keys and values at all positions, and all else where it has an output.
+    """
     config = model.config.get_text_config()
-    matrices = 2.0 * sum(outputs * inputs for outputs, inputs in layer_matrices(model))
-    attention = 4.0 * config.hidden_size * config.num_hidden_layers  # for each pair of a query and a key
-    return sum(positions * (matrices + attention * keys) for positions, keys in forwards)
+    last = _linear(model.base_model.layers[-1])
+    narrow = 2.0 * sum(
+        each.out_features * each.in_features
+        for name, each in last.items()
+        if not name.endswith(("k_proj", "v_proj"))
+    )
+    whole = 2.0 * sum(outputs * inputs for outputs, inputs in layer_matrices(model))
+    pair = 4.0 * config.hidden_size  # of a query and a key in a layer
+    attention = sum(each.keys * (each.positions * (config.num_hidden_layers - 1) + each.last) for each in forwards)
+    matrices = sum(each.positions * (whole - narrow) + each.last * narrow for each in forwards)
+    return matrices + pair * attention
 
 
 def matmul_rate(model: torch.nn.Module, positions: int, repeats: int = 3) -> float:
     """Operations a second that this machine reaches in bare products of the backbone's shapes and dtype.
+
+    Half precision without instructions for it is multiplied as decoding does; see `models/half_precision.py`.
 
     Args:
         positions: rows of the left factor, those of a forward.
@@ -160,9 +196,10 @@ def matmul_rate(model: torch.nn.Module, positions: int, repeats: int = 3) -> flo
     for outputs, inputs in set(shapes):
         left = torch.randn(positions, inputs).to(model.dtype).to(device)
         weight = torch.randn(outputs, inputs).to(model.dtype).to(device)
-        seconds += shapes.count((outputs, inputs)) * _seconds_of(
-            lambda left=left, weight=weight: torch.nn.functional.linear(left, weight), device.type, repeats
-        )
+        with torch.no_grad(), fast_products(model, compiled=False):
+            seconds += shapes.count((outputs, inputs)) * _seconds_of(
+                lambda left=left, weight=weight: torch.nn.functional.linear(left, weight), device.type, repeats
+            )
     return 2.0 * positions * sum(outputs * inputs for outputs, inputs in shapes) / seconds
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from .bench_split import PARTS
+
 
 # Column -> its text for a row of `trainers.bench_train`.
 _TRAIN: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -58,9 +60,10 @@ _DECODE: dict[str, Callable[[dict[str, Any]], str]] = {
     "same tokens": lambda row: f"{row['equal_tokens']:.1f} %",
     **{
         f"{part}, s": lambda row, part=part: f"{row['split'][part]:.2f}"
-        for part in ("backbone", "head", "decide", "cache", "rest")
+        for part in PARTS
     },
-    "decide + head of backbone": lambda row: f"{100 * row['overhead']:.0f} %",
+    "ms of deciding a forward": lambda row: f"{row['decide_ms']:.2f}",
+    "head + score + decide of backbone": lambda row: f"{100 * row['overhead']:.0f} %",
     "of the matmul rate": lambda row: f"{100 * row['matmul_fraction']:.0f} %",
     "peak, GB": lambda row: f"{row['peak_bytes'] / 1e9:.2f}",
 }

@@ -21,6 +21,7 @@ from .decoding import (
     open_blocks,
 )
 from .generation_config_d3llm import D3LLMGenerationConfig, unknown_field
+from .half_precision import fast_products
 from .ledger import Ledger
 from .processors import Processors
 from .scoring import Sampler, Scorer
@@ -195,7 +196,9 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         if rules.kv_cache != "none":
             cache = SlotCache(self.config.get_text_config().num_hidden_layers, canvas.length)
 
-        with ledger, static_shapes(self, canvas, rules, cache, generation_config) as (canvas, cache):
+        shapes = static_shapes(self, canvas, rules, cache, generation_config)
+        compiled = generation_config.compile_config is not None
+        with ledger, fast_products(self, compiled=compiled), shapes as (canvas, cache):
             while self._has_unfinished_sequences(state.rows.numel() == 0, synced_gpus, device):
                 if state.rows.numel() == 0:  # another process is not finished, and its forwards are collective
                     self(**self.accepted(canvas.idle_inputs()))

@@ -135,7 +135,7 @@ def test_nested_parts_are_booked_once(monkeypatch):
             pass
         with watch.part("cache"):
             pass
-    assert watch.seconds == {"backbone": 1 + 3 + 5, "cache": 2 + 4, "head": 0, "decide": 0, "rest": 0}
+    assert watch.seconds == dict.fromkeys(bench_split.PARTS, 0) | {"backbone": 1 + 3 + 5, "cache": 2 + 4}
 
 
 def test_the_parts_of_both_loops_are_found_and_everything_is_put_back(monkeypatch):
@@ -148,7 +148,7 @@ def test_the_parts_of_both_loops_are_found_and_everything_is_put_back(monkeypatc
         with bench_split.taken_apart(model, "cpu") as watch:
             decode(**prompt, **settings)
         used = {part for part, seconds in watch.seconds.items() if seconds > 0}
-        assert used >= {"backbone", "head", "decide", "rest"}
+        assert used >= {"backbone", "head", "score", "decide", "rest"}
         assert ("cache" in used) == (decode == model.generate)
     assert before == (caching.PLANS, vars(generation_d3llm), vars(model.model), vars(model.lm_head))
 
@@ -156,8 +156,11 @@ def test_the_parts_of_both_loops_are_found_and_everything_is_put_back(monkeypatc
 def test_the_operations_of_the_backbone_are_counted_by_hand(monkeypatch):
     model = trained_like("llada")  # one layer of width 16, MLP 32
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
-    matrices = 4 * 16 * 16 + 3 * 16 * 32
-    for settings in ({"kv_cache": "none"}, {"kv_cache": "dual"}):
+    wide, narrow = 2 * 16 * 16, 2 * 16 * 16 + 3 * 16 * 32  # keys and values; queries, output and MLP
+    for settings, widths in (
+        ({"kv_cache": "none"}, [(10, 10, 2), (10, 10, 1)] * 2),
+        ({"kv_cache": "dual"}, [(10, 10, 2), (2, 10, 1)] * 2),
+    ):
         with bench_split.widths_seen(model) as forwards:
             model.generate(
                 torch.tensor([tiny_prompt(0, 6)]),
@@ -166,11 +169,10 @@ def test_the_operations_of_the_backbone_are_counted_by_hand(monkeypatch):
                 decoding_method="llada",
                 **settings,
             )
-        assert len(forwards) == 4 and {keys for _, keys in forwards} == {10}
-        assert bench_split.backbone_flops(model, forwards) == sum(q for q, _ in forwards) * (
-            2 * matrices + 4 * 16 * 10
+        assert [(each.positions, each.keys, each.last) for each in forwards] == widths
+        assert bench_split.backbone_flops(model, forwards) == sum(
+            2 * (positions * wide + last * narrow) + 4 * 16 * keys * last for positions, keys, last in widths
         )
-    assert min(forwards) == (2, 10)
     with bench_split.widths_seen(model) as forwards:
         plain_generate(
             model,
@@ -180,7 +182,8 @@ def test_the_operations_of_the_backbone_are_counted_by_hand(monkeypatch):
             kv_cache="delayed",
             cache_delay=0,
         )
-    assert forwards[0] == (10, 10) and {keys for _, keys in forwards} == {10} and min(forwards)[0] < 5
+    assert forwards[0] == bench_split.Width(10, 10, 10) and {each.keys for each in forwards} == {10}
+    assert min(each.positions for each in forwards) < 5
     assert bench_split.matmul_rate(model, 10) > 0
 
 
