@@ -39,18 +39,21 @@ _run = subprocess.run
 
 # Names of results files -> the command that fills them. `bench all` runs them, each in a process of its own.
 COMMITTED: dict[str, str] = {
-    "bench_train": "train",
-    "bench_decode_8b_like": "decode --shape 8b-like",
-    "bench_decode_8b_like_bf16": "decode --shape 8b-like --dtype bfloat16",
-    "bench_decode_8b_like_batch": "decode --shape 8b-like --batch-size 8",
-    "bench_decode_wide_vocab": "decode --shape wide-vocab",
-    "bench_decode_wide_vocab_bf16": "decode --shape wide-vocab --dtype bfloat16",
-    "bench_decode_checkpoint": (
-        "decode --model d3llm-llada --max-new-tokens 64 --block-length 16 --entropy-threshold 0.3 --kv-cache delayed "
-        "--cache-delay 1 --prompts 50"
+    "bench_train": "train --shape wide-vocab --batch-size 4 --repeats 2",
+    "bench_decode_8b_like": "decode --shape 8b-like --kv-cache delayed --cache-delay 1 --threads 2",
+    "bench_decode_8b_like_bf16": "decode --shape 8b-like --dtype bfloat16 --threads 2 --repeats 1",
+    "bench_decode_wide_vocab": "decode --shape wide-vocab --threads 2",
+    "bench_decode_wide_vocab_bf16": "decode --shape wide-vocab --dtype bfloat16 --threads 2 --repeats 1",
+    "bench_decode_rules": (
+        "decode --shape tiny --vocab-size 1024 --batch-size 8 --prompt-length 128 --max-new-tokens 256 "
+        "--block-length 32 --repeats 5"
     ),
-    "bench_decode_checkpoint_dual": (
+    "bench_decode_checkpoint": (
         "decode --model d3llm-llada --max-new-tokens 64 --block-length 16 --entropy-threshold 0.3 --kv-cache dual "
+        "--prompts 50"
+    ),
+    "bench_decode_checkpoint_one_token": (
+        "decode --model d3llm-llada --max-new-tokens 64 --block-length 16 --decoding-method llada --kv-cache dual "
         "--prompts 50"
     ),
     "bench_growth": "growth --d-model 512 --prompt-lengths 128 512 2048 --answer-lengths 64 128 256 512 "

@@ -171,9 +171,7 @@ def backbone_flops(model: torch.nn.Module, forwards: list[Width]) -> float:
     config = model.config.get_text_config()
     last = _linear(model.base_model.layers[-1])
     narrow = 2.0 * sum(
-        each.out_features * each.in_features
-        for name, each in last.items()
-        if not name.endswith(("k_proj", "v_proj"))
+        each.out_features * each.in_features for name, each in last.items() if not name.endswith(("k_proj", "v_proj"))
     )
     whole = 2.0 * sum(outputs * inputs for outputs, inputs in layer_matrices(model))
     pair = 4.0 * config.hidden_size  # of a query and a key in a layer

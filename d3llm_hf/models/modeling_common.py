@@ -69,11 +69,11 @@ class Kept:
 
     Attributes:
         positions (`(B, K)` long): those of each row; one with fewer repeats its first.
-        among (`(n,)` long, *optional*): which of the B x K are the marked ones of a bool mask, in its order.
+        among (`(n,)` long or `slice`, *optional*): the marked ones of a bool mask among the B x K, in its order.
     """
 
     positions: torch.Tensor
-    among: torch.Tensor | None = None
+    among: torch.Tensor | slice | None = None
 
     @classmethod
     def of(cls, logits_to_keep: int | torch.Tensor) -> "Kept | None":
@@ -82,6 +82,9 @@ class Kept:
             return None
         if logits_to_keep.dtype != torch.bool:
             return cls(logits_to_keep)
+        if len(logits_to_keep) == 1:  # as below, in fewer steps
+            marked = logits_to_keep[0].nonzero().T  # a host sync
+            return cls(marked, slice(None)) if marked.numel() else cls(marked.new_zeros(1, 1), slice(0))
         count = logits_to_keep.sum(1)
         total, width = torch.stack([count.sum(), count.amax()]).tolist()  # a host sync
         positions = packed(logits_to_keep, max(width, 1))

@@ -239,6 +239,8 @@ def test_logits_to_keep_selects_the_same_logits_in_each_of_its_forms(tiny):
             (marked, everything[marked]),
             (torch.zeros_like(marked), everything[:0, 0]),
         ]
+        for row in (marked[:1], marked[1:], torch.zeros(1, 6, dtype=torch.bool)):  # a batch of one
+            assert torch.allclose(tiny(ids[:1], logits_to_keep=row).logits, everything[:1][row], atol=1e-6)
         for form, expected in forms:
             kept = tiny(ids, logits_to_keep=form).logits
             assert kept.shape == expected.shape
@@ -260,9 +262,7 @@ KEPT = {
 
 @pytest.mark.parametrize("form", sorted(KEPT))
 @pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
-def test_the_last_layer_computes_keys_for_all_and_the_rest_for_the_positions_to_keep(
-    family, backend, form, padding
-):
+def test_the_last_layer_computes_keys_for_all_and_the_rest_for_the_positions_to_keep(family, backend, form, padding):
     model = family.tiny(attn_implementation=backend)
     kept, ids = KEPT[form], tokens(2, 7)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7]) if padding else None
