@@ -52,6 +52,10 @@ COMMITTED: dict[str, str] = {
         "decode --model d3llm-llada --max-new-tokens 64 --block-length 16 --entropy-threshold 0.3 --kv-cache dual "
         "--prompts 50"
     ),
+    "bench_decode_checkpoint_batch": (
+        "decode --model d3llm-llada --max-new-tokens 64 --block-length 16 --entropy-threshold 0.3 --prompts 50 "
+        "--batch-size 8"
+    ),
     "bench_decode_checkpoint_one_token": (
         "decode --model d3llm-llada --max-new-tokens 64 --block-length 16 --decoding-method llada --kv-cache dual "
         "--prompts 50"
