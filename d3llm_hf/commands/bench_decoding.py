@@ -60,8 +60,10 @@ COMMITTED: dict[str, str] = {
         "decode --model d3llm-llada --max-new-tokens 64 --block-length 16 --decoding-method llada --kv-cache dual "
         "--prompts 50"
     ),
-    "bench_growth": "growth --d-model 512 --prompt-lengths 128 512 2048 --answer-lengths 64 128 256 512 "
-    "--batch-sizes 1 2 4 8",
+    "bench_growth": (
+        "growth --layers 2 --max-new-tokens 64 --prompt-lengths 128 512 2048 --answer-lengths 64 128 256 512 "
+        "--batch-sizes 1 2 4 8 --repeats 2"
+    ),
     "bench_quantised": "quantised",
 }
 

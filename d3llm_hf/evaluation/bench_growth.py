@@ -5,6 +5,7 @@ forward decides as many tokens at every point and what grows is the cost of a fo
 """
 
 import io
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from ..progress import progress_bar
 from .bench import check, contestants, decode, figures, results
 from .bench_shapes import DecodingBench, prepared
+from .bench_split import steps_timed
 
 
 SUITE = "bench_growth"
@@ -38,8 +40,9 @@ def measure_growth(bench: DecodingBench, axes: dict[str, Sequence[int]]) -> dict
         axes: of `AXES`, the values of each.
 
     Returns:
-        the results; each row has its `axis` and `value` beside what `bench.figures` gives, and `ms_per_step`, the
-        milliseconds of a turn for each forward of a batch.
+        the results; each row has its `axis` and `value` beside what `bench.figures` gives; `ms_per_step`, the
+        milliseconds of a turn for each forward of a batch; and `ms_median_step`, those of the median step, which with a
+        cache is one of the many that read it and not one of the few that refresh it.
 
     Raises:
         ValueError: For a checkpoint, whose prompts have the lengths that they have, or for no axis.
@@ -57,14 +60,19 @@ def measure_growth(bench: DecodingBench, axes: dict[str, Sequence[int]]) -> dict
             point = replace(bench, **{axis: value})
             bar.set_postfix_str(f"{AXES[axis]} {value}", refresh=False)
             with prepared(point, scale) as (work, scale):  # the same head everywhere
-                turns = {}
+                turns, median = {}, {}
                 for name, contestant in each.items():
-                    turns[name] = decode(contestant, work)
+                    with steps_timed(work.model, point.device) as seconds:
+                        turns[name] = decode(contestant, work)
+                    median[name] = statistics.median(seconds) if seconds else 0.0
                     bar.update()
                 check(point, turns, each)
                 for row in figures(point, work, turns, each, bar.update):
-                    milliseconds = round(1000 * row["seconds"] / max(1, row["steps"]), 3)
-                    rows.append({"axis": axis, "value": value} | row | {"ms_per_step": milliseconds})
+                    steps = {
+                        "ms_per_step": round(1000 * row["seconds"] / max(1, row["steps"]), 3),
+                        "ms_median_step": round(1000 * median[row["name"]], 3),
+                    }
+                    rows.append({"axis": axis, "value": value} | row | steps)
     return results(SUITE, bench, axes={axis: list(values) for axis, values in axes.items()}, rows=rows)
 
 

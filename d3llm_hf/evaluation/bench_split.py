@@ -120,6 +120,25 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
 
 
+@contextlib.contextmanager
+def steps_timed(model: torch.nn.Module, device: str) -> Iterator[list[float]]:
+    """Collects the seconds from the start of each forward of the backbone to the start of the next one."""
+    starts: list[float] = []
+    found: list[float] = []
+
+    def note(module, args) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        starts.append(time.perf_counter())
+
+    handle = model.base_model.register_forward_pre_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
+        found += [after - before for before, after in zip(starts, starts[1:], strict=False)]
+
+
 @dataclass(frozen=True)
 class Width:
     """How wide a forward of the backbone was.

@@ -66,7 +66,8 @@ _DECODE: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 _GROWTH: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: _DECODE[name] for name in ("tokens/s", "faster", "faster (CPU s)")},
-    "ms a forward": lambda row: f"{row['ms_per_step']:.1f}",
+    "ms a step, mean": lambda row: f"{row['ms_per_step']:.1f}",
+    "median": lambda row: f"{row['ms_median_step']:.1f}",
     **{name: _DECODE[name] for name in ("positions per token", "same tokens")},
 }
 _QUANTISED: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -159,7 +160,8 @@ def growth_table(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"One axis at a time from {_shape(results)}; {_settings(results['rows'][-1])}. Times are medians over "
-        f"{results['shape']['repeats']} turns. {_where(results)} Regenerate: `{results['command']}`.",
+        f"{results['shape']['repeats']} turns. The median step is of one turn; with a cache it is a step that reads it, "
+        f"while the mean has those that refresh it, too. {_where(results)} Regenerate: `{results['command']}`.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -187,6 +187,19 @@ def test_the_operations_of_the_backbone_are_counted_by_hand(monkeypatch):
     assert bench_split.matmul_rate(model, 10) > 0
 
 
+def test_a_step_lasts_from_one_forward_to_the_next(monkeypatch):
+    model = trained_like("llada")
+    now = iter(range(100))
+    monkeypatch.setattr(bench_split.time, "perf_counter", lambda: float(next(now)) ** 2)
+    with bench_split.steps_timed(model, "cpu") as seconds:
+        for _ in range(3):
+            model(torch.tensor([tiny_prompt(0, 6)]))
+        assert seconds == []
+    assert seconds == [1.0, 3.0]
+    model(torch.tensor([tiny_prompt(0, 6)]))
+    assert len(seconds) == 2
+
+
 # The commands
 
 
