@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from .models.generation_config_d3llm import D3LLMGenerationConfig, unknown_field
+from .models.generation_config_d3llm import D3LLMGenerationConfig
 from .models.methods import CACHE_FIELDS, DEFAULT_METHOD, METHODS
 from .streamers import CanvasUpdate, GenerationStream, stream_generate
 from .text import encode_chat
@@ -174,11 +174,7 @@ class Chat:
                     f"`{name}` has no meaning in a chat: {REFUSED[name]} (got {settings[name]!r}). Leave it unset."
                 )
         length = self._max_new_tokens(settings)
-        config, unknown = self.model._prepare_generation_config(None, **(settings | {"max_new_tokens": length}))
-        if unknown:
-            raise ValueError(" ".join(map(unknown_field, unknown)))
-        config.validate()
-        config.rules(length, self.model.logit_shift)
+        config = self.model.check_settings(**(settings | {"max_new_tokens": length}))
         # Some options of transformers are checked by the processors that they become.
         self.model._prepare_special_tokens(config, True, device="cpu")
         self.model._get_logits_processor(config, input_ids_seq_length=1, device="cpu")

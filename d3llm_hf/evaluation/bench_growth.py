@@ -41,8 +41,8 @@ def measure_growth(bench: DecodingBench, axes: dict[str, Sequence[int]]) -> dict
 
     Returns:
         the results; each row has its `axis` and `value` beside what `bench.figures` gives; `ms_per_step`, the
-        milliseconds of a turn for each forward of a batch; and `ms_median_step`, those of the median step, which with a
-        cache is one of the many that read it and not one of the few that refresh it.
+        milliseconds of a turn for each forward of a batch; and `ms_median_step`, those of the median step, which with
+        a cache is one of the many that read it and not one of the few that refresh it.
 
     Raises:
         ValueError: For a checkpoint, whose prompts have the lengths that they have, or for no axis.

@@ -13,6 +13,7 @@ A part that runs within another counts as itself alone.
 """
 
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -136,7 +137,7 @@ def steps_timed(model: torch.nn.Module, device: str) -> Iterator[list[float]]:
         yield found
     finally:
         handle.remove()
-        found += [after - before for before, after in zip(starts, starts[1:], strict=False)]
+        found += [after - before for before, after in itertools.pairwise(starts)]
 
 
 @dataclass(frozen=True)

@@ -139,13 +139,9 @@ def decoding_table(results: dict[str, Any]) -> str:
     lines = _lines("decoding", columns, _with_cuda(results, lambda row: row["name"]))
     lines += [
         "",
-        f"Decoded: {_shape(results)}; {_settings(results['rows'][-1])}. “plain” is the loop of the reference: every "
-        "forward over the whole canvas, the head at all of its positions, softmax and entropy in float64 over the "
-        "whole vocabulary. The contestants take turns; times are medians over "
-        f"{results['shape']['repeats']} turns, ratios medians within a turn, of tokens a second. Same tokens: with "
-        "those of the first row. The parts of a turn are taken apart in turns of their own. Of the matmul rate: what "
-        "the backbone reaches of bare products of its shapes, measured in the same run. Peak: of a fresh process, "
-        f"with model and libraries. {_where(results)} Regenerate: `{results['command']}`.",
+        f"Decoded: {_shape(results)}; {_settings(results['rows'][-1])}. Times are medians over "
+        f"{results['shape']['repeats']} turn{'s' * (results['shape']['repeats'] > 1)}, ratios medians within a turn, "
+        f"of tokens a second. {_where(results)} Regenerate: `{results['command']}`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -160,8 +156,8 @@ def growth_table(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"One axis at a time from {_shape(results)}; {_settings(results['rows'][-1])}. Times are medians over "
-        f"{results['shape']['repeats']} turns. The median step is of one turn; with a cache it is a step that reads it, "
-        f"while the mean has those that refresh it, too. {_where(results)} Regenerate: `{results['command']}`.",
+        f"{results['shape']['repeats']} turns. The median step is of one turn; with a cache it is a step that reads "
+        f"it, while the mean has those that refresh it, too. {_where(results)} Regenerate: `{results['command']}`.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -149,13 +149,12 @@ def check_settings(
     from ..models.generation_config_d3llm import D3LLMGenerationConfig
 
     try:
-        if model is None:
-            config, shift = D3LLMGenerationConfig(**settings, max_new_tokens=length), 0
-        else:
-            config, _ = model._prepare_generation_config(None, **settings, max_new_tokens=length)
-            shift = model.logit_shift
+        if model is not None:
+            model.check_settings(**settings, max_new_tokens=length)
+            return
+        config = D3LLMGenerationConfig(**settings, max_new_tokens=length)
         config.validate()
-        config.rules(length, shift)
+        config.rules(length, 0)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{what}: {error}") from error
 

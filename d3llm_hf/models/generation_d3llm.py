@@ -99,6 +99,23 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         given.refuse_unfitting()
         return given, model_kwargs
 
+    def check_settings(self, *, max_new_tokens: int, **settings) -> D3LLMGenerationConfig:
+        """The config that `generate` would make of some settings, refused before there is a prompt to decode.
+
+        Args:
+            max_new_tokens: the answer's length, which some settings have to fit.
+            settings: further arguments of `generate`, none of the model's forward.
+
+        Raises:
+            ValueError, TypeError: what `generate` raises for them.
+        """
+        config, unknown = self._prepare_generation_config(None, **settings, max_new_tokens=max_new_tokens)
+        if unknown:
+            raise ValueError(" ".join(map(unknown_field, unknown)))
+        config.validate()
+        config.rules(max_new_tokens, self.logit_shift)
+        return config
+
     def _prepare_generated_length(self, generation_config, *args, **kwargs):
         """Infilling appends nothing unless the call says how much."""
         if generation_config.appends:

@@ -107,9 +107,7 @@ class Admission:
     def _check_settings(self, settings: dict[str, Any], length: int) -> None:
         """Asks the configuration, as `generate` will."""
         try:
-            config, _ = self.model._prepare_generation_config(None, **settings, max_new_tokens=length)
-            config.validate()
-            config.rules(length, self.model.logit_shift)
+            self.model.check_settings(**settings, max_new_tokens=length)
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error), param="d3llm", code="invalid_value") from None
 
