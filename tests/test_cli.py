@@ -67,6 +67,12 @@ def test_generate_prints_the_text_alone_and_one_line_of_statistics(run, llada):
     assert run("generate", llada, "one two", "--max-new-tokens", 16)[1] == out
 
 
+def test_a_prompt_that_misses_the_chat_template_is_pointed_to_it(run, llada):
+    hint = "the prompt was continued as it stands; --chat puts it"
+    assert hint in run("generate", llada, "one two", "--max-new-tokens", 4)[2]
+    assert hint not in run("generate", "d3llm-llada", "--chat", "one two", "--max-new-tokens", 4)[2]
+
+
 def test_generate_gives_what_the_library_gives(run, llada):
     model, tokenizer = generate.load(str(llada))
     inputs = tokenizer("one two", return_tensors="pt")

@@ -111,6 +111,8 @@ def run(args: argparse.Namespace) -> None:
     text = tokenizer.decode(answer, skip_special_tokens=True)
     sys.stdout.write((printable(text) if sys.stdout.isatty() else text) + "\n")
     sys.stdout.flush()
+    if tokenizer.chat_template is not None and not args.chat:
+        tell("the prompt was continued as it stands; --chat puts it into the checkpoint's chat template")
     tell(statistics(output, seconds))
 
 
