@@ -58,7 +58,7 @@ COMMITTED: dict[str, str] = {
     ),
     "bench_decode_checkpoint_one_token": (
         "decode --model d3llm-llada --max-new-tokens 64 --block-length 16 --decoding-method llada --kv-cache dual "
-        "--prompts 50"
+        "--prompts 50 --batch-size 25"
     ),
     "bench_growth": (
         "growth --layers 2 --max-new-tokens 64 --prompt-lengths 128 512 2048 --answer-lengths 64 128 256 512 "

@@ -44,8 +44,13 @@ class Contestant:
 
 
 def contestants(bench: DecodingBench) -> dict[str, Contestant]:
-    """The plain loop and `generate`; where a cache is asked for also both with it, as far as the reference has it."""
+    """The plain loop and `generate`; where a cache is asked for also both with it, as far as the reference has it.
+
+    Of a checkpoint that is asked for several tokens a forward also the loop that decides one, whose accuracy counts.
+    """
     found = {BASELINE: Contestant(True, bench.uncached)}
+    if bench.model and bench.decoding["decoding_method"] != "llada":
+        found[f"{BASELINE}, one token a forward"] = Contestant(True, bench.one_token)
     if bench.cache == "none":
         return found | {OURS: Contestant(False, bench.decoding, BASELINE)}
     label, cached = f", {bench.cache} cache", bench.decoding

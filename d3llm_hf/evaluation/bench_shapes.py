@@ -14,12 +14,12 @@ How many tokens a forward then decides is for the decoding to show; the results 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from ..models.methods import CACHES, METHODS
+from ..models.methods import CACHES, COMMON, METHODS
 from .memory import threads
 from .plain_decoding import METHODS_AND_CACHES, plain_settings
 from .word_problems import WordProblem, generate_problems
@@ -139,6 +139,12 @@ class DecodingBench:
         """The same without a cache."""
         chosen = {name: value for name, value in self.decoding.items() if "cache" not in name}
         return chosen | {"kv_cache": "none"}
+
+    @property
+    def one_token(self) -> dict[str, Any]:
+        """The arguments of LLaDA's loop that decides one token a forward, without a cache."""
+        common = {name: value for name, value in self.settings.items() if name in COMMON}
+        return replace(self, schedule=0, settings=common | {"decoding_method": "llada"}).uncached
 
     @property
     def cache(self) -> str:

@@ -235,6 +235,11 @@ def test_a_checkpoint_answers_word_problems(run, tmp_path):
     assert out.startswith("| decoding | accuracy |") and "`d3llm-llada` on word problems, 2 of them" in out
     results = json.loads(path.read_text())
     assert {"accuracy", "positions_ratio"} <= set(results["rows"][-1])
+    names = ["plain", "plain, one token a forward", "generate", "generate, dual cache"]
+    assert [row["name"] for row in results["rows"]] == names
+    settings = results["rows"][1]["settings"]
+    assert (settings["decoding_method"], settings["early_stop"], settings["kv_cache"]) == ("llada", False, "none")
+    assert results["rows"][1]["tpf"] <= 1 and results["rows"][1]["same_as"] is None
     assert "--no-early-stop" in results["command"] and "--decoding-method d3llm" in results["command"]
 
 
