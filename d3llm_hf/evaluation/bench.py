@@ -8,7 +8,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,12 @@ class Turn:
     def tokens(self) -> int:
         """Answer tokens before the stop tokens."""
         return sum(map(len, self.answers))
+
+
+def warm_up(bench: DecodingBench, contestant: Contestant, work: Work) -> None:
+    """Decodes one block, for what only a first call does; a whole turn of a large model takes minutes."""
+    short = min(bench.block_length, bench.new_tokens)
+    decode(contestant, replace(work, limits=work.limits | {"max_new_tokens": short}), slice(1))
 
 
 def decode(contestant: Contestant, work: Work, batches: slice = slice(None)) -> Turn:
@@ -213,21 +219,21 @@ def _accuracy(work: Work, turn: Turn) -> float:
     return 100 * right / len(work.problems)
 
 
-def split(bench: DecodingBench, work: Work, contestant: Contestant) -> dict[str, Any]:
+def split(bench: DecodingBench, work: Work, contestant: Contestant) -> tuple[Turn, dict[str, Any]]:
     """Where the time of a turn goes, measured in a turn of its own.
 
     Returns:
-        `split`, seconds of each of `PARTS`; `overhead`, those of the head, scoring and deciding over the backbone's;
-        `decide_ms`, milliseconds of deciding in each forward of a batch; `backbone_rate` and `matmul_rate` in
+        the turn; and `split`, seconds of each of `PARTS`; `overhead`, those of the head, scoring and deciding over
+        the backbone's; `decide_ms`, milliseconds of deciding in each forward of a batch; `backbone_rate` and `matmul_rate` in
         operations a second, and `matmul_fraction`, their ratio.
     """
     with widths_seen(work.model) as forwards, taken_apart(work.model, bench.device) as watch:
-        decode(contestant, work)
+        turn = decode(contestant, work)
     seconds = watch.seconds
     rate = backbone_flops(work.model, forwards) / max(seconds["backbone"], 1e-9)
     positions = round(statistics.mean(each.positions for each in forwards))
     possible = matmul_rate(work.model, positions)
-    return {
+    return turn, {
         "split": {part: round(seconds[part], 4) for part in PARTS},
         "overhead": round(sum(seconds[part] for part in OVERHEAD) / max(seconds["backbone"], 1e-9), 4),
         "decide_ms": round(1000 * seconds["decide"] / len(forwards), 3),
@@ -248,17 +254,15 @@ def measure_decoding(bench: DecodingBench) -> dict[str, Any]:
         ArithmeticError: If tokens in float32 differ.
     """
     chosen = contestants(bench)
-    with progress_bar(len(chosen) * (bench.repeats + 3), "turn", "bench") as bar:
+    with progress_bar(len(chosen) * (bench.repeats + 2), "turn", "bench") as bar:
         with prepared(bench) as (work, scale):
-            turns = {}
-            for name, contestant in chosen.items():  # and warms up
-                turns[name] = decode(contestant, work)
+            turns, parts = {}, {}
+            for name, contestant in chosen.items():
+                warm_up(bench, contestant, work)
+                turns[name], parts[name] = split(bench, work, contestant)
                 bar.update()
             check(bench, turns, chosen)
-            rows = figures(bench, work, turns, chosen, bar.update)
-            for row in rows:
-                row |= split(bench, work, chosen[row["name"]])
-                bar.update()
+            rows = [row | parts[row["name"]] for row in figures(bench, work, turns, chosen, bar.update)]
             parameters = work.model.num_parameters()
         for row in rows:
             before, peak = in_fresh_process(memory, bench, row["name"], scale)
