@@ -224,8 +224,8 @@ def split(bench: DecodingBench, work: Work, contestant: Contestant) -> tuple[Tur
 
     Returns:
         the turn; and `split`, seconds of each of `PARTS`; `overhead`, those of the head, scoring and deciding over
-        the backbone's; `decide_ms`, milliseconds of deciding in each forward of a batch; `backbone_rate` and `matmul_rate` in
-        operations a second, and `matmul_fraction`, their ratio.
+        the backbone's; `decide_ms`, milliseconds of deciding in each forward of a batch; `backbone_rate` and
+        `matmul_rate` in operations a second, and `matmul_fraction`, their ratio.
     """
     with widths_seen(work.model) as forwards, taken_apart(work.model, bench.device) as watch:
         turn = decode(contestant, work)
