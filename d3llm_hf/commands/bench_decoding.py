@@ -43,7 +43,9 @@ COMMITTED: dict[str, str] = {
     "bench_decode_8b_like": "decode --shape 8b-like --kv-cache delayed --cache-delay 1 --threads 2",
     "bench_decode_8b_like_bf16": "decode --shape 8b-like --dtype bfloat16 --threads 2 --repeats 1",
     "bench_decode_wide_vocab": "decode --shape wide-vocab --threads 2",
-    "bench_decode_wide_vocab_bf16": "decode --shape wide-vocab --dtype bfloat16 --threads 2 --repeats 1",
+    "bench_decode_wide_vocab_bf16": (
+        "decode --shape wide-vocab --dtype bfloat16 --max-new-tokens 64 --threads 2 --repeats 1"
+    ),
     "bench_decode_rules": (
         "decode --shape tiny --vocab-size 1024 --batch-size 8 --prompt-length 128 --max-new-tokens 256 "
         "--block-length 32 --repeats 5"
