@@ -18,7 +18,11 @@ from .bench_split import steps_timed
 
 SUITE = "bench_growth"
 AXES = {"prompt_length": "prompt length", "new_tokens": "answer length", "batch_size": "batch"}
-QUANTITIES = {"tokens_per_second": "tokens/s", "positions_per_token": "positions per token"}
+QUANTITIES = {
+    "tokens_per_second": "tokens/s",
+    "positions_per_token": "positions per token",
+    "ms_median_step": "median step, ms",
+}
 SCHEDULE = 4
 CACHE = "dual"
 
@@ -88,6 +92,7 @@ def draw(found: dict[str, Any], kind: str) -> bytes:
     try:
         import matplotlib.style
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError as error:
         raise ImportError(
             "The picture of `d3llm bench growth` needs matplotlib. Run `pip install 'd3llm-hf[eval]'`."
@@ -96,8 +101,8 @@ def draw(found: dict[str, Any], kind: str) -> bytes:
     names = list(dict.fromkeys(row["name"] for row in found["rows"]))
     hashed = {"svg.hashsalt": "d3llm-hf", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
     with matplotlib.style.context(["default", hashed]):
-        figure = Figure(figsize=(2.9 * len(axes) + 0.6, 5), layout="constrained")
-        grid = figure.subplots(len(QUANTITIES), len(axes), squeeze=False, sharex="col")
+        figure = Figure(figsize=(2.9 * len(axes) + 0.6, 7), layout="constrained")
+        grid = figure.subplots(len(QUANTITIES), len(axes), squeeze=False, sharex="col", sharey="row")
         for column, axis in enumerate(axes):
             for place, (quantity, label) in enumerate(QUANTITIES.items()):
                 plot = grid[place][column]
@@ -108,6 +113,8 @@ def draw(found: dict[str, Any], kind: str) -> bytes:
                 plot.set_xscale("log", base=2)
                 plot.set_yscale("log")
                 plot.set_xticks(found["axes"][axis], [str(value) for value in found["axes"][axis]])
+                plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                plot.yaxis.set_major_formatter("{x:g}")
                 plot.minorticks_off()
                 plot.grid(color="#dddddd", linewidth=0.6)
                 if column == 0:
