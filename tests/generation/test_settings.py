@@ -285,3 +285,24 @@ def test_other_models_of_transformers_are_untouched():
     model = LlamaForCausalLM(config).eval()
     assert type(model.generation_config) is GenerationConfig
     assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=3).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    "chosen, pattern",
+    [
+        ({"decoding_metod": "llada"}, "`decoding_metod`.*decoding_method"),
+        ({"block_length": 0}, "`block_length`"),
+        ({"decoding_method": "llada", "steps": 2, "entropy_threshold": 0.1}, "`entropy_threshold`"),
+    ],
+)
+def test_settings_are_checked_without_a_prompt_as_generate_checks_them(chosen, pattern):
+    model = trained_like("llada")
+    with pytest.raises((ValueError, TypeError), match=pattern):
+        model.check_settings(max_new_tokens=8, **chosen)
+    with pytest.raises((ValueError, TypeError), match=pattern):
+        answer(model, [1, 2], max_new_tokens=8, **chosen)
+
+
+def test_checked_settings_are_those_that_generate_would_use():
+    config = trained_like("llada").check_settings(max_new_tokens=8, decoding_method="dparallel", block_length=4)
+    assert (config.decoding_method, config.block_length, config.max_new_tokens) == ("dparallel", 4, 8)
