@@ -21,15 +21,13 @@ import torch
 
 from ..models.methods import CACHES, COMMON, METHODS
 from .memory import threads
-from .plain_decoding import METHODS_AND_CACHES, plain_settings
+from .plain_decoding import FIXED, METHODS_AND_CACHES, plain_settings
 from .word_problems import WordProblem, generate_problems
 
 
 HEAD_WIDTH = 64
 _FIRST_BLOCKS = 4  # whose masks a random model's head is scaled by
 _LEAST = {"vocab_size": 16, "prompts": 0, "schedule": 0, "seed": 0}
-# What the plain loops have but one value of.
-_FIXED = {"remasking", "cfg_scale", "lossless", "draft_length", "suffix_length"}
 DTYPES = ("float32", "bfloat16", "float16")
 SEED = 4242  # of the embedded checkpoint's problems, as in its results
 
@@ -132,7 +130,7 @@ class DecodingBench:
             chosen |= {"decoding_method": "llada", "steps": -(-self.new_tokens // self.schedule)}
         complete = plain_settings({name: chosen[name] for name in chosen if "cache" not in name})
         complete |= CACHES[chosen.get("kv_cache", "none")] | chosen
-        return {name: value for name, value in complete.items() if value is not None and name not in _FIXED}
+        return {name: value for name, value in complete.items() if value is not None and name not in FIXED}
 
     @property
     def uncached(self) -> dict[str, Any]:

@@ -31,6 +31,9 @@ METHODS_AND_CACHES: dict[str, tuple[str, ...]] = {
     "d3llm": ("none", "delayed"),
 }
 
+# Settings of which the plain loops have but one value.
+FIXED = frozenset({"remasking", "cfg_scale", "lossless", "draft_length", "suffix_length"})
+
 
 @dataclass
 class PlainOutput:
@@ -122,8 +125,7 @@ def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
         )
     chosen = COMMON | METHODS[method] | CACHES[kind] | {"decoding_method": method}
     for name, value in settings.items():
-        fixed = {"remasking", "cfg_scale", "lossless", "draft_length", "suffix_length"}
-        if name not in chosen or (name in fixed and value != chosen[name]):
+        if name not in chosen or (name in FIXED and value != chosen[name]):
             raise ValueError(
                 f"`{name}` is not a setting of a plain {method} with kv_cache={kind!r} (got {value!r}). Leave it out."
             )

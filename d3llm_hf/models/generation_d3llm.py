@@ -27,7 +27,7 @@ from .processors import Processors
 from .scoring import Sampler, Scorer
 from .selection import choose
 from .speculation import Speculation
-from .static_shapes import static_shapes
+from .static_shapes import is_compiled, static_shapes
 from .streaming import Stream
 
 
@@ -214,8 +214,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
             cache = SlotCache(self.config.get_text_config().num_hidden_layers, canvas.length)
 
         shapes = static_shapes(self, canvas, rules, cache, generation_config)
-        compiled = generation_config.compile_config is not None
-        with ledger, fast_products(self, compiled=compiled), shapes as (canvas, cache):
+        with ledger, fast_products(self, compiled=is_compiled(generation_config)), shapes as (canvas, cache):
             while self._has_unfinished_sequences(state.rows.numel() == 0, synced_gpus, device):
                 if state.rows.numel() == 0:  # another process is not finished, and its forwards are collective
                     self(**self.accepted(canvas.idle_inputs()))

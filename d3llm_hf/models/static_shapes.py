@@ -221,6 +221,11 @@ class StaticCanvas(Canvas):
         return self.forwards.function(key, self.config)(model, places, inputs)
 
 
+def is_compiled(generation_config) -> bool:
+    """Whether a call asks for compiled forwards."""
+    return generation_config.compile_config is not None and not generation_config.disable_compile
+
+
 @contextmanager
 def static_shapes(
     model: CanvasContract, canvas: Canvas, rules: Rules, cache: SlotCache | None, generation_config
@@ -230,10 +235,10 @@ def static_shapes(
     Raises:
         ValueError: for what cannot be compiled in one graph; see [`refuse`].
     """
-    config = generation_config.compile_config
-    if config is None or generation_config.disable_compile:
+    if not is_compiled(generation_config):
         yield canvas, cache
         return
+    config = generation_config.compile_config
     refuse(model, rules, config)
     shapes, device = Shapes.of(canvas, rules), canvas.base.device
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
@@ -289,4 +294,4 @@ def refuse(model: CanvasContract, rules: Rules, config: CompileConfig) -> None:
             raise ValueError(f"`compile_config` does not go together with {reason}.")
 
 
-__all__ = ["CompiledForwards", "Shapes", "StaticCache", "StaticCanvas", "static_shapes"]
+__all__ = ["CompiledForwards", "Shapes", "StaticCache", "StaticCanvas", "is_compiled", "static_shapes"]

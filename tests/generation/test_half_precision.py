@@ -124,6 +124,10 @@ def test_a_compiled_forward_is_left_to_its_compiler(slow, widened):
     config = CompileConfig(backend="eager")
     model.generate(**left_padded([tiny_prompt(0, 6)]), max_new_tokens=8, eos_token_id=EOS, compile_config=config)
     assert not widened
+    settings = {"compile_config": config, "disable_compile": True}
+    model.generate(**left_padded([tiny_prompt(0, 6)]), max_new_tokens=8, eos_token_id=EOS, **settings)
+    assert bool(widened) is slow
+    widened.clear()
     with fast_products(model, compiled=True), torch.no_grad():
         linear(random(4, 8), random(6, 8))
     assert not widened
