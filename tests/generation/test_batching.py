@@ -78,7 +78,7 @@ def test_a_padded_batch_gives_the_logits_of_its_rows_alone(family):
         together = model(**left_padded(prompts)).logits
         for row, prompt in enumerate(prompts):
             alone = model(input_ids=torch.tensor([prompt])).logits[0]
-            torch.testing.assert_close(together[row, -len(prompt) :], alone, rtol=0, atol=1e-5)
+            torch.testing.assert_close(together[row, -len(prompt) :], alone, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])

@@ -248,7 +248,7 @@ def test_the_loss_of_written_down_views_is_the_one_computed_by_hand(
     loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True)
     # One forward for both views, its head at the learnt positions: each position of a window is learnt in one view.
     assert (len(forwards), head_rows, len(outputs.logits)) == (1, [6], 6)
-    assert loss.item() == pytest.approx(by_hand(trainer, shift, shift == 1, reduction), rel=1e-6)
+    assert loss.item() == pytest.approx(by_hand(trainer, shift, shift == 1, reduction), rel=1e-5)
     assert torch.equal(inputs["input_ids"], two_by_six()["input_ids"])
 
 
@@ -259,7 +259,7 @@ def test_a_model_without_a_position_mask_has_the_same_loss(tmp_path, tokenizer, 
         trainer._keeps_marked_positions = not losses
         use_views(monkeypatch, VIEWS)
         losses.append(trainer.compute_loss(trainer.model, two_by_six()).item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_shift_of_one_equals_moved_labels(tmp_path, tokenizer, monkeypatch):
