@@ -4,6 +4,8 @@ import os
 import shutil
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from .row_text import decided_runs
@@ -19,6 +21,22 @@ BORDER = "│"
 def can_redraw(stream: TextIO) -> bool:
     """Whether a stream is a terminal that moves its cursor when told to."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Inside, a line on stderr says what is being waited for, where that is a terminal; afterwards it is gone."""
+    shown = can_redraw(sys.stderr)
+    if shown:
+        line = f"{printable(text)} ..."
+        sys.stderr.write(line[: shutil.get_terminal_size().columns - 1])  # one line, or not all of it could be erased
+        sys.stderr.flush()
+    try:
+        yield
+    finally:
+        if shown:
+            sys.stderr.write(f"\r{CLEAR_BELOW}")
+            sys.stderr.flush()
 
 
 class Redrawn:

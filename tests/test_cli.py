@@ -258,22 +258,31 @@ def test_a_checkpoint_that_the_hub_does_not_give_is_named(run, tmp_path, monkeyp
     failed(run("export", "someone/nothing", tmp_path / "new"), "`source` must .*someone/nothing.*no connection")
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def test_watch_draws_only_on_a_terminal_and_leaves_the_answer_alone(run, llada, monkeypatch):
     plain = run("generate", llada, "one two", "--max-new-tokens", 16)[1]
     code, out, err = run("generate", llada, "one two", "--max-new-tokens", 16, "--watch")
     assert (code, out) == (0, plain)
     assert err.startswith("--watch needs a terminal")
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     assert run("generate", llada, "one two", "--max-new-tokens", 16, "--watch")[0] == 0
     drawn, _, rest = terminal.getvalue().rpartition(CLEAR_BELOW)
     assert MASK_SIGN in drawn
     assert rest == printable(plain.rstrip("\n")) + "\n"
+
+
+def test_a_terminal_says_what_is_loaded_until_it_is(run, llada, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "12")
+    for name, code in ((llada, 0), ("d3llm-none", 2)):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert run("generate", name, "one two", "--max-new-tokens", 4)[0] == code
+        assert terminal.getvalue().startswith(f"loading {name}"[:11] + f"\r{CLEAR_BELOW}")
 
 
 def test_the_canvas_is_redrawn_in_place():

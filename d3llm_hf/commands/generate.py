@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from ..progress import DecidedTokens, quiet_loading
-from ..terminal import CanvasStreamer, can_redraw, printable
+from ..terminal import CanvasStreamer, can_redraw, printable, waiting
 from .common import new_parser, tell
 
 
@@ -176,10 +176,17 @@ def value_of(option: str, name: str, text: str) -> Any:
 def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None):
     """Model and tokenizer of a folder, a Hub id or an embedded checkpoint. Never runs a checkpoint's own code.
 
+    A terminal shows what is being loaded: torch and transformers alone take some seconds.
+
     Raises:
         ValueError: for an unknown device or dtype, or a model that cannot decode by diffusion.
         OSError: when there is no such checkpoint.
     """
+    with waiting(f"loading {name}"):
+        return _load(name, device, dtype, revision)
+
+
+def _load(name: str, device: str, dtype: str, revision: str | None):
     import torch
     from transformers import AutoModel
 
