@@ -84,7 +84,7 @@ class Chat:
     """A conversation with a masked diffusion language model.
 
         chat = Chat(model, tokenizer, entropy_threshold=0.3)
-        for update in (turn := chat.ask("Tom has 8 apples. He buys 7 more. How many?")):
+        for update in (turn := chat.ask(question)):
             print(turn.text, update.draft)
         print(turn.output.tokens_per_forward)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 TAGS = ("diffusion-language-model", "masked-diffusion", "d3llm")
 _FAMILY_NAMES = {"llada": "LLaDA", "Dream": "Dream"}
-_EXAMPLE = "Tom has 8 apples. He buys 7 more. How many apples does Tom have now?"
+_EXAMPLE = "Tom has 8 apples. He buys 7 more. He gives 4 to a friend. How many apples does Tom have now?"
 
 
 def render_card(
