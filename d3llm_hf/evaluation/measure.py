@@ -59,7 +59,7 @@ class Tally:
     def generate(self, model: PreTrainedModel, inputs: Mapping[str, Any], settings: Settings, **more) -> torch.Tensor:
         """Decodes a batch, counts, and returns the answers `(B, N)`."""
         began, cpu_began = time.perf_counter(), time.process_time()
-        output = model.generate(  # type: ignore[operator]  # of a decoder
+        output = model.generate(  # type: ignore[operator]  # of models that decode by diffusion
             **inputs, **settings, **more, do_sample=False, return_dict_in_generate=True
         )
         self.cpu_seconds += time.process_time() - cpu_began

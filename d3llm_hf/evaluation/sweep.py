@@ -150,7 +150,7 @@ def check_settings(
 
     try:
         if model is not None:
-            model.check_settings(**settings, max_new_tokens=length)  # type: ignore[operator]  # of a decoder
+            model.check_settings(**settings, max_new_tokens=length)  # type: ignore[operator]  # of models that decode by diffusion
             return
         config = D3LLMGenerationConfig(**settings, max_new_tokens=length)
         config.validate()
@@ -224,7 +224,7 @@ def _decode(
     if task.stop_strings:
         more |= {"stop_strings": list(task.stop_strings), "tokenizer": tokenizer}
     began, cpu_began = time.perf_counter(), time.process_time()
-    output = model.generate(  # type: ignore[operator]  # of a decoder
+    output = model.generate(  # type: ignore[operator]  # of models that decode by diffusion
         ids,
         attention_mask=mask,
         max_new_tokens=length,

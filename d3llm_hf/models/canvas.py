@@ -25,7 +25,7 @@ OWN = frozenset(
 )
 
 
-Some = TypeVar("Some", bound="Canvas")
+AnyCanvas = TypeVar("AnyCanvas", bound="Canvas")
 
 
 @dataclass
@@ -164,7 +164,7 @@ class Canvas:
             return torch.cat([self.base[:, : self.prompt_length], tokens], dim=1)
         return torch.nn.functional.pad(self.base, (0, 1)).scatter(1, self.slots, tokens)[:, :-1]
 
-    def select(self: Some, index: torch.Tensor) -> Some:
+    def select(self: AnyCanvas, index: torch.Tensor) -> AnyCanvas:
         """The canvas of the rows with the `(B',)` indices `index`; a row may be taken several times."""
         names = ("base", "slots", "mask", "positions", "first", "prompt_embeds", "token_types")
         taken = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
