@@ -15,6 +15,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,14 @@ class _Family:
     model_module: str
     model_class: str
 
-    def config(self) -> type:
+    def config(self) -> "type[PreTrainedConfig]":
         return _load(self.config_module, self.config_class)
 
-    def model(self) -> type:
+    def model(self) -> "type[PreTrainedModel]":
         return _load(self.model_module, self.model_class)
 
 
-def _load(module: str, name: str) -> type:
+def _load(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 

@@ -86,13 +86,14 @@ def as_diffusion_lm(
         config.mask_token_id, config.logit_shift = mask_token_id, logit_shift
         if not isinstance(base, D3LLMGenerationMixin):
             base.__class__ = _with_decoder(stock)
-        base.logit_shift = logit_shift
-        base.check_contract(None, cached=False)
+        decoder: Any = base  # of its new class
+        decoder.logit_shift = logit_shift
+        decoder.check_contract(None, cached=False)
         if all(weight.numel() and not weight.is_meta for weight in base.parameters()):
             with _evaluating(base), torch.no_grad():
                 _check_forward(base, stock, mask_token_id)
-                if not base.supports_slot_cache:
-                    base.supports_slot_cache = _takes_slot_cache(base, mask_token_id)
+                if not decoder.supports_slot_cache:
+                    decoder.supports_slot_cache = _takes_slot_cache(base, mask_token_id)
         base.generation_config = _generation_config(base, generation_config)
     except BaseException:
         base.__class__ = stock
@@ -184,7 +185,7 @@ def _check_forward(model: Any, stock: type, mask_token_id: int) -> None:
     """Runs the texts one by one: in equal shapes, a causal model computes equal numbers for what precedes a change."""
     name, texts = stock.__name__, _short_texts(model, mask_token_id)
     outputs = [model(input_ids=text[None]) for text in texts]
-    logits = [getattr(output, "logits", None) for output in outputs]
+    logits: list[Any] = [getattr(output, "logits", None) for output in outputs]
     if logits[0] is None or logits[0].shape[:2] != (1, 3) or logits[0].shape[2] <= mask_token_id:
         shape = None if logits[0] is None else tuple(logits[0].shape)
         raise ValueError(

@@ -41,15 +41,15 @@ class Sessions:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._running: dict[str, Recording] = {}
-        self._stopped: set[str] = set()
+        self._running: dict[str | None, Recording] = {}
+        self._stopped: set[str | None] = set()
 
-    def begin(self, session: str) -> None:
+    def begin(self, session: str | None) -> None:
         """A run of this session was asked for; a Stop counts from here on."""
         with self._lock:
             self._stopped.discard(session)
 
-    def enter(self, session: str, recording: Recording) -> None:
+    def enter(self, session: str | None, recording: Recording) -> None:
         """A generation of this session works now."""
         with self._lock:
             self._running[session] = recording
@@ -57,12 +57,12 @@ class Sessions:
         if stopped:
             recording.close()
 
-    def leave(self, session: str) -> None:
+    def leave(self, session: str | None) -> None:
         """It does not any more."""
         with self._lock:
             self._running.pop(session, None)
 
-    def stop(self, session: str) -> None:
+    def stop(self, session: str | None) -> None:
         """Stops what works or waits for this session, and only that."""
         with self._lock:
             self._stopped.add(session)
@@ -70,7 +70,7 @@ class Sessions:
         if recording is not None:
             recording.close()
 
-    def is_stopped(self, session: str) -> bool:
+    def is_stopped(self, session: str | None) -> bool:
         """Whether Stop was pressed since the run was asked for."""
         return session in self._stopped
 
@@ -124,7 +124,7 @@ class Handlers:
         return chosen | ({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False})
 
     def run(
-        self, session: str, prompt: str, chat: bool, runs: list[dict[str, Any]]
+        self, session: str | None, prompt: str, chat: bool, runs: list[dict[str, Any]]
     ) -> Iterator[list[tuple[Trace, bool]]]:
         """Decodes the prompt with one method after the other.
 
@@ -353,11 +353,12 @@ def _field(name: str, usual: dict[str, Any], method: str) -> gr.components.Compo
     kind, text = SETTINGS[name]
     info = re.split(r" \(|:|;", text)[0]
     width = max(150, 9 * len(name))  # pixels in which the label is not cut off on a phone
-    shown = {"label": name, "info": info, "min_width": width} | _shown(name, usual, method)
+    shown: dict[str, Any] = {"label": name, "info": info, "min_width": width} | _shown(name, usual, method)
     if kind is bool:
         return gr.Checkbox(**shown | {"value": bool(shown["value"])})
     if kind is str:
-        return gr.Dropdown(**{"choices": list(DECODERS)} | shown | {"min_width": 200}, filterable=False)
+        shown = {"choices": list(DECODERS)} | shown | {"min_width": 200}
+        return gr.Dropdown(**shown, filterable=False)
     return gr.Number(**shown)
 
 

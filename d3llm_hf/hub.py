@@ -254,14 +254,15 @@ def _generation_config(folder: Path, config: dict, decoding_method: str | None) 
 def _validated(config: dict, generation: dict) -> dict:
     """Builds both configs, which refuses what our code lacks; returns the settings that have a meaning."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedConfig
 
     from .models.configuration_dream import DreamConfig
     from .models.configuration_llada import LLaDAConfig
     from .models.generation_config_d3llm import D3LLMGenerationConfig
 
+    kinds: dict[str, type[PreTrainedConfig]] = {"llada": LLaDAConfig, "Dream": DreamConfig}
     try:
-        {"llada": LLaDAConfig, "Dream": DreamConfig}[config["model_type"]].from_dict(config)
+        kinds[config["model_type"]].from_dict(config)
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from error
     settings = D3LLMGenerationConfig.coerce(GenerationConfig.from_dict(generation))

@@ -11,6 +11,7 @@ from itertools import islice
 
 import torch
 
+from .models.contract import CanvasContract
 from .models.half_precision import fast_products
 from .models.modeling_common import positions_of
 from .models.scoring import CHUNK_ELEMENTS, Sampler, confidence_cost, statistics
@@ -214,7 +215,7 @@ class _Texts:
         mask_token_id, cfg_scale: see [`log_likelihood`].
     """
 
-    model: torch.nn.Module
+    model: CanvasContract
     ids: torch.Tensor
     completion: torch.Tensor
     seen: torch.Tensor

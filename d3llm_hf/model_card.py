@@ -46,7 +46,7 @@ def render_card(
     generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     tensors = tensor_headers(folder).values()
     family = _FAMILY_NAMES[config["model_type"]]
-    kept = {"license": license} if license else {}
+    kept: dict[str, Any] = {"license": license} if license else {}
     kept |= _kept_metadata(source_card)
     if base_model is not None:
         kept["base_model"] = base_model

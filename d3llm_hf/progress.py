@@ -45,7 +45,7 @@ class DecidedTokens:
 
     def put_draft(self, value, **kwargs) -> None:
         """Takes the tokens of the canvas behind the decided prefix."""
-        self._show(self.final + int((value != self.mask_token_id).sum()))
+        self._show((self.final or 0) + int((value != self.mask_token_id).sum()))
 
     def end(self) -> None:
         """Removes the bar."""

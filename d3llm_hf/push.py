@@ -95,7 +95,9 @@ def push_folder(
     # 3. Upload the files, and commit them together with the removal of weights that they replace
     names = {file.name for file in files}
     stale = [name for name in present if name not in names and _matches(name, _STALE)]
-    operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(file)) for file in files]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(file)) for file in files
+    ]
     operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
     return _reported(
         lambda: api.create_commit(
@@ -237,7 +239,7 @@ def _is_whole(file: Path) -> bool:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length)) if length < size else None
+            header = json.loads(stream.read(length)) if length < size else {}
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         return bool(ends) and size == 8 + length + max(ends)
     except (OSError, ValueError, AttributeError, KeyError, TypeError):

@@ -42,6 +42,12 @@ class BatchTextStreamer:
         self.skip_prompt, self.stream = skip_prompt, stream
         self._reset()
 
+    def _reset(self) -> None:
+        self._texts: list[RowText] = []
+        self._ended: set[int] = set()
+        self._printing: int | None = None  # the row whose printed line is not ended yet
+        self._in_line: set[int] = set()  # rows that are within a line of their text
+
     def put(self, value, row: int | None = None) -> None:
         """Takes the prompts `(B, P)`, and then newly decided tokens `(n,)` of a row."""
         if row is not None:
@@ -108,12 +114,6 @@ class BatchTextStreamer:
         while len(self._texts) > 1 and start < len(prompt) and prompt[start] == pad:
             start += 1
         return prompt[start:]
-
-    def _reset(self) -> None:
-        self._texts: list[RowText] = []
-        self._ended: set[int] = set()
-        self._printing: int | None = None  # the row whose printed line is not ended yet
-        self._in_line: set[int] = set()  # rows that are within a line of their text
 
 
 @dataclass(frozen=True)

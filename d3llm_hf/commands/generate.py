@@ -162,11 +162,11 @@ def value_of(option: str, name: str, text: str) -> Any:
     """
     kind = SETTINGS[name][0] if name in SETTINGS else OTHERS.get(name)
     truths = {"true": True, "false": False}
-    try:
-        if kind is not None:
+    if kind is not None:
+        try:
             return truths[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"`{option}` must give {name} a value of type {kind.__name__} (got {text!r}).") from error
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"`{option}` must give {name} a value of type {kind.__name__} (got {text!r}).") from error
     try:
         return truths[text.lower()] if text.lower() in truths else json.loads(text)
     except ValueError:
@@ -207,7 +207,8 @@ def _load(name: str, device: str, dtype: str, revision: str | None):
         raise ValueError(
             f"`--device` must be a device of torch that this machine has (got {device!r}: {error}). Try cpu."
         ) from error
-    source, common = checkpoint_source(name), {"revision": revision, "trust_remote_code": False}
+    source = checkpoint_source(name)
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     with loading(name):
         model = AutoModel.from_pretrained(source, dtype=dtype, **common)
     if not isinstance(model, D3LLMGenerationMixin):

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ def times(
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
     for _ in range(bench.repeats):
         for name, contestant in chosen.items():
-            found[name].append(timed(lambda each=contestant: decode(each, work), bench.device))
+            found[name].append(timed(partial(decode, contestant, work), bench.device))
             advance()
     return found
 

@@ -57,7 +57,7 @@ def measure_growth(bench: DecodingBench, axes: dict[str, Sequence[int]]) -> dict
     if not any(axes.values()):
         raise ValueError(f"`axes` must give values to one of {list(AXES)} at least (got none).")
     rows, scale = [], None
-    points = [(axis, value) for axis, values in axes.items() for value in values]
+    points: list[tuple[str, Any]] = [(axis, value) for axis, values in axes.items() for value in values]
     chosen = [contestants(replace(bench, **{axis: value})) for axis, value in points]
     with progress_bar(sum(map(len, chosen)) * (1 + bench.repeats), "turn", "growth") as bar:
         for (axis, value), each in zip(points, chosen, strict=True):

@@ -18,10 +18,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..models import caching, generation_d3llm
 from ..models.cache import SlotLayer
@@ -81,7 +82,7 @@ class Stopwatch:
 
 
 @contextlib.contextmanager
-def taken_apart(model: torch.nn.Module, device: str) -> Iterator[Stopwatch]:
+def taken_apart(model: PreTrainedModel, device: str) -> Iterator[Stopwatch]:
     """Everything inside is decoding with `model`, by `generate` or the plain loop; its parts are timed."""
     watch = Stopwatch(device)
     attributes = [
@@ -122,7 +123,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def steps_timed(model: torch.nn.Module, device: str) -> Iterator[list[float]]:
+def steps_timed(model: PreTrainedModel, device: str) -> Iterator[list[float]]:
     """Collects the seconds from the start of each forward of the backbone to the start of the next one."""
     starts: list[float] = []
     found: list[float] = []
@@ -156,7 +157,7 @@ class Width:
 
 
 @contextlib.contextmanager
-def widths_seen(model: torch.nn.Module) -> Iterator[list[Width]]:
+def widths_seen(model: PreTrainedModel) -> Iterator[list[Width]]:
     """Collects the widths of the forwards of the backbone."""
     found: list[Width] = []
 
@@ -174,7 +175,7 @@ def widths_seen(model: torch.nn.Module) -> Iterator[list[Width]]:
         handle.remove()
 
 
-def layer_matrices(model: torch.nn.Module) -> list[tuple[int, int]]:
+def layer_matrices(model: PreTrainedModel) -> list[tuple[int, int]]:
     """`(outputs, inputs)` of every linear layer of the backbone."""
     return [(module.out_features, module.in_features) for module in _linear(model.base_model).values()]
 
@@ -183,13 +184,14 @@ def _linear(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     return {name: inner for name, inner in module.named_modules() if isinstance(inner, torch.nn.Linear)}
 
 
-def backbone_flops(model: torch.nn.Module, forwards: list[Width]) -> float:
+def backbone_flops(model: PreTrainedModel, forwards: list[Width]) -> float:
     """Multiplications and additions of the backbone's matrices and attention in `forwards`.
 
     The last layer has keys and values at all positions, and all else where it has an output.
     """
-    config = model.config.get_text_config()
-    last = _linear(model.base_model.layers[-1])
+    config: Any = model.config.get_text_config()  # of any family
+    backbone: Any = model.base_model
+    last = _linear(backbone.layers[-1])
     narrow = 2.0 * sum(
         each.out_features * each.in_features for name, each in last.items() if not name.endswith(("k_proj", "v_proj"))
     )
@@ -200,7 +202,7 @@ def backbone_flops(model: torch.nn.Module, forwards: list[Width]) -> float:
     return matrices + pair * attention
 
 
-def matmul_rate(model: torch.nn.Module, positions: int, repeats: int = 3) -> float:
+def matmul_rate(model: PreTrainedModel, positions: int, repeats: int = 3) -> float:
     """Operations a second that this machine reaches in bare products of the backbone's shapes and dtype.
 
     Half precision without instructions for it is multiplied as decoding does; see `models/half_precision.py`.
@@ -215,9 +217,8 @@ def matmul_rate(model: torch.nn.Module, positions: int, repeats: int = 3) -> flo
         left = torch.randn(positions, inputs).to(model.dtype).to(device)
         weight = torch.randn(outputs, inputs).to(model.dtype).to(device)
         with torch.no_grad(), fast_products(model, compiled=False):
-            seconds += shapes.count((outputs, inputs)) * _seconds_of(
-                lambda left=left, weight=weight: torch.nn.functional.linear(left, weight), device.type, repeats
-            )
+            product = partial(torch.nn.functional.linear, left, weight)
+            seconds += shapes.count((outputs, inputs)) * _seconds_of(product, device.type, repeats)
     return 2.0 * positions * sum(outputs * inputs for outputs, inputs in shapes) / seconds
 
 

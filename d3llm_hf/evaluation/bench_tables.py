@@ -49,6 +49,10 @@ def training_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _seconds_of(part: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: f"{row['split'][part]:.2f}"
+
+
 # Column -> its text for a row of `bench.measure_decoding`.
 _DECODE: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens/s": lambda row: f"{row['tokens_per_second']:.2f}",
@@ -58,7 +62,7 @@ _DECODE: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens per forward": lambda row: f"{row['tpf']:.2f}",
     "positions per token": lambda row: f"{row['positions_per_token']:.0f}",
     "same tokens": lambda row: f"{row['equal_tokens']:.1f} %",
-    **{f"{part}, s": lambda row, part=part: f"{row['split'][part]:.2f}" for part in PARTS},
+    **{f"{part}, s": _seconds_of(part) for part in PARTS},
     "ms of deciding a forward": lambda row: f"{row['decide_ms']:.2f}",
     "head + score + decide of backbone": lambda row: f"{100 * row['overhead']:.0f} %",
     "of the matmul rate": lambda row: f"{100 * row['matmul_fraction']:.0f} %",

@@ -100,15 +100,15 @@ class Curve:
     def points(self, max_new_tokens: int) -> list[tuple[str | None, Any, Settings]]:
         """`(parameter, value, arguments of generate)` of every point; without a grid the first two are `None`."""
         base = {"decoding_method": self.method} | {name: tidy(name, value) for name, value in self.settings.items()}
-        values = self.values
+        swept, values = self.swept, self.values
         if values is None:
             values = self._natural[1]
-            if self.swept == "steps":
+            if swept == "steps":
                 values = sorted({max(1, round(max_new_tokens * part)) for part in values}, reverse=True)
-        if not values:
+        if swept is None or not values:
             return [(None, None, base)]
-        tidied = list(dict.fromkeys(tidy(self.swept, value) for value in values))
-        return [(self.swept, value, base | {self.swept: value}) for value in tidied]
+        tidied = list(dict.fromkeys(tidy(swept, value) for value in values))
+        return [(swept, value, base | {swept: value}) for value in tidied]
 
 
 def settings_of(method: str, settings: Mapping[str, Any]) -> set[str]:

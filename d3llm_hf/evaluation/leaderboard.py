@@ -212,8 +212,9 @@ def _swaps(entries: Sequence[Entry]) -> list[str]:
             behind = []
             if low.own.aup - high.own.aup >= _EQUAL:
                 behind.append(f"under each curve's own `y_max` ({high.own.aup:.1f} and {low.own.aup:.1f})")
-            if high.published and low.published and low.as_published - high.as_published >= _EQUAL:
-                behind.append(f"as published ({high.as_published:.1f} and {low.as_published:.1f})")
+            theirs, other = high.as_published, low.as_published
+            if theirs is not None and other is not None and other - theirs >= _EQUAL:
+                behind.append(f"as published ({theirs:.1f} and {other:.1f})")
             if behind:
                 sentences.append(
                     f"{high.label} ({high.common.aup:.1f}) is ahead of {low.label} ({low.common.aup:.1f}), but behind "
@@ -264,8 +265,8 @@ def figures(board: Board) -> dict[str, Any]:
         return {"aup": round(found.aup, 4), "interval": interval, "y_max": round(found.result.y_max, 4)}
 
     def entry(found: Entry) -> dict[str, Any]:
-        point = ("parameter", "value", "num_samples", "tpf", "tpf_interval", "accuracy", "accuracy_interval")
-        point += ("tokens_per_second",)
+        point: tuple[str, ...] = ("parameter", "value", "num_samples", "tpf", "tpf_interval")
+        point += ("accuracy", "accuracy_interval", "tokens_per_second")
         return {
             "model": found.model,
             "method": found.method,

@@ -137,10 +137,10 @@ class D3LLMLM(TemplateLM):
         return self.tokenizer.eos_token_id
 
     @property
-    def prefix_token_id(self) -> int | None:
-        """Stands for an empty condition."""
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+    def prefix_token_id(self) -> int:
+        """Stands for an empty condition; of a tokenizer that knows no such token, what fills up rows."""
+        own = (self.tokenizer.bos_token_id, self.eot_token_id)
+        return next((token for token in own if token is not None), self._pad_token_id())
 
     @property
     def tokenizer_name(self) -> str:
@@ -370,12 +370,15 @@ class D3LLMLM(TemplateLM):
             self._fitting(condition, self.max_length - len(completion)) + completion for condition, completion in pairs
         ]
         places = sorted(range(len(pairs)), key=lambda place: -len(texts[place]))
-        common = {"batch_size": self.likelihood_batch_size, "cfg_scale": self.settings.get("cfg_scale", 0.0)}
+        common: dict[str, Any] = {
+            "batch_size": self.likelihood_batch_size,
+            "cfg_scale": self.settings.get("cfg_scale", 0.0),
+        }
         if self.settings.get("mask_token_id") is not None:
             common["mask_token_id"] = self.settings["mask_token_id"]
         with tqdm(total=len(pairs), disable=disable_tqdm or self.rank > 0, desc="likelihoods") as progress:
             for batch in _batches(places, self.batch_size):
-                tables = self._padded([texts[place] for place in batch], "right")
+                tables: dict[str, Any] = self._padded([texts[place] for place in batch], "right")
                 completion = torch.zeros_like(tables["input_ids"], dtype=torch.bool)
                 for row, place in enumerate(batch):
                     end = len(texts[place])
@@ -389,7 +392,7 @@ class D3LLMLM(TemplateLM):
                 progress.update(len(batch))
 
 
-OWN_ARGUMENTS = tuple(D3LLMLM.__init__.__kwdefaults__)
+OWN_ARGUMENTS = tuple(D3LLMLM.__init__.__kwdefaults__ or ())
 """Arguments of the model that are no settings of decoding."""
 
 

@@ -59,7 +59,9 @@ class Tally:
     def generate(self, model: PreTrainedModel, inputs: Mapping[str, Any], settings: Settings, **more) -> torch.Tensor:
         """Decodes a batch, counts, and returns the answers `(B, N)`."""
         began, cpu_began = time.perf_counter(), time.process_time()
-        output = model.generate(**inputs, **settings, **more, do_sample=False, return_dict_in_generate=True)
+        output = model.generate(  # type: ignore[operator]  # of models that decode by diffusion
+            **inputs, **settings, **more, do_sample=False, return_dict_in_generate=True
+        )
         self.cpu_seconds += time.process_time() - cpu_began
         self.seconds += time.perf_counter() - began
         answers = output.sequences[:, inputs["input_ids"].shape[1] :]
@@ -126,7 +128,7 @@ def measure(
     with progress_bar(len(problems) * len(suite.rows), "answer", "measuring") as bar:
         for number, batch in enumerate(_batches(problems, batch_size)):
             chats = [[{"role": "user", "content": problem.question}] for problem in batch]
-            inputs = tokenizer.apply_chat_template(
+            inputs = tokenizer.apply_chat_template(  # type: ignore[union-attr]  # a BatchEncoding, by `return_dict`
                 chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
             ).to(model.device)
             for settings in suite.rows.values() if number == 0 else ():

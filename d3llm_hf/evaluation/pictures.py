@@ -102,8 +102,8 @@ def _saved(name: str, figure: "Figure") -> dict[str, bytes]:
 def _figure(height: float) -> "Figure":
     from matplotlib.figure import Figure  # without pyplot there is no window system and no state that is shared
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.05, w_pad=0.12)
+    figure = Figure(figsize=(WIDTH, height))
+    figure.set_layout_engine("constrained", h_pad=0.05, w_pad=0.12)
     return figure
 
 
@@ -114,7 +114,7 @@ def _curves(task: Task, styles: dict[str, dict[str, Any]]) -> "Figure":
     legend_rows = -(-len(task.entries) // _legend_columns([entry.label for entry in task.entries]))
     heights = [2.9 + 0.17 * legend_rows, 1.35 * rows + 0.25]
     figure = _figure(sum(heights))
-    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    above, below = figure.subfigures(2, 1, height_ratios=heights)  # type: ignore[misc]  # declared as one
     axes = above.subplots()
     for entry in task.entries:
         _curve(axes, entry, styles[entry.label], errors=True)

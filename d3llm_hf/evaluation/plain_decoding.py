@@ -16,6 +16,7 @@ defects corrected as in `generate`, so that both can give the same tokens:
 * an answer that blocks do not divide ends in a shorter block, and blocks that do not divide the steps share them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,7 +144,9 @@ class _Tokens:
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 
-def _together(model, canvas: torch.Tensor, seen: torch.Tensor | None, rows: list["_Row"]) -> None:
+def _together(
+    model, canvas: torch.Tensor, seen: torch.Tensor | None, rows: Sequence["_MultiBlock | _BlockByBlock"]
+) -> None:
     """Forwards over the whole canvases of all rows until the last is finished."""
     while working := [index for index, row in enumerate(rows) if row.prepare()]:
         logits = model(input_ids=canvas, attention_mask=seen, use_cache=False).logits  # (B, L, V)
@@ -153,7 +156,7 @@ def _together(model, canvas: torch.Tensor, seen: torch.Tensor | None, rows: list
             rows[index].decide(logits[index])
 
 
-def _cached(model, row: "_MultiBlock", chosen: dict[str, Any]) -> None:
+def _cached(model, row: "_MultiBlock | _BlockByBlock", chosen: dict[str, Any]) -> None:
     """The delayed cache with refresh of d3LLM's LLaDA: a finished block is kept once its delay has passed.
 
     While a finished block waits, and every so many forwards, everything is forwarded. All else is a forward over

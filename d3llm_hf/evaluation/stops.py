@@ -51,7 +51,8 @@ class StopInAnswer(StoppingCriteria):
     def __call__(self, input_ids: torch.LongTensor, scores=None, **kwargs) -> torch.BoolTensor:
         answers = input_ids[:, self.prompt_length :].tolist()
         found = [self._is_ended(row, answer) for row, answer in enumerate(answers)]
-        return torch.tensor(found, dtype=torch.bool, device=input_ids.device)
+        ended = torch.tensor(found, dtype=torch.bool, device=input_ids.device)
+        return ended  # type: ignore[return-value]  # torch declares tensors of all types alike
 
     def _is_ended(self, row: int, answer: list[int]) -> bool:
         if row in self.ends:

@@ -44,7 +44,7 @@ def with_variants(name: str, base: Settings, variants: dict[str, Settings]) -> t
     return rows, dict.fromkeys(rows, name)
 
 
-def _joined(*groups: tuple[dict, dict[str, str]]) -> dict[str, dict]:
+def _joined(*groups: tuple[dict, dict[str, str]]) -> dict[str, Any]:
     rows: dict[str, Settings] = {}
     against: dict[str, str] = {}
     for more, compared in groups:

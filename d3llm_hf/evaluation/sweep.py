@@ -150,7 +150,7 @@ def check_settings(
 
     try:
         if model is not None:
-            model.check_settings(**settings, max_new_tokens=length)
+            model.check_settings(**settings, max_new_tokens=length)  # type: ignore[operator]  # of models that decode by diffusion
             return
         config = D3LLMGenerationConfig(**settings, max_new_tokens=length)
         config.validate()
@@ -224,7 +224,7 @@ def _decode(
     if task.stop_strings:
         more |= {"stop_strings": list(task.stop_strings), "tokenizer": tokenizer}
     began, cpu_began = time.perf_counter(), time.process_time()
-    output = model.generate(
+    output = model.generate(  # type: ignore[operator]  # of models that decode by diffusion
         ids,
         attention_mask=mask,
         max_new_tokens=length,
@@ -303,7 +303,7 @@ class Journal:
     def start(self, point: Point) -> dict[str, Any]:
         """What is known of a point so far."""
         self.about = describe(point["model"], point["method"], point["task"], point["parameter"], point["value"])
-        empty = {name: [] for name in SAMPLES} | dict.fromkeys(SUMS, 0)
+        empty: dict[str, Any] = {name: [] for name in SAMPLES} | dict.fromkeys(SUMS, 0)
         return self.held.pop(key_of(point), empty)
 
     def write(self, key: str, found: dict[str, Any]) -> None:

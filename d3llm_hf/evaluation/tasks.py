@@ -36,9 +36,15 @@ class Task(Protocol):
     name: str
     seed: int
     max_new_tokens: int
-    about: Any
-    scored_by: str
-    stop_strings: list[str]
+
+    @property
+    def about(self) -> Any: ...
+
+    @property
+    def scored_by(self) -> str: ...
+
+    @property
+    def stop_strings(self) -> Sequence[str]: ...
 
     def encode(self, tokenizer: Any, chat: bool) -> list[list[int]]:
         """Token ids of every prompt, in the tokenizer's chat template with `chat`."""
@@ -117,7 +123,7 @@ def load_tasks(
         return [gsm8k(data, num_samples, seed)]
     from .harness_tasks import load_lm_eval_tasks
 
-    return load_lm_eval_tasks(name.removeprefix("lm_eval:"), num_samples=num_samples, seed=seed, **harness)
+    return [*load_lm_eval_tasks(name.removeprefix("lm_eval:"), num_samples=num_samples, seed=seed, **harness)]
 
 
 def word_problems(num_samples: int = DEFAULT_WORD_PROBLEMS, seed: int = 4242) -> QuestionTask:

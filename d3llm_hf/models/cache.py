@@ -8,6 +8,8 @@ class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer in a preallocated buffer `(B, H, length, D)`; slot i belongs to canvas slot i."""
 
     is_compileable = True
+    keys: torch.Tensor  # both once `is_initialized`
+    values: torch.Tensor
 
     def __init__(self, cache: "SlotCache"):
         super().__init__()
@@ -57,6 +59,8 @@ class SlotCache(Cache):
         num_layers (`int`): attention layers of the model.
         length (`int`): slots, the width of the canvas.
     """
+
+    layers: list[SlotLayer]  # type: ignore[assignment]  # transformers' list may mix all kinds of layers
 
     def __init__(self, num_layers: int, length: int):
         self.length = length

@@ -1,7 +1,7 @@
 """The canvas of a batch (left-padded text with positions to decide) and how the model is run over it."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,9 @@ OWN = frozenset(
         "infill_mask",
     }
 )
+
+
+AnyCanvas = TypeVar("AnyCanvas", bound="Canvas")
 
 
 @dataclass
@@ -161,7 +164,7 @@ class Canvas:
             return torch.cat([self.base[:, : self.prompt_length], tokens], dim=1)
         return torch.nn.functional.pad(self.base, (0, 1)).scatter(1, self.slots, tokens)[:, :-1]
 
-    def select(self, index: torch.Tensor) -> "Canvas":
+    def select(self: AnyCanvas, index: torch.Tensor) -> AnyCanvas:
         """The canvas of the rows with the `(B',)` indices `index`; a row may be taken several times."""
         names = ("base", "slots", "mask", "positions", "first", "prompt_embeds", "token_types")
         taken = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
@@ -197,7 +200,8 @@ class Canvas:
 
         # 2. The window, and how far the forward sees.
         end, seen, mask = self._seen(state, rules)
-        if cache is None:
+        slots: slice | torch.Tensor
+        if cache is None or recompute is None:
             slots, index, width = slice(0, seen), slot, seen
             computed = (end - self.first) * (2 if rules.cfg_scale else 1)
         else:

@@ -41,6 +41,7 @@ class CanvasContract(Module):
     supports_position_index = False
     supports_slot_cache = False
     config: Any
+    device: torch.device
 
     @property
     def position_offset(self) -> int:

@@ -8,6 +8,7 @@ and `caching.py` says which slots of the canvas the step's forward recomputes. A
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -171,7 +172,7 @@ class State:
     @staticmethod
     def cat(states: list["State"]) -> "State":
         """The rows of several states one after the other."""
-        joined = {
+        joined: dict[str, Any] = {
             f.name: torch.cat([getattr(state, f.name) for state in states])
             for f in fields(State)
             if f.name != "forward"

@@ -2,7 +2,8 @@
 
 import difflib
 import math
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 from transformers.generation import GenerationConfig
 from transformers.utils import logging
@@ -146,6 +147,38 @@ class D3LLMGenerationConfig(GenerationConfig):
             that the decoding method does not use.
     """
 
+    decoding_method: str | None
+    block_length: int | None
+    steps: int | None
+    remasking: str | None
+    entropy_threshold: float | None
+    entropy_bound: float | None
+    confidence_threshold: float | None
+    relaxed_threshold: float | None
+    low_threshold: float | None
+    leap_radius: int | None
+    factor: float | None
+    decoder: str | None
+    credit_decay: float | None
+    credit_exponent: float | None
+    credit_weight: float | None
+    block_add_threshold: float | None
+    block_activation_threshold: float | None
+    early_stop: bool | None
+    kv_cache: str | None
+    cache_delay: int | None
+    cache_refresh_interval: int | None
+    cache_window: int | None
+    cache_warmup: int | None
+    suffix_length: int | None
+    cfg_scale: float | None
+    alg_temp: float | None
+    lossless: bool | None
+    draft_length: int | None
+    infill: bool | None
+    seed: int | Sequence[int] | None
+    mask_token_id: int | None
+
     def __init__(self, **kwargs):
         own = {name: kwargs.pop(name, None) for name in FIELDS}
         for name in kwargs:
@@ -165,7 +198,8 @@ class D3LLMGenerationConfig(GenerationConfig):
         for name in unknown:
             logger.warning_once(f"{unknown_field(name)} It is ignored; delete it from generation_config.json.")
             del values[name]
-        return cls.from_dict({name: value for name, value in values.items() if not name.startswith("_")})
+        known = {name: value for name, value in values.items() if not name.startswith("_")}
+        return cls.from_dict(known)  # type: ignore[return-value]  # of this class, whatever transformers annotates
 
     @classmethod
     def from_model_config(cls, model_config) -> "D3LLMGenerationConfig":
@@ -196,7 +230,7 @@ class D3LLMGenerationConfig(GenerationConfig):
         super().validate(*args, **kwargs)
 
     # Whether new tokens follow the prompt; infilling alone appends none.
-    appends: ClassVar[bool] = True
+    appends = True
 
     def inherit(self, own: "D3LLMGenerationConfig", chosen: dict[str, Any]) -> dict[str, Any]:
         """Takes the arguments of a call, then fills what is unset from a checkpoint's config.

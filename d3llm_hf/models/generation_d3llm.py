@@ -50,12 +50,12 @@ class D3LLMGenerationOutput(ModelOutput):
             decoding may read.
     """
 
-    sequences: torch.LongTensor | None = None
-    tokens_per_forward: torch.FloatTensor | None = None
-    num_forwards: torch.LongTensor | None = None
-    num_forwards_reference: torch.LongTensor | None = None
-    step_map: torch.LongTensor | None = None
-    positions_computed: torch.LongTensor | None = None
+    sequences: torch.Tensor | None = None
+    tokens_per_forward: torch.Tensor | None = None
+    num_forwards: torch.Tensor | None = None
+    num_forwards_reference: torch.Tensor | None = None
+    step_map: torch.Tensor | None = None
+    positions_computed: torch.Tensor | None = None
     past_key_values: SlotCache | None = None
 
 
@@ -66,7 +66,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
     a forward over whole canvases whose attention is not causal, and `logit_shift`.
     """
 
-    generation_config_class = D3LLMGenerationConfig
+    generation_config_class: type[GenerationConfig] = D3LLMGenerationConfig
     _supported_generation_modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
     # The signature and the documentation stay transformers'.
@@ -160,7 +160,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
 
     # ---- decoding ------------------------------------------------------------------------------------------------
 
-    def _sample(
+    def _sample(  # type: ignore[override]  # the config is ours: see `_prepare_generation_config`
         self,
         input_ids: torch.LongTensor,
         logits_processor: LogitsProcessorList,
@@ -170,7 +170,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         streamer=None,
         tokenizer=None,
         **model_kwargs,
-    ) -> D3LLMGenerationOutput | torch.LongTensor:
+    ) -> D3LLMGenerationOutput | torch.Tensor:
         r"""Decodes a batch of canvases, each until its own end.
 
         1. Settings become rules, the prompt becomes a canvas (of static shapes where `compile_config` asks for them).
@@ -232,7 +232,8 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
 
                 # 4. Forward them; logits of the candidates only
                 scored = candidates(trial, rules, ahead=1) if rules.draft_length else among
-                where = scored.nonzero(as_tuple=True)  # rows and columns, (n,) each
+                row, column = scored.nonzero(as_tuple=True)  # (n,) each
+                where = row, column
                 logits, computed = drawn.forward(self, trial, rules, cache, recompute, where)
                 ledger.computed.index_add_(0, trial.rows, computed)
 
@@ -250,7 +251,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 stop = state.stop(stop_ids, canvas.may_stop)
                 wasted = wasted_by_reference(state, rules)
                 filled = torch.zeros_like(wasted)
-                if rules.eos_fill and stop_ids is not None:
+                if rules.eos_fill and stop_ids is not None and canvas.fill_token_id is not None:
                     filled = state.undecided.any(1)
                     fill_after_stop(state, stop, canvas.fill_token_id)
                 done = finished(state, rules, stop)

@@ -5,9 +5,11 @@ projection, no MLP. Those are four fifths of a layer's weights, and few position
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward, rotate_half
 from transformers.processing_utils import Unpack
@@ -30,7 +32,7 @@ def packed(marked: torch.Tensor, width: int) -> torch.Tensor:
     return torch.where(torch.arange(width, device=places.device) < count, places, first)
 
 
-def can_narrow(attention_mask: torch.Tensor | None) -> bool:
+def can_narrow(attention_mask: object) -> bool:
     """Whether an attention mask, as the attention function gets it, has rows of queries that can be picked."""
     return attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4)
 
@@ -48,11 +50,27 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return x * cos + rotate_half(x) * sin
 
 
-class BidirectionalAttentionMixin:
+if TYPE_CHECKING:  # what they are mixed into
+    from torch.nn import Module
+else:
+    Module = object
+
+
+class BidirectionalAttentionMixin(Module):
     """The forward of an attention with `q_proj`, `k_proj`, `v_proj` and `o_proj`; every token sees all others.
 
     The rotation happens in the dtype of the cosines.
     """
+
+    config: PreTrainedConfig
+    layer_idx: int
+    head_dim: int
+    scaling: float
+    attention_dropout: float
+    q_proj: torch.nn.Linear
+    k_proj: torch.nn.Linear
+    v_proj: torch.nn.Linear
+    o_proj: torch.nn.Linear
 
     def forward(
         self,
@@ -96,8 +114,13 @@ class BidirectionalAttentionMixin:
         return self.o_proj(output.reshape(*asking.shape[:-1], -1).contiguous()), weights
 
 
-class BidirectionalBlockMixin:
+class BidirectionalBlockMixin(Module):
     """The forward of a block: pre-norm attention and MLP."""
+
+    self_attn: torch.nn.Module
+    mlp: torch.nn.Module
+    input_layernorm: torch.nn.Module
+    post_attention_layernorm: torch.nn.Module
 
     def forward(
         self, hidden_states: torch.Tensor, kept: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]

@@ -1,7 +1,7 @@
 """What all masked diffusion language models of this package share: backbone pass, head, loss, saving with the code."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
@@ -16,7 +16,7 @@ from .layers import at_positions, can_narrow, packed
 from .publishing import PublishingMixin
 
 
-def positions_of(attention_mask: torch.Tensor) -> torch.LongTensor:
+def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
     """Position `(B, L)` of each token where padding (0) does not count: 0, 1, 2, ... from the first unpadded one."""
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
@@ -111,8 +111,19 @@ class Float32RotaryMixin:
         return self
 
 
-class BidirectionalBackboneMixin:
+if TYPE_CHECKING:  # what it is mixed into
+    from transformers.modeling_utils import PreTrainedModel
+else:
+    PreTrainedModel = object
+
+
+class BidirectionalBackboneMixin(PreTrainedModel):
     """The pass through a backbone's `embed_tokens`, `rotary_emb`, `layers` and `norm`; every token sees all others."""
+
+    embed_tokens: torch.nn.Embedding
+    rotary_emb: torch.nn.Module
+    layers: torch.nn.ModuleList
+    norm: torch.nn.Module
 
     @merge_with_config_defaults
     @capture_outputs
@@ -120,11 +131,11 @@ class BidirectionalBackboneMixin:
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        kept_positions: torch.LongTensor | None = None,
+        kept_positions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """See [`MaskedDiffusionLMMixin.forward`]; returns the last hidden states `(B, L, D)`.
@@ -145,6 +156,7 @@ class BidirectionalBackboneMixin:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + seen)[None]
 
+        mask: object  # as the attention takes it: a tensor, a block mask of flex attention, or nothing
         if attention_mask is not None and attention_mask.ndim == 4:
             mask = dense_mask(attention_mask, inputs_embeds.dtype, self.config._attn_implementation)
         else:
@@ -186,8 +198,13 @@ class MaskedDiffusionLMMixin(PublishingMixin):
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
-    _pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {"lm_head": (["hidden_states"], ["logits"])}
+    # Names of inputs and outputs, as transformers reads and writes it itself, whatever it declares.
+    _pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {  # type: ignore[assignment]
+        "lm_head": (["hidden_states"], ["logits"])
+    }
     _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
+    model: torch.nn.Module
+    lm_head: torch.nn.Linear
     supports_position_mask = True
     supports_position_index = True
     supports_slot_cache = True

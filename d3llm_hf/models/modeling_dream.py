@@ -40,7 +40,7 @@ class DreamBlock(BidirectionalBlockMixin, Qwen2DecoderLayer):
 class DreamPreTrainedModel(Qwen2PreTrainedModel):
     """What transformers asks of a model family; most of Qwen2's answers hold."""
 
-    config: DreamConfig
+    config: DreamConfig  # type: ignore[assignment]  # has what is read of a Qwen2Config
     config_class = DreamConfig
     _no_split_modules: ClassVar[list[str]] = ["DreamBlock"]
     _can_record_outputs: ClassVar[dict[str, type[nn.Module]]] = {
@@ -65,6 +65,8 @@ class DreamBaseModel(BidirectionalBackboneMixin, DreamPreTrainedModel):
 class DreamModel(MaskedDiffusionLMMixin, DreamPreTrainedModel, D3LLMGenerationMixin):
     """Dream (v0, Coder, d3LLM-Dream and every checkpoint of that format): logits row i predicts token i + 1."""
 
+    model: DreamBaseModel
+    generation_config_class = D3LLMGenerationMixin.generation_config_class  # in front of PreTrainedModel's
     logit_shift = 1
 
     def __init__(self, config: DreamConfig):

@@ -100,7 +100,7 @@ def _repetition(processor: lp.RepetitionPenaltyLogitsProcessor, scores: torch.Te
 def _encoder_repetition(
     processor: lp.EncoderRepetitionPenaltyLogitsProcessor, scores: torch.Tensor, at: Places
 ) -> torch.Tensor:
-    ids = processor.encoder_input_ids
+    ids: torch.Tensor = processor.encoder_input_ids
     ids = ids.repeat_interleave(at.batch // ids.shape[0], dim=0)
     return _penalise(scores, ids.to(scores.device), at.owners[at.rows], processor.penalty)
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 _CARD = """# {name}
@@ -29,10 +29,16 @@ Generated text can be wrong, biased or harmful, as with the model that this one 
 """
 
 
-class PublishingMixin:
+if TYPE_CHECKING:  # what it is mixed into
+    from transformers.modeling_utils import PreTrainedModel
+else:
+    PreTrainedModel = object
+
+
+class PublishingMixin(PreTrainedModel):
     """`push_to_hub` for a model that carries code; its `save_pretrained` writes code and generation config."""
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # what follows is passed by name
         self,
         repo_id: str,
         *,
@@ -42,7 +48,7 @@ class PublishingMixin:
         token: bool | str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
-        max_shard_size: int | str | None = "50GB",
+        max_shard_size: int | str = "50GB",
         tags: list[str] | None = None,
         metadata: dict[str, Any] | None = None,
     ):
@@ -91,7 +97,7 @@ class PublishingMixin:
 
         name = repo_id.split("/")[-1]
         try:
-            card = ModelCard.load(repo_id, token=token)
+            card = ModelCard.load(repo_id, token=token)  # type: ignore[arg-type]  # `hf_hub_download` takes a bool
         except EntryNotFoundError:
             text = _CARD.format(name=name, repo_id=repo_id, architecture=type(self).__name__)
             card = ModelCard(f"---\n{{}}\n---\n\n{text}")

@@ -86,7 +86,7 @@ def margin_cost(stats: Statistics, chosen: torch.Tensor, noise: torch.Tensor | N
 
 def noise_cost(stats: Statistics, chosen: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
     """A uniform number (random remasking, Dream's `origin`)."""
-    return noise
+    return noise  # type: ignore[return-value]  # `Scorer._cost` draws it for this score
 
 
 # Each takes the statistics, the logit of the chosen token, and noise where it asks for it; `(n,)` all of them.

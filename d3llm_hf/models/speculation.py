@@ -45,7 +45,7 @@ class Speculation:
         states, owners, parents, last = [state], [index], [index], state
         owner, may_stop = index, canvas.may_stop
         for _ in range(self.rules.draft_length):
-            drafted, known = self._step(last, owner, may_stop[owner])
+            drafted, known = self._step(self.scores, last, owner, may_stop[owner])
             stop = drafted.stop(self.stop_ids, may_stop[owner])
             # A finished canvas needs no forward, and one of which nothing is known has no successor. (A step that
             # decides nothing by its schedule has one: the same canvas a step later.)
@@ -61,9 +61,11 @@ class Speculation:
         self.before = trial.tokens, trial.undecided
         return trial, canvas.select(self.owner)
 
-    def _step(self, state: State, owner: torch.Tensor, may_stop: torch.Tensor) -> tuple[State, torch.Tensor]:
+    def _step(
+        self, scores: Scores, state: State, owner: torch.Tensor, may_stop: torch.Tensor
+    ) -> tuple[State, torch.Tensor]:
         """The states after the step that the present scores suggest, and whether these say anything."""
-        scores, rules = self.scores.select(owner), self.rules
+        scores, rules = scores.select(owner), self.rules
         state = state.select(torch.arange(len(owner), device=owner.device))  # a copy
         open_blocks(state, rules, state.stop(self.stop_ids, may_stop))
         among = candidates(state, rules) & scores.cost.isfinite()

@@ -128,7 +128,7 @@ class CompiledForwards:
     def cache(self, key: tuple, layers: int, length: int) -> Iterator[StaticCache]:
         """Buffers for one call: those of the last one where it was of the same signature, else new ones."""
         kept, cache = self.spare.pop() if self.spare else (None, None)
-        if kept != key:
+        if cache is None or kept != key:
             cache = StaticCache(layers, length)
         cache.wipe()
         try:
@@ -166,7 +166,7 @@ class StaticCanvas(Canvas):
     def select(self, index: torch.Tensor) -> "StaticCanvas":
         return replace(super().select(index), lanes=self.lanes[index])
 
-    def forward(
+    def forward(  # type: ignore[override]  # `static_shapes` hands out no other cache with it
         self,
         model: CanvasContract,
         state: State,
@@ -184,7 +184,8 @@ class StaticCanvas(Canvas):
 
         # 2. The window, in one of few widths
         padding = self.shapes.length - self.length
-        if cache is None:
+        slots: slice | torch.Tensor
+        if cache is None or recompute is None:
             width, most = self.shapes.fitting(None, wanted)
             slots, place, computed = slice(None), slot + padding, self.length - self.first
         else:

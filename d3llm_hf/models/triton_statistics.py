@@ -6,6 +6,8 @@ kernel may stand in for `scoring.statistics`.
 
 from __future__ import annotations  # `tl.constexpr` is asked for as a name, also where there is no Triton
 
+from typing import Any
+
 import torch
 
 
@@ -65,7 +67,7 @@ def _row_sums(logits, row_stride, vocabulary, mask_token_id, best_at, sums_at, c
         top = tl.maximum(top, block_top)
         peak = new_peak
 
-    tl.store(best_at + row, best.to(tl.int64))
+    tl.store(best_at + row, best.to(tl.int64))  # type: ignore[attr-defined]  # a number of Triton's by now
     tl.store(sums_at + row, tl.where(broken > 0, float("nan"), top))
     tl.store(sums_at + count + row, peak)
     tl.store(sums_at + 2 * count + row, others)
@@ -73,7 +75,7 @@ def _row_sums(logits, row_stride, vocabulary, mask_token_id, best_at, sums_at, c
     tl.store(sums_at + 4 * count + row, spread)
 
 
-_kernel = None if triton is None else triton.jit(_row_sums)
+_kernel: Any = None if triton is None else triton.jit(_row_sums)  # untyped
 
 
 def row_sums(logits: torch.Tensor, mask_token_id: int) -> tuple[torch.Tensor, ...]:

@@ -5,7 +5,7 @@ import contextlib
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -92,8 +92,9 @@ def create_app(
     # Neither schema nor documentation pages: those load scripts from another host.
     app = FastAPI(title="d3llm", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.worker = worker
-    app.add_exception_handler(ApiError, _refused)
-    app.add_exception_handler(HTTPException, _http_error)
+    # Each is called with the kind of error that it is for.
+    app.add_exception_handler(ApiError, _refused)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _unexpected)
     if allow_origins:
         app.add_middleware(
@@ -166,7 +167,8 @@ class _Server:
         visit = _Visit(self.metrics)
         try:
             asked = parse(kind, await self._body(request))
-            loop, events = asyncio.get_running_loop(), asyncio.Queue()
+            loop = asyncio.get_running_loop()
+            events: asyncio.Queue[Event] = asyncio.Queue()
 
             def tell(event: Event) -> None:  # in the worker's thread
                 with contextlib.suppress(RuntimeError):  # the loop has ended, and the reader with it
@@ -210,7 +212,9 @@ class _Server:
                 raise ApiError(413, f"The body must have at most {self.max_body_bytes} bytes.", code="too_large")
         return body
 
-    async def _events(self, request: Request, job: Job, events: asyncio.Queue) -> AsyncIterator[Piece | Answer]:
+    async def _events(
+        self, request: Request, job: Job, events: asyncio.Queue[Event]
+    ) -> AsyncGenerator[Piece | Answer, None]:
         """What the worker tells of a job, up to its answer.
 
         Raises:
@@ -256,7 +260,7 @@ class _Server:
 
     async def _stream(
         self, reply: Reply, event: Piece | Answer, reading: AsyncIterator[Piece | Answer], usage: bool, visit: "_Visit"
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """The events of a reply, the worker's first one having been read."""
         try:
             yield reply.first()
@@ -293,7 +297,7 @@ class _EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, content: AsyncIterator[str], finish: Callable[[], Awaitable[None]]):
+    def __init__(self, content: AsyncGenerator[str, None], finish: Callable[[], Awaitable[None]]):
         super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._source, self._finish = content, finish
 

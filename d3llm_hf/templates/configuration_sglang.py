@@ -5,7 +5,7 @@ try:
 except Exception:  # under transformers 4 its import fails in ways that differ from version to version
     from transformers import PretrainedConfig
 
-    class LLaDAConfig(PretrainedConfig):
+    class LLaDAConfig(PretrainedConfig):  # type: ignore[no-redef]  # in its place
         """The keys of config.json as attributes, also under transformers' usual names."""
 
         model_type = "llada"

@@ -1,5 +1,6 @@
 """lm-eval's model `d3llm`: local tasks end to end, stop strings, chat templates, counts, likelihood, errors."""
 
+import copy
 import json
 import logging
 
@@ -268,6 +269,14 @@ def test_an_empty_prompt_and_one_that_is_too_long_are_answered(lm, caplog):
     assert len(texts) == 2
     assert sorted(r.prompt_tokens for r in short.records) == [1, 32]
     assert "cut on its left to 32" in caplog.text
+
+
+def test_an_empty_prompt_is_answered_with_a_tokenizer_that_has_neither_bos_nor_eos(lm):
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    bare = D3LLMLM(lm.model, tokenizer=tokenizer)
+    assert len(bare.generate_until(requests_of(("", {"max_gen_toks": 8})), disable_tqdm=True)) == 1
+    assert [r.prompt_tokens for r in bare.records] == [1]
 
 
 def test_a_request_takes_precedence_and_says_so(lm, prompts, caplog):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny import ScriptedModel, answer, constant_script, trained_like
+from tiny import ScriptedModel, answer, constant_script, tiny_model, trained_like
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from d3llm_hf import D3LLMGenerationConfig, LLaDAModelLM
@@ -183,6 +183,16 @@ def test_a_saved_model_decodes_by_the_settings_it_was_saved_with(tmp_path):
     settings = {"block_length": 4, "entropy_threshold": 1.5}
     assert torch.equal(answer(saved, [1, 2]).step_map, answer(model, [1, 2], **settings).step_map)
     assert not torch.equal(answer(saved, [1, 2]).step_map, answer(model, [1, 2]).step_map)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_settings_that_a_model_built_from_its_config_was_given_are_saved_with_it(family, tmp_path):
+    model = tiny_model(family)
+    model.generation_config.decoding_method = "dparallel"
+    model.generation_config.update(entropy_threshold=0.25)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).generation_config
+    assert (loaded.decoding_method, loaded.entropy_threshold) == ("dparallel", 0.25)
 
 
 def test_arguments_override_the_config_which_overrides_the_checkpoint(tmp_path):

@@ -1,5 +1,7 @@
 """The Space of the metric: points go into a table, the curve and its score come out."""
 
+from typing import Any
+
 import gradio as gr
 from curve import AUPResult, aup_score
 from matplotlib.figure import Figure
@@ -13,7 +15,7 @@ DESCRIPTION = (
 )
 HEADERS = ["tokens per forward", "accuracy (%)"]
 # d3LLM and dParallel on GSM8K-CoT as their leaderboard lists them, with the y_max that it takes for each.
-EXAMPLES = [
+EXAMPLES: list[list[Any]] = [
     [[[1.0, 74.02], [9.11, 73.09]], 74.98, 3.0, 5.0],
     [[[1.0, 83.8], [3.02, 82.12]], 83.94, 3.0, 5.0],
     [[[1.0, 74.0], [2.0, 72.0], [3.0, 66.0], [4.0, 73.0]], 0, 3.0, 5.0],
