@@ -136,8 +136,8 @@ def test_the_committed_plan_is_read_and_its_arms_differ():
     from importlib.resources import files
 
     plan = read_plan(files("trainers") / "recipes" / "ablation_llada_tiny.yaml")
-    assert isinstance(plan, Plan) and len(plan.arms) == 5 and len(plan.seeds) >= 3 and plan.num_problems >= 1000
-    assert len({json.dumps(arguments) for arguments in plan.arms.values()}) == 5
+    assert isinstance(plan, Plan) and len(plan.arms) == 6 and len(plan.seeds) >= 3 and plan.num_problems >= 1000
+    assert len({json.dumps(arguments) for arguments in plan.arms.values()}) == 6
 
 
 def test_an_ablation_is_trained_decoded_and_summarised_once(tmp_path, monkeypatch, caplog):
