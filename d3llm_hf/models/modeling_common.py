@@ -12,6 +12,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .generation_config_d3llm import D3LLMGenerationConfig
 from .layers import at_positions, can_narrow, packed
 from .publishing import PublishingMixin
 
@@ -205,6 +206,7 @@ class MaskedDiffusionLMMixin(PublishingMixin):
     _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
     model: torch.nn.Module
     lm_head: torch.nn.Linear
+    generation_config_class = D3LLMGenerationConfig  # PreTrainedModel's would come before the decoder's
     supports_position_mask = True
     supports_position_index = True
     supports_slot_cache = True

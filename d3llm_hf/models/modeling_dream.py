@@ -66,7 +66,6 @@ class DreamModel(MaskedDiffusionLMMixin, DreamPreTrainedModel, D3LLMGenerationMi
     """Dream (v0, Coder, d3LLM-Dream and every checkpoint of that format): logits row i predicts token i + 1."""
 
     model: DreamBaseModel
-    generation_config_class = D3LLMGenerationMixin.generation_config_class  # in front of PreTrainedModel's
     logit_shift = 1
 
     def __init__(self, config: DreamConfig):

@@ -133,7 +133,6 @@ class LLaDAModelLM(MaskedDiffusionLMMixin, LLaDAPreTrainedModel, D3LLMGeneration
     """LLaDA (8B, 1.5, d3LLM-LLaDA and every checkpoint of that format): logits row i predicts token i."""
 
     model: LLaDAModel
-    generation_config_class = D3LLMGenerationMixin.generation_config_class  # in front of PreTrainedModel's
     logit_shift = 0
 
     def __init__(self, config: LLaDAConfig):
