@@ -24,7 +24,7 @@ def test_the_report_names_versions_devices_and_what_is_embedded(printed):
     facts = json.loads(printed("--json"))
     assert list(facts) == ["d3llm-hf", "system", "packages", "torch", "variables", "checkpoints", "decoding"]
     assert facts["d3llm-hf"]["version"] == __version__
-    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # PyPI leaves the build out
     assert facts["torch"]["threads"] == torch.get_num_threads()
     assert facts["torch"]["CUDA or ROCm available"] == torch.cuda.is_available()
     assert facts["checkpoints"] == ["d3llm-llada", "d3llm-llada-teacher"]
