@@ -128,7 +128,7 @@ def test_a_checkpoint_of_several_processes_lists_the_files_of_all(told, name):
 @pytest.mark.slow
 def test_accelerate_launches_the_script_in_two_processes(teacher, tmp_path):
     config = ["--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *config, "--use_cpu"]
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *config]
     script = str(REPOSITORY / "trainers" / "run_distill.py")
     run = subprocess.run(
         [*launch, script, *arguments(teacher, tmp_path / "two", 2)],
