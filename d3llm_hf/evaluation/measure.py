@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..files import check_writable, replace_file
 from ..hub import embedded_checkpoints
+from ..models.generation_d3llm import D3LLMGenerationMixin
 from ..progress import progress_bar
 from .suites import FIGURES, SUITES, Settings, Suite
 from .word_problems import WordProblem, exact_match, generate_problems
@@ -56,12 +57,12 @@ class Tally:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
-    def generate(self, model: PreTrainedModel, inputs: Mapping[str, Any], settings: Settings, **more) -> torch.Tensor:
+    def generate(
+        self, model: D3LLMGenerationMixin, inputs: Mapping[str, Any], settings: Settings, **more
+    ) -> torch.Tensor:
         """Decodes a batch, counts, and returns the answers `(B, N)`."""
         began, cpu_began = time.perf_counter(), time.process_time()
-        output = model.generate(  # type: ignore[operator]  # of models that decode by diffusion
-            **inputs, **settings, **more, do_sample=False, return_dict_in_generate=True
-        )
+        output = model.generate(**inputs, **settings, **more, do_sample=False, return_dict_in_generate=True)
         self.cpu_seconds += time.process_time() - cpu_began
         self.seconds += time.perf_counter() - began
         answers = output.sequences[:, inputs["input_ids"].shape[1] :]
@@ -108,7 +109,7 @@ class Tally:
 
 
 def measure(
-    model: PreTrainedModel,
+    model: D3LLMGenerationMixin,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[WordProblem],
     suite: Suite,

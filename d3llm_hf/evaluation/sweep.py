@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..files import replace_file
+from ..models.generation_d3llm import D3LLMGenerationMixin
 from ..progress import progress_bar
 from .grids import Curve
 from .points import SAMPLES, SCHEMA, Point, append_point, digest, intervals, key_of, ratios, read_points
@@ -33,7 +34,7 @@ SUMS = ("positions", "seconds", "cpu_seconds")
 
 
 def sweep(
-    model: PreTrainedModel,
+    model: D3LLMGenerationMixin,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     curves: Sequence[Curve],
@@ -139,7 +140,7 @@ def sweep(
 
 
 def check_settings(
-    settings: dict[str, Any], length: int, model: PreTrainedModel | None = None, *, what: str = "point"
+    settings: dict[str, Any], length: int, model: D3LLMGenerationMixin | None = None, *, what: str = "point"
 ) -> None:
     """Refuses what `generate` would refuse of some settings: alone, or with a checkpoint's own.
 
@@ -150,7 +151,7 @@ def check_settings(
 
     try:
         if model is not None:
-            model.check_settings(**settings, max_new_tokens=length)  # type: ignore[operator]  # of models that decode by diffusion
+            model.check_settings(**settings, max_new_tokens=length)
             return
         config = D3LLMGenerationConfig(**settings, max_new_tokens=length)
         config.validate()
@@ -165,7 +166,7 @@ def describe(*names: Any) -> str:
     return ", ".join(filter(None, labels)) + (f", {parameter}={value}" if parameter else "")
 
 
-def _check_length(model: PreTrainedModel, prompts: Sequence[Sequence[int]], length: int) -> None:
+def _check_length(model: D3LLMGenerationMixin, prompts: Sequence[Sequence[int]], length: int) -> None:
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"`max_new_tokens` must be a positive integer (got {length!r}). Pass 1 or more.")
     longest, limit = max(map(len, prompts)), getattr(model.config, "max_position_embeddings", None)
@@ -178,7 +179,7 @@ def _check_length(model: PreTrainedModel, prompts: Sequence[Sequence[int]], leng
 
 
 def _measure(
-    model: PreTrainedModel,
+    model: D3LLMGenerationMixin,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     prompts: Sequence[list[int]],
@@ -207,7 +208,7 @@ def _measure(
 
 
 def _decode(
-    model: PreTrainedModel,
+    model: D3LLMGenerationMixin,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     rows: Sequence[list[int]],
@@ -224,7 +225,7 @@ def _decode(
     if task.stop_strings:
         more |= {"stop_strings": list(task.stop_strings), "tokenizer": tokenizer}
     began, cpu_began = time.perf_counter(), time.process_time()
-    output = model.generate(  # type: ignore[operator]  # of models that decode by diffusion
+    output = model.generate(
         ids,
         attention_mask=mask,
         max_new_tokens=length,
@@ -316,7 +317,7 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def provenance(model: PreTrainedModel) -> dict[str, Any]:
+def provenance(model: D3LLMGenerationMixin) -> dict[str, Any]:
     """What is needed to repeat a measurement: versions, machine, weights."""
     device = next(model.parameters()).device
     return {
@@ -335,7 +336,7 @@ def provenance(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
+def model_fingerprint(model: D3LLMGenerationMixin) -> str:
     """SHA-256 of a model: its class, its config, its settings of decoding and its weights by name."""
     configs = [model.config.to_dict(), model.generation_config.to_dict()]
     # Of where a checkpoint comes from, not what it is; and a cache that the decoding does not have.

@@ -69,8 +69,6 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
     generation_config_class: type[GenerationConfig] = D3LLMGenerationConfig
     _supported_generation_modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
-    # The signature and the documentation stay transformers'.
-    @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
         if kwargs.get("streamer") is None:
             return super().generate(*args, **kwargs)
@@ -277,5 +275,8 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
             positions_computed=ledger.computed,
         )
 
+
+# Signature and documentation stay transformers'. (A decorator would hide from type checkers that it is bound.)
+functools.update_wrapper(D3LLMGenerationMixin.generate, GenerationMixin.generate)
 
 __all__ = ["D3LLMGenerationMixin", "D3LLMGenerationOutput"]
