@@ -485,10 +485,10 @@ def _killed_run(model, tokenizer, folder, owner, name, call):
 @pytest.mark.parametrize(
     ("owner", "name", "call", "shards"),
     [
-        (os, "replace", 1, 0),  # the manifest is written, not in its place
+        (Path, "replace", 1, 0),  # the manifest is written, not in its place
         (uuid, "uuid4", 4, 1),  # a shard begins to be written
         (os, "fsync", 7, 1),  # a shard is half in place
-        (os, "replace", 5, 1),  # a shard is in its place, its checksum not
+        (Path, "replace", 5, 1),  # a shard is in its place, its checksum not
         (TrajectoryStore, "write", 3, 2),  # samples are decoded
     ],
     ids=lambda value: str(getattr(value, "__name__", value)),
