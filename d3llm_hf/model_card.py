@@ -11,7 +11,8 @@ from typing import Any
 
 TAGS = ("diffusion-language-model", "masked-diffusion", "d3llm")
 _FAMILY_NAMES = {"llada": "LLaDA", "Dream": "Dream"}
-_EXAMPLE = "Tom has 8 apples. He buys 7 more. He gives 4 to a friend. How many apples does Tom have now?"
+EXAMPLE = "Tom has 8 apples. He buys 7 more. He gives 4 to a friend. How many apples does Tom have now?"
+"""What cards ask a model: a problem that the embedded checkpoints can do."""
 
 
 def render_card(
@@ -67,7 +68,7 @@ def render_card(
             name=name,
             description=f"A masked diffusion language model of the {family} family.",
             chat=_has_chat_template(folder),
-            example=_EXAMPLE,
+            example=EXAMPLE,
             family=family,
             base_model=kept["base_model"] if isinstance(kept.get("base_model"), str) else None,
             parameters=sum(math.prod(tensor["shape"]) for tensor in tensors),

@@ -107,3 +107,8 @@ def gradients(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> dict[
     model.zero_grad()
     loss().backward()
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def flat(found: dict[str, torch.Tensor]) -> torch.Tensor:
+    """All gradients as one vector, for what rounding moves is small beside the largest of them."""
+    return torch.cat([gradient.flatten() for gradient in found.values()])

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from official import tiny_tokenizer
+from terminals import Terminal
 from tiny import ScriptedModel
 
 from d3llm_hf import Chat, cli, encode_chat
@@ -268,10 +269,7 @@ def test_the_commands_of_the_documentation_exist():
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
+class NumberedTerminal(Terminal):
     def fileno(self):
         return 1
 
@@ -287,7 +285,7 @@ def talk(model, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
 
     def held(lines, *options, terminal=False, out_terminal=None):
-        out = Terminal() if (terminal if out_terminal is None else out_terminal) else io.StringIO()
+        out = NumberedTerminal() if (terminal if out_terminal is None else out_terminal) else io.StringIO()
         err = io.StringIO()
         rest = iter(lines)
 
@@ -300,7 +298,7 @@ def talk(model, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr("builtins.input", typed)
-            patch.setattr(sys, "stdin", Terminal() if terminal else io.StringIO())
+            patch.setattr(sys, "stdin", NumberedTerminal() if terminal else io.StringIO())
             patch.setattr(sys, "stdout", out)
             patch.setattr(sys, "stderr", err)
             code = cli.main(["chat", "fruit", *map(str, options)])

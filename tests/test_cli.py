@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from terminals import Terminal
 
 from d3llm_hf import __version__, cli, hub
 from d3llm_hf.commands import generate
@@ -256,11 +257,6 @@ def test_a_checkpoint_that_the_hub_does_not_give_is_named(run, tmp_path, monkeyp
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     failed(run("export", "someone/nothing", tmp_path / "new"), "`source` must .*someone/nothing.*no connection")
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 def test_watch_draws_only_on_a_terminal_and_leaves_the_answer_alone(run, llada, monkeypatch):

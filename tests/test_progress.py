@@ -6,16 +6,12 @@ import sys
 
 import pytest
 import torch
+from terminals import Terminal
 from transformers.utils import logging
 
 from d3llm_hf import cli, progress
 from d3llm_hf.commands import generate
 from d3llm_hf.progress import DecidedTokens, progress_bar, quiet_loading
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 import torch
 from official import tiny_tokenizer
 from recorded import checkpoint
+from terminals import Terminal
 from tiny import ScriptedModel, attributes, same_attributes
 from transformers import TextStreamer
 
@@ -246,10 +247,6 @@ def test_prompts_of_a_batch_are_printed_without_their_padding():
 
 
 def test_a_terminal_is_not_steered_by_what_a_model_writes():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     for out, shown in ((Terminal(), "a[2Jb\n"), (io.StringIO(), "a\x1b[2Jb\n")):
         streamer = BatchTextStreamer(TOKENIZER, stream=out)
         streamer.put(torch.tensor([[0]]))

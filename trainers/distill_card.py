@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import d3llm_hf
+from d3llm_hf.model_card import EXAMPLE
 
 from .distill_callbacks import floor_at, window_size
 from .noisy_views import CERTAINTY_NOISE
@@ -81,6 +82,7 @@ def render_distill_card(
             name=name,
             base_model=base_model,
             is_adapter=is_adapter,
+            example=EXAMPLE,
             method=_METHODS[args.objective],
             objective=args.objective,
             response_length=args.response_length,

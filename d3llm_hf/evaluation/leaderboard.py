@@ -212,9 +212,9 @@ def _swaps(entries: Sequence[Entry]) -> list[str]:
             behind = []
             if low.own.aup - high.own.aup >= _EQUAL:
                 behind.append(f"under each curve's own `y_max` ({high.own.aup:.1f} and {low.own.aup:.1f})")
-            theirs, other = high.as_published, low.as_published
-            if theirs is not None and other is not None and other - theirs >= _EQUAL:
-                behind.append(f"as published ({theirs:.1f} and {other:.1f})")
+            one, other = high.as_published, low.as_published
+            if one is not None and other is not None and other - one >= _EQUAL:
+                behind.append(f"as published ({one:.1f} and {other:.1f})")
             if behind:
                 sentences.append(
                     f"{high.label} ({high.common.aup:.1f}) is ahead of {low.label} ({low.common.aup:.1f}), but behind "

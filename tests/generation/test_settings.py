@@ -283,6 +283,10 @@ def test_a_model_without_a_mask_token_is_refused():
         model.config.mask_token_id = mask
 
 
+def test_every_setting_is_declared_for_type_checkers():
+    assert set(D3LLMGenerationConfig.__annotations__) == set(FIELDS)
+
+
 def test_other_models_of_transformers_are_untouched():
     config = LlamaConfig(
         vocab_size=32,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import equal_up_to_rounding, gradients, largest_difference, tokens
+from families import equal_up_to_rounding, flat, gradients, largest_difference, tokens
 
 
 peft = pytest.importorskip("peft")
@@ -12,10 +12,6 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 def loss_of(model):
     return model(tokens(2, 6), labels=tokens(2, 6, seed=1)).loss
-
-
-def flat(found):
-    return torch.cat([gradient.flatten() for gradient in found.values()])
 
 
 def test_every_weight_gets_a_gradient(tiny):
