@@ -211,9 +211,9 @@ def _check_forward(model: Any, stock: type, mask_token_id: int) -> None:
 def _takes_slot_cache(model: Any, mask_token_id: int) -> bool:
     """Whether a window of a text gets the logits of the whole text once the keys of the rest are in the cache."""
     config = model.config.get_text_config()
-    names = model.accepted({"past_key_values": None})
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not names or kinds != {"full_attention"}:  # a sliding window counts keys from where the cache ends
+    # A sliding window counts keys from where the cache ends.
+    if model.cache_name is None or kinds != {"full_attention"}:
         return False
     texts = _short_texts(model, mask_token_id)[:1]
     positions = (torch.arange(3, device=texts.device) + model.position_offset)[None]

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from d3llm_hf import D3LLMGenerationConfig, D3LLMGenerationMixin, as_diffusion_lm
+from d3llm_hf.models.cache_name import CACHE
 
 
 BERT, ROBERTA, MODERNBERT = ENCODERS
@@ -112,6 +113,24 @@ def test_a_cache_is_offered_where_one_works():
             return super().forward(input_ids=input_ids, **kwargs)
 
     assert not as_diffusion_lm(QWEN2.tiny(cls=Moody), mask_token_id=MASK).supports_slot_cache
+
+
+def test_a_cache_is_offered_by_the_name_that_a_forward_has_for_it():
+    class Older(Qwen2ForCausalLM):
+        def forward(self, input_ids=None, past_key_values=None, **kwargs):
+            return super().forward(input_ids=input_ids, **{CACHE: past_key_values}, **kwargs)
+
+    class Newer(Qwen2ForCausalLM):
+        def forward(self, input_ids=None, cache=None, **kwargs):
+            return super().forward(input_ids=input_ids, **{CACHE: cache}, **kwargs)
+
+    class Whatever(Qwen2ForCausalLM):
+        def forward(self, **kwargs):
+            return super().forward(**kwargs)
+
+    for cls, name in ((Older, "past_key_values"), (Newer, "cache"), (Whatever, CACHE)):
+        model = as_diffusion_lm(QWEN2.tiny(cls=cls), mask_token_id=MASK)
+        assert (model.cache_name, model.supports_slot_cache) == (name, True)
 
 
 def test_a_model_that_trains_keeps_the_mode_of_every_module():

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from ..models import caching, generation_d3llm
 from ..models.cache import SlotLayer
+from ..models.cache_name import given_cache
 from ..models.half_precision import fast_products
 from ..models.scoring import Scorer
 from . import plain_decoding
@@ -162,7 +163,7 @@ def widths_seen(model: PreTrainedModel) -> Iterator[list[Width]]:
     found: list[Width] = []
 
     def note(module, args, kwargs) -> None:
-        ids, past, kept = kwargs["input_ids"], kwargs.get("past_key_values"), kwargs.get("kept_positions")
+        ids, (_, past), kept = kwargs["input_ids"], given_cache(kwargs) or ("", None), kwargs.get("kept_positions")
         before = 0 if past is None else past.get_seq_length()
         slots = hasattr(past, "at")  # the decoder's own cache counts what it will hold, transformers' what it holds
         keys = before if slots else before + ids.shape[1]

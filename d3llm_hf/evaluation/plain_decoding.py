@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ..models.cache_name import CACHE
 from ..models.methods import CACHES, COMMON, METHODS
 
 
@@ -180,14 +181,14 @@ def _cached(model, row: "_MultiBlock | _BlockByBlock", chosen: dict[str, Any]) -
         # 2. One of three forwards; `start` is the first position that it is over
         start, ids = kept, row.canvas[None]
         if newest is not None:
-            output = model(input_ids=ids[:, kept:], past_key_values=past, use_cache=True)
-            past, kept = output.past_key_values, newest
+            output = model(input_ids=ids[:, kept:], **{CACHE: past}, use_cache=True)
+            past, kept = output[CACHE], newest
         elif past is not None and not waiting and not (every and now % every == 0):
-            output = model(input_ids=ids[:, kept:], past_key_values=past, use_cache=True)
+            output = model(input_ids=ids[:, kept:], **{CACHE: past}, use_cache=True)
         else:
             start = 0
             output = model(input_ids=ids, use_cache=past is not None)
-            past = output.past_key_values
+            past = output[CACHE]
         if past is not None:
             past.crop(kept - length)  # how many to remove, as a negative number
         # 3. Logits of the whole canvas, -inf where nothing was forwarded

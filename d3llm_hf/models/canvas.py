@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 
 from .cache import SlotCache
+from .cache_name import CACHE_NAMES
 from .decoding import Rules, State
 from .layers import packed
 from .modeling_common import positions_of
@@ -17,7 +18,7 @@ OWN = frozenset(
         "attention_mask",
         "position_ids",
         "inputs_embeds",
-        "past_key_values",
+        *CACHE_NAMES,
         "use_cache",
         "logits_to_keep",
         "infill_mask",

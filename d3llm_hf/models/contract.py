@@ -9,6 +9,7 @@ import torch
 from transformers.utils.generic import is_flash_attention_requested
 
 from .cache import SlotCache
+from .cache_name import CACHE, CACHE_NAMES
 
 
 @lru_cache
@@ -33,7 +34,8 @@ class CanvasContract(Module):
             `(n, V)` of the marked positions. Without it the head runs on every position of the forward.
         supports_position_index (`bool`): `forward` takes `logits_to_keep` as places `(B, K)` as well and returns
             `(B, K, V)`; used where forwards have static shapes (`compile_config`).
-        supports_slot_cache (`bool`): `forward` takes `past_key_values` and attends to all that its `update` returns.
+        supports_slot_cache (`bool`): `forward` takes a `cache` (or `past_key_values`) and attends to all that
+            its `update` returns.
     """
 
     logit_shift = 0
@@ -53,6 +55,12 @@ class CanvasContract(Module):
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 return int(module.padding_idx) + 1
         return 0
+
+    @property
+    def cache_name(self) -> str | None:
+        """By which name `forward` takes a cache: the first that it has a parameter for, or none."""
+        names, takes_any = _parameters(type(self).forward)
+        return next((name for name in CACHE_NAMES if name in names), CACHE if takes_any else None)
 
     def canvas_logits(
         self, inputs: dict[str, Any], wanted: torch.Tensor, cache: SlotCache | None = None, **model_kwargs
@@ -83,7 +91,7 @@ class CanvasContract(Module):
         """
         inputs = inputs | model_kwargs | {"use_cache": cache is not None}
         if cache is not None:
-            inputs["past_key_values"] = cache
+            inputs[self.cache_name] = cache
         if self.supports_position_mask:
             inputs["logits_to_keep"] = wanted
         logits = self(**self.accepted(inputs)).logits
@@ -117,7 +125,7 @@ class CanvasContract(Module):
             raise ValueError(
                 f'`kv_cache` must be "none" for {name} (got a cache): its forward is not known to attend to the keys '
                 "of earlier forwards. Leave it unset, or set `supports_slot_cache = True` on a class whose forward "
-                "hands `past_key_values` to every attention layer."
+                "hands its cache to every attention layer."
             )
         reads_windows = not (cached and is_flash_attention_requested(self.config))
         takes_positions = self.accepted({"position_ids": None})

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.utils import ModelOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache import SlotCache
+from .cache_name import given_cache
 from .caching import PLANS, Plan, wasted_by_reference
 from .canvas import Canvas
 from .contract import CanvasContract
@@ -32,7 +33,7 @@ from .streaming import Stream
 
 
 @dataclass
-class D3LLMGenerationOutput(ModelOutput):
+class D3LLMGenerationOutput(GenerateDecoderOnlyOutput):
     """What `generate(..., return_dict_in_generate=True)` returns. B rows, P prompt slots, N new tokens.
 
     Args:
@@ -46,17 +47,16 @@ class D3LLMGenerationOutput(ModelOutput):
             `(B, P + N)`, and -1 on the given text as well.
         positions_computed (`(B,)` long): positions pushed through the model, summed over the row's forwards (twice
             with guidance, and over all drafted canvases): the cost that tokens per forward hide.
-        past_key_values (`SlotCache`, *optional*): always `None`; cached keys hold approximations that only this
-            decoding may read.
+
+    The cache that transformers' output has is always `None`, as its scores and states are: cached keys hold
+    approximations that only this decoding may read.
     """
 
-    sequences: torch.Tensor | None = None
     tokens_per_forward: torch.Tensor | None = None
     num_forwards: torch.Tensor | None = None
     num_forwards_reference: torch.Tensor | None = None
     step_map: torch.Tensor | None = None
     positions_computed: torch.Tensor | None = None
-    past_key_values: SlotCache | None = None
 
 
 class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
@@ -70,6 +70,11 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
     _supported_generation_modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
     def generate(self, *args, **kwargs):
+        if (given := given_cache(kwargs)) is not None:
+            raise ValueError(
+                f"`{given[0]}` cannot be continued: in a bidirectional model the keys of the prompt depend on the "
+                f"answer (got {type(given[1]).__name__}). Pass the whole text as `input_ids`."
+            )
         if kwargs.get("streamer") is None:
             return super().generate(*args, **kwargs)
         with Stream.of(kwargs["streamer"]) as stream:  # ended whatever happens, also where arguments are refused
@@ -133,13 +138,8 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
             known = [name for name in model_kwargs if f"'{name}'" in str(error)]
             raise ValueError(" ".join(unknown_field(name) for name in known) or str(error)) from error
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(self, *args, **kwargs):
         """The cache is the decoding loop's own; it depends on the method."""
-        if model_kwargs.get("past_key_values") is not None:
-            raise ValueError(
-                "`past_key_values` cannot be continued: in a bidirectional model the keys of the prompt depend on the "
-                f"answer (got {type(model_kwargs['past_key_values']).__name__}). Pass the whole text as `input_ids`."
-            )
 
     def generate_batch(self, *args, **kwargs):
         """Refused: paged continuous batching would decode left to right."""

@@ -15,6 +15,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .cache_name import CACHE
+
 
 def at_positions(table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Entries `(B, K, D)` of a `(B, L, D)` or `(1, L, D)` table at positions `(B, K)`."""
@@ -77,11 +79,12 @@ class BidirectionalAttentionMixin(Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
         kept: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(B, L, D)` to `(B, L, D)`, or `(B, K, D)` at the positions `kept` `(B, K)`; and the weights."""
+        # By transformers' name, by which a checkpointed layer of its knows what not to write twice.
+        cache: Cache | None = kwargs.pop(CACHE, None)  # type: ignore[misc]
         asking = hidden_states if kept is None else at_positions(hidden_states, kept)
 
         def heads(projection: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
@@ -95,8 +98,8 @@ class BidirectionalAttentionMixin(Module):
             query = _rotated(query, *(at_positions(table, kept) for table in position_embeddings))
             key, attention_mask = _rotated(key, *position_embeddings), _mask_at(attention_mask, kept)
         query, key = query.to(value.dtype), key.to(value.dtype)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

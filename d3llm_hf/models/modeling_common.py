@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, MaskedLMOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_name import CACHE, takes_either_cache_name
 from .generation_config_d3llm import D3LLMGenerationConfig
 from .layers import at_positions, can_narrow, packed
 from .publishing import PublishingMixin
@@ -126,6 +127,7 @@ class BidirectionalBackboneMixin(PreTrainedModel):
     layers: torch.nn.ModuleList
     norm: torch.nn.Module
 
+    @takes_either_cache_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -133,7 +135,7 @@ class BidirectionalBackboneMixin(PreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         kept_positions: torch.Tensor | None = None,
@@ -148,22 +150,20 @@ class BidirectionalBackboneMixin(PreTrainedModel):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds` (got both or neither).")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         length = inputs_embeds.shape[1]
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = positions_of(attention_mask)[:, -length:]
         elif position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + seen)[None]
 
         mask: object  # as the attention takes it: a tensor, a block mask of flex attention, or nothing
         if attention_mask is not None and attention_mask.ndim == 4:
             mask = dense_mask(attention_mask, inputs_embeds.dtype, self.config._attn_implementation)
         else:
-            mask = create_bidirectional_mask(
-                self.config, inputs_embeds, attention_mask, past_key_values=past_key_values
-            )
+            mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask, **{CACHE: cache})
         kwargs["is_causal"] = False  # a missing mask must not make sdpa and flash-attention fall back to causal
         # `position_ids` end here: flash-attention would take gaps between them for packed sequences.
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
@@ -175,19 +175,17 @@ class BidirectionalBackboneMixin(PreTrainedModel):
                 kept=kept_positions if narrow and index == len(self.layers) else None,
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 **kwargs,
             )
         if kept_positions is not None and not narrow:
             hidden_states = at_positions(hidden_states, kept_positions)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
 
 @dataclass
-class MaskedDiffusionOutput(MaskedLMOutput):
-    """`MaskedLMOutput` that also hands back the cache it was given."""
-
-    past_key_values: Cache | None = None
+class MaskedDiffusionOutput(CausalLMOutputWithPast):
+    """Loss, logits and the cache of the forward, which is called as transformers calls it."""
 
 
 class MaskedDiffusionLMMixin(PublishingMixin):
@@ -214,13 +212,14 @@ class MaskedDiffusionLMMixin(PublishingMixin):
     # The entries that let `AutoModel.from_pretrained(folder, trust_remote_code=True)` find the code in the folder.
     auto_classes = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
 
+    @takes_either_cache_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -234,7 +233,8 @@ class MaskedDiffusionLMMixin(PublishingMixin):
             attention_mask (`(B, S)` or `(B, 1, L, S)`): 0 where a key must not be seen (padding); a floating-point 4-D
                 mask is added to the scores instead.
             position_ids (`(B, L)`): position of each token; counted from the first unpadded one when unset.
-            past_key_values: a `transformers.Cache`; see `cache.SlotCache` for the one that decoding uses.
+            cache: a `transformers.Cache`, also taken as `past_key_values`; see `cache.SlotCache` for the one that
+                decoding uses.
             labels (`(B, L)`): target tokens, -100 where there is no loss; unshifted.
             logits_to_keep: see [`select_positions`].
 
@@ -249,7 +249,7 @@ class MaskedDiffusionLMMixin(PublishingMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **({} if kept is None else {"kept_positions": kept.positions}),
@@ -263,9 +263,9 @@ class MaskedDiffusionLMMixin(PublishingMixin):
         return MaskedDiffusionOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def save_pretrained(self, save_directory, *args, **kwargs):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 _CARD = """# {name}
 
 A masked diffusion language model ({architecture}): it decides several positions of a canvas of mask tokens in each
-forward. This repository carries its own code, so that plain transformers (5.20 or later) runs it:
+forward. This repository carries its own code, so that plain transformers (5.16 or later) runs it:
 
 ```python
 from transformers import AutoModel, AutoTokenizer

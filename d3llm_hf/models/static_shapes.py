@@ -212,7 +212,7 @@ class StaticCanvas(Canvas):
         if model.supports_position_index:
             inputs["logits_to_keep"] = places
         if cache is not None:
-            inputs["past_key_values"] = cache
+            inputs[model.cache_name] = cache
         inputs = model.accepted(inputs)
         if cache is not None and not cache.is_initialized:  # once, since a graph cannot allocate what it is to keep
             logits = logits_at(model, places, inputs)

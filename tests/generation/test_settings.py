@@ -9,6 +9,7 @@ from tiny import ScriptedModel, answer, constant_script, tiny_model, trained_lik
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from d3llm_hf import D3LLMGenerationConfig, LLaDAModelLM
+from d3llm_hf.models.cache_name import CACHE, CACHE_NAMES
 from d3llm_hf.models.generation_config_d3llm import FIELDS, METHODS
 
 
@@ -267,9 +268,10 @@ def test_a_right_padded_prompt_is_refused():
 
 def test_a_cache_of_another_call_is_refused():
     model = trained_like("llada")
-    cache = model(torch.tensor([[1, 2]]), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="past_key_values"):
-        answer(model, [1, 2], past_key_values=cache)
+    cache = model(torch.tensor([[1, 2]]), use_cache=True)[CACHE]
+    for name in CACHE_NAMES:
+        with pytest.raises(ValueError, match=f"`{name}` cannot be continued"):
+            answer(model, [1, 2], **{name: cache})
 
 
 def test_a_model_without_a_mask_token_is_refused():

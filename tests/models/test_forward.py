@@ -10,6 +10,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
 from d3llm_hf.models import modeling_common
+from d3llm_hf.models.cache_name import CACHE, CACHE_NAMES
 from d3llm_hf.models.layers import can_narrow
 from d3llm_hf.models.modeling_common import dense_mask, positions_of
 
@@ -96,7 +97,7 @@ def test_windows_on_a_cache_give_the_logits_of_the_reference_code(family, traine
         assert equal_up_to_rounding(cache.layers[0].values, recorded["cache_a/layer0_v"])
         for case, keep in (("cache_b", 20), ("cache_c", 36), ("cache_d", 36)):
             output = model(recorded[f"{case}/input_ids"].long(), past_key_values=cache)
-            assert output.past_key_values is cache
+            assert output[CACHE] is cache
             assert equal_up_to_rounding(output.logits, recorded[f"{case}/logits"])
             cache.crop(keep - 56)
         # Tokens 28 to 35 lie in the cache as well: each then has two keys, at the right position.
@@ -152,10 +153,10 @@ def test_a_padded_prefix_in_a_cache_continues_as_the_unpadded_one_does(family, b
     model, ids = family.tiny(backend), tokens(2, 10)
     mask = torch.tensor([[0, 0, 0] + [1] * 7, [1] * 10])
     with torch.no_grad():
-        cache = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).past_key_values
+        cache = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True)[CACHE]
         batch = model(ids[:, 6:], attention_mask=mask, past_key_values=cache).logits
         for row, start in ((0, 3), (1, 0)):
-            cache = model(ids[row : row + 1, start:6], use_cache=True).past_key_values
+            cache = model(ids[row : row + 1, start:6], use_cache=True)[CACHE]
             alone = model(ids[row : row + 1, 6:], past_key_values=cache).logits
             assert equal_up_to_rounding(batch[row], alone[0])
 
@@ -174,7 +175,7 @@ def test_position_ids_never_reach_the_attention_backend(family, padding):
     model = family.tiny("spy")
     with torch.no_grad():
         mask = torch.tensor([[0] * padding + [1] * (6 - padding)])
-        cache = model(tokens(1, 6), attention_mask=mask, use_cache=True).past_key_values
+        cache = model(tokens(1, 6), attention_mask=mask, use_cache=True)[CACHE]
         model(tokens(1, 2), position_ids=torch.tensor([[3, 9]]), past_key_values=cache)
     assert len(seen) == 2 * model.config.num_hidden_layers
     for kwargs in seen:
@@ -330,10 +331,22 @@ def test_outputs_are_a_tuple_on_request(tiny):
 
 
 def test_a_cache_is_made_on_request_and_what_is_given_comes_back(tiny):
-    assert tiny(tokens(1, 4), use_cache=False).past_key_values is None
-    assert tiny(tokens(1, 4), use_cache=True).past_key_values.get_seq_length() == 4
+    assert tiny(tokens(1, 4), use_cache=False).get(CACHE) is None
+    assert tiny(tokens(1, 4), use_cache=True)[CACHE].get_seq_length() == 4
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_cache_is_taken_under_either_of_transformers_names_and_given_back_under_the_one_that_holds(tiny, name):
     cache = DynamicCache(config=tiny.config)
-    assert tiny(tokens(1, 4), past_key_values=cache, use_cache=False).past_key_values is cache
+    assert tiny(tokens(1, 4), use_cache=False, **{name: cache})[CACHE] is cache
+    assert tiny.model(tokens(1, 2), **{name: cache})[CACHE].get_seq_length() == 6
+    assert tiny.model(tokens(1, 2), **{name: None}, use_cache=False).last_hidden_state.shape[1] == 2
+
+
+def test_a_cache_under_both_names_is_refused(tiny):
+    cache = DynamicCache(config=tiny.config)
+    with pytest.raises(ValueError, match=rf"two names of one argument.*says `{CACHE}`"):
+        tiny(tokens(1, 4), cache=cache, past_key_values=cache)
 
 
 def test_the_backend_can_be_changed_on_a_loaded_model(tiny):
