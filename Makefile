@@ -2,10 +2,10 @@
 PYTHON ?= python
 CHECKED = d3llm_hf trainers tests
 
-.PHONY: help quality style types test test-all common-tests leaderboard wheel clean
+.PHONY: help quality style types test test-all transformers-matrix common-tests leaderboard wheel clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 22
 
 quality:  ## check style without changing a file
 	$(PYTHON) -m ruff check $(CHECKED)
@@ -23,6 +23,9 @@ test:  ## the default tests: CPU, offline
 
 test-all:  ## with the slow ones
 	$(PYTHON) -m pytest -m "not gpu and not hub"
+
+transformers-matrix:  ## models, decoding, export and training under the transformers that pyproject.toml admits
+	.ci/transformers_matrix
 
 common-tests:  ## transformers' own model tests on our models (fetches transformers' source distribution)
 	$(PYTHON) tests/common/run_common_tests.py

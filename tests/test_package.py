@@ -162,6 +162,19 @@ def test_constraints_name_one_version_of_each_package_and_no_build():
     assert {"torch", "transformers", "accelerate", "peft", "datasets", "trl", "evaluate", "lm-eval"} <= set(names)
 
 
+def test_the_range_of_transformers_is_the_one_that_is_tested():
+    def minor(version: str) -> tuple[int, int]:
+        major, minor, *_ = version.split(".")
+        return int(major), int(minor)
+
+    ((lowest, above),) = re.findall(r'"transformers>=([\d.]+),<([\d.]+)"', (REPOSITORY / "pyproject.toml").read_text())
+    newest = re.search(r"^transformers==(.*)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert (minor(newest)[0], minor(newest)[1] + 1) == minor(above)
+    versions = re.search(r"versions=\((\d.*)\)", (REPOSITORY / ".ci" / "transformers_matrix").read_text())[1].split()
+    assert minor(versions[0]) == minor(lowest) and versions[-1] == newest
+    assert f"transformers_matrix --short {versions[0]})" in (REPOSITORY / ".ci" / "run").read_text()
+
+
 def test_library_code_neither_prints_nor_asserts_its_input():
     for folder in ("d3llm_hf", "trainers"):
         for file in (REPOSITORY / folder).rglob("*.py"):
