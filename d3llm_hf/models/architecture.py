@@ -12,6 +12,8 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
+from .locality import LOCAL, RECURRENT, asks_for_nothing
+
 
 class ArchitectureError(StrictDataclassClassValidationError, ValueError):
     """A config that is not implemented here: an error of validation and, as transformers expects, a `ValueError`."""
@@ -38,12 +40,8 @@ _FOREIGN = {
     "norms of queries and keys": r"(^|_)(q_?k|q|k|query|key|query_key)_?(layer_?)?norm(alization)?(_|$)",
     "norms at other places": r"(^|_)((pre|post)_?(attn|attention|ffn?|ffw|feedforward|mlp)_?(layer_?)?norm"
     r"|(sandwich|peri|post|after)_norm|norm_after|norm_reorder|parallel_(residual|attn|attention|block))$",
-    "attention that does not see everything": r"(^|_)(sliding_windows?|(attention|attn|local)_window(_size)?"
-    r"|window_(size|pattern)|sliding_window_pattern|(attention|attn)_chunk_size|chunked_attention|local_attention"
-    r"|global_attn_every_n_layers|attention_types|attn_types?_list|block_sparse|sparse_attention(_config)?"
-    r"|block_(causal|diffusion)(_mask)?|causal_attention|prefix_lm)$",
-    "layers that are not attention": r"(^|_)(mamba|ssm|rwkv|recurrent|hybrid|linear_attn|linear_attention"
-    r"|linear_(num|key|value|conv)\w*|conv_l_cache|layers_block_type|state_size)(_|$)",
+    "attention that does not see everything": LOCAL,
+    "layers that are not attention": RECURRENT,
     "latent or crossed attention": r"(^|_)((q|kv)_lora_rank|cross_attention|attention_sinks?|index_topk|kv_shared"
     r"_layers)(_|$)",
     _SCALED: r"(^|_)(logits?_scal(e|ing)|(embedding|residual|attention|lm_head)_multiplier"
@@ -84,7 +82,7 @@ def refuse_another_architecture(family: str, keys: Mapping[str, Any], activation
     """
     for name, value in keys.items():
         own = name.startswith("_")  # of transformers, such as `_experts_implementation_internal`
-        what = None if own or _asks_for_nothing(value) else _described(name, value, keys)
+        what = None if own or asks_for_nothing(value) else _described(name, value, keys)
         if what is not None:
             _refuse(family, name, value, f"describes {what}", keys)
     for name in _ACTIVATIONS:
@@ -103,12 +101,6 @@ def _described(name: str, value: Any, keys: Mapping[str, Any]) -> str | None:
         return None  # Qwen2's keys, which Dream has: a window that is switched off
     found = next((what for what, pattern in _COMPILED.items() if pattern.search(name)), None)
     return None if found == _SCALED and value == 1 else found
-
-
-def _asks_for_nothing(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_asks_for_nothing(entry) for entry in value)
-    return value is None or value is False or value in (0, "", {})
 
 
 def _check_rope(family: str, keys: Mapping[str, Any]) -> None:

@@ -85,7 +85,7 @@ def test_biases_that_llada_lacks_are_refused(key):
 
 def test_a_width_of_heads_that_does_not_follow_from_the_others_is_refused():
     assert LLADA.config(head_dim=8).head_dim == 8
-    with pytest.raises(ValueError, match=r"`head_dim` must be `d_model` / `n_heads` ., 8 .got 16"):
+    with pytest.raises(ValueError, match=r"`head_dim` must be `d_model` / `n_heads`, 8 .got 16"):
         LLADA.config(head_dim=16)
 
 
