@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from .models.text_config import text_setting
 from .row_text import RowText
 from .terminal import MASK_SIGN, printable
 
@@ -402,10 +401,9 @@ def _mask_token_id(model, generate_kwargs: dict[str, Any]) -> int | None:
     """The mask token as `generate` finds it, `None` where it will not find one."""
     if generate_kwargs.get("mask_token_id") is not None:
         return generate_kwargs["mask_token_id"]
-    holders = generate_kwargs.get("generation_config"), model.generation_config
+    holders = generate_kwargs.get("generation_config"), model.generation_config, model.config
     found = (getattr(holder, "mask_token_id", None) for holder in holders)
-    own = next((token for token in found if token is not None), None)
-    return text_setting(model.config, "mask_token_id") if own is None else own
+    return next((token for token in found if token is not None), None)
 
 
 def _check_first_put(texts: list) -> None:
