@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ._own_code import let_refused_checkpoints_bring_their_code
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -70,6 +72,7 @@ def _register_stand_ins() -> None:
     """After transformers' `AutoConfig` has loaded."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
+    let_refused_checkpoints_bring_their_code(AutoConfig)
     for family in _FAMILIES:
         if family.config_module not in sys.modules:
             known = {"__module__": family.config_module, "model_type": family.model_type}

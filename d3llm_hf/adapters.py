@@ -1,7 +1,5 @@
 """Gives a loaded model of transformers the decoder: any bidirectional language model that has a mask token."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -9,9 +7,20 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 
-from .models.cache import SlotCache
 from .models.generation_config_d3llm import D3LLMGenerationConfig
 from .models.generation_d3llm import D3LLMGenerationMixin
+from .models.locality import limited_reach
+from .models.probes import (
+    close,
+    evaluating,
+    logits_of,
+    long_text,
+    ordinary_tokens,
+    reaches_forward_only,
+    reads_padding,
+    takes_slot_cache,
+)
+from .models.text_config import text_config, text_setting
 
 
 def as_diffusion_lm(
@@ -28,8 +37,9 @@ def as_diffusion_lm(
     `save_pretrained` writes is a checkpoint of the stock class. Mask token and shift go into `config`, where this
     function finds them when the checkpoint is loaded again.
 
-    Two or three short forwards check the contract. They are left out where the weights are not in place yet (on the
-    meta device, or sharded by ZeRO-3): then only config and modules are asked whether attention is causal.
+    A few short forwards (of at most 72 tokens) check the contract, and find out whether a cache works and whether the
+    padding of a batch is read. They are left out where the weights are not in place yet (on the meta device, or
+    sharded by ZeRO-3): then only config and modules are asked whether attention is causal.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): a loaded model with a language-model head, or one that PEFT
@@ -70,7 +80,8 @@ def as_diffusion_lm(
             f"`model` must be a model of transformers (got {type(base).__name__}). Unwrap what `torch.compile` or a "
             "launcher wraps; other models can inherit from `D3LLMGenerationMixin`."
         )
-    config, before = base.config, dict(vars(base.config))
+    config, text = base.config, text_config(base.config)
+    before, of_text = dict(vars(config)), dict(vars(text))
     if config.is_encoder_decoder:
         raise ValueError(
             f"`model` must be one stack over one canvas (got {type(base).__name__}, an encoder-decoder). Take an "
@@ -82,7 +93,7 @@ def as_diffusion_lm(
     held = dict(vars(base))
     try:
         if bidirectional:
-            config.is_causal = False
+            text.is_causal = False
         config.mask_token_id, config.logit_shift = mask_token_id, logit_shift
         if not isinstance(base, D3LLMGenerationMixin):
             base.__class__ = _with_decoder(stock)
@@ -90,14 +101,17 @@ def as_diffusion_lm(
         decoder.logit_shift = logit_shift
         decoder.check_contract(None, cached=False)
         if all(weight.numel() and not weight.is_meta for weight in base.parameters()):
-            with _evaluating(base), torch.no_grad():
+            with evaluating(base):
                 _check_forward(base, stock, mask_token_id)
                 if not decoder.supports_slot_cache:
                     decoder.supports_slot_cache = _takes_slot_cache(base, mask_token_id)
+                if decoder.supports_padding is None:
+                    decoder.supports_padding = reads_padding(base, mask_token_id)
         base.generation_config = _generation_config(base, generation_config)
     except BaseException:
         base.__class__ = stock
         _restore(base, held)
+        _restore(text, of_text)
         _restore(config, before)
         raise
     return model
@@ -125,21 +139,9 @@ def _restore(target: Any, held: dict[str, Any]) -> None:
     vars(target).update(held)
 
 
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout inside; every module's mode is what it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _mask_token_id(model: PreTrainedModel, given: int | None) -> int:
-    vocabulary = model.config.get_text_config().vocab_size
-    found = given if given is not None else getattr(model.config, "mask_token_id", None)
+    vocabulary = text_config(model.config).vocab_size
+    found = given if given is not None else text_setting(model.config, "mask_token_id")
     if found is None:
         raise ValueError(
             f"`mask_token_id` must name the token of an undecided position (got None, and {type(model).__name__}'s "
@@ -174,18 +176,12 @@ def _generation_config(model: PreTrainedModel, given: GenerationConfig | None) -
     return config if isinstance(config, D3LLMGenerationConfig) else D3LLMGenerationConfig.coerce(config)
 
 
-def _short_texts(model: Any, mask_token_id: int) -> torch.Tensor:
-    """Two texts `(2, 3)` of ordinary tokens that differ in the last one."""
-    special = {mask_token_id, getattr(model.config, "pad_token_id", None)}
-    a, b, c, d = [token for token in range(6) if token not in special][:4]
-    return torch.tensor([[a, b, c], [a, b, d]], device=model.device)
-
-
 def _check_forward(model: Any, stock: type, mask_token_id: int) -> None:
     """Runs the texts one by one: in equal shapes, a causal model computes equal numbers for what precedes a change."""
-    name, texts = stock.__name__, _short_texts(model, mask_token_id)
-    outputs = [model(input_ids=text[None]) for text in texts]
-    logits: list[Any] = [getattr(output, "logits", None) for output in outputs]
+    name = stock.__name__
+    a, b, c, d = ordinary_tokens(model, mask_token_id, 4)
+    texts = torch.stack([torch.stack([a, b, c]), torch.stack([a, b, d])])
+    logits = [logits_of(model, text[None]) for text in texts]
     if logits[0] is None or logits[0].shape[:2] != (1, 3) or logits[0].shape[2] <= mask_token_id:
         shape = None if logits[0] is None else tuple(logits[0].shape)
         raise ValueError(
@@ -199,46 +195,26 @@ def _check_forward(model: Any, stock: type, mask_token_id: int) -> None:
             "model that does not follow that setting cannot be decoded this way."
         )
     positions = (torch.arange(3, device=texts.device) + model.position_offset)[None]
-    placed = model(**model.accepted({"input_ids": texts[:1], "position_ids": positions})).logits
-    if not _close(placed, logits[0]):
+    placed = logits_of(model, texts[:1], position_ids=positions)
+    if not close(placed, logits[0]):
         raise ValueError(
             f"Positions must be counted from `position_offset` (got {model.position_offset}, with which {name} gives "
             "other logits than with its own positions). Set `position_offset` on a class of yours with "
             "`D3LLMGenerationMixin` among its bases."
         )
+    text = long_text(model, mask_token_id)
+    if reaches_forward_only(model, text):
+        raise ValueError(
+            f"Attention must not be causal, nor causal by blocks: in {name} the beginning of a text of "
+            f"{text.shape[1]} tokens reaches its end, and the end does not reach the beginning. Let every block "
+            "attend to all, and train the model so."
+        )
 
 
 def _takes_slot_cache(model: Any, mask_token_id: int) -> bool:
-    """Whether a window of a text gets the logits of the whole text once the keys of the rest are in the cache."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    # A sliding window counts keys from where the cache ends.
-    if model.cache_name is None or kinds != {"full_attention"}:
+    if model.cache_name is None or limited_reach(model) is not None:
         return False
-    texts = _short_texts(model, mask_token_id)[:1]
-    positions = (torch.arange(3, device=texts.device) + model.position_offset)[None]
-    slots = SlotCache(config.num_hidden_layers, 3)
-    everything = torch.ones_like(texts, dtype=torch.bool)
-
-    def forward(start: int) -> torch.Tensor:
-        inputs = {"input_ids": texts[:, start:], "position_ids": positions[:, start:], "attention_mask": everything}
-        return model.canvas_logits(inputs, everything[:, start:], slots.at(slice(start, 3)))
-
-    try:
-        whole, window = forward(0), forward(1)
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return False  # a cache of another kind, e.g. a state space's
-    return _close(window, whole[1:])
-
-
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal up to rounding in the model's dtype.
-
-    What rounding adds up to grows with the layers and depends on the processor; a wrong key or position moves a logit
-    by much more, so that there is room for both.
-    """
-    tolerance = max(32 * torch.finfo(b.dtype).eps, 1e-4) * float(b.abs().max())
-    return bool(torch.allclose(a, b, rtol=0, atol=tolerance))
+    return takes_slot_cache(model, text_config(model.config).num_hidden_layers, long_text(model, mask_token_id))
 
 
 __all__ = ["as_diffusion_lm"]

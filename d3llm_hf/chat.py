@@ -191,8 +191,7 @@ class Chat:
 
     @property
     def _positions(self) -> int | None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        return None if limit is None else limit - self.model.position_offset
+        return self.model.max_positions
 
     # ---- turns ---------------------------------------------------------------------------------------------------
 

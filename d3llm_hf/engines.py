@@ -47,6 +47,25 @@ _LLADA_HEAD = "model.transformer.ff_out.weight"
 _CONFIGURATION = {"llada": ("configuration_llada", "LLaDAConfig"), "Dream": ("configuration_dream", "DreamConfig")}
 
 
+def check_for_engine(engine: str, family: str, folder: Path) -> None:
+    """Refuses what the engine's loader would take without a word and load wrongly, before anything is copied.
+
+    Args:
+        engine (`str`): one of `ENGINES`.
+        family (`str`): `model_type` of the checkpoint.
+        folder (`Path`): its weights.
+
+    Raises:
+        ValueError: for an engine that is not known, and for tensors that it does not have.
+    """
+    if engine not in ENGINES:
+        raise ValueError(
+            f"`engine` must be one of {list(ENGINES)} (got {engine!r}). docs/engines.md says which engines load a "
+            "plain export."
+        )
+    _check_tensors(family, folder)
+
+
 def prepare_for_engine(engine: str, folder: Path) -> str:
     """Adds what an engine needs to an exported folder.
 
@@ -65,17 +84,12 @@ def prepare_for_engine(engine: str, folder: Path) -> str:
     Raises:
         ValueError: for an engine that is not known, tensors or a decoding method that it does not have.
     """
-    if engine not in ENGINES:
-        raise ValueError(
-            f"`engine` must be one of {list(ENGINES)} (got {engine!r}). docs/engines.md says which engines load a "
-            "plain export."
-        )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     family = config["model_type"]
 
     # 1. Refuse what the engine's loader would take without a word and load wrongly
-    _check_tensors(family, folder)
+    check_for_engine(engine, family, folder)
 
     # 2. The decoding settings under the engine's names
     algorithm, settings = sglang_decoding(family, generation)

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from ._registration import AUTO_CLASSES
-from .engines import prepare_for_engine
+from .engines import check_for_engine, prepare_for_engine
 from .files import check_writable_folder
 from .model_card import complete_card, render_card
 from .progress import progress_bar
@@ -105,8 +105,8 @@ def export_checkpoint(
     Raises:
         FileNotFoundError: when `source` is no checkpoint folder, or lacks a shard that its index names.
         FileExistsError: when `destination` exists and may not be replaced.
-        ValueError: for an architecture that is not ours, settings that it does not have, pickled weights, or what an
-            engine would load wrongly.
+        ValueError: for an architecture that is not ours, tensors that are missing or have no place, settings that it
+            does not have, pickled weights, or what an engine would load wrongly.
     """
     destination = Path(destination).expanduser().absolute()
     _check_destination(destination, overwrite)
@@ -124,9 +124,12 @@ def export_checkpoint(
         )
     shards = _weight_files(folder, source)
     generation = _generation_config(folder, config, decoding_method)
+    if engine is not None:
+        check_for_engine(engine, config["model_type"], folder)
     embedded = folder in embedded_checkpoints().values()
     if not embedded:  # those are validated by our tests; `init` need not wait for torch
         generation = _validated(config, generation)
+        _check_tensors(folder, config, source)
 
     with _appearing(destination) as target:
         _copy([*shards, *_matching(folder, TOKENIZER_FILES), *_matching(folder, DOCUMENTS)], target)
@@ -268,6 +271,17 @@ def _validated(config: dict, generation: dict) -> dict:
     settings = D3LLMGenerationConfig.coerce(GenerationConfig.from_dict(generation))
     settings.validate()
     return {name: value for name, value in generation.items() if hasattr(settings, name)}
+
+
+def _check_tensors(folder: Path, config: dict, source: str | os.PathLike) -> None:
+    from .whole_model import misfits
+
+    wrong = misfits(folder, config)
+    if wrong:
+        raise ValueError(
+            f"`source` must hold the tensors of its model and no others (got {str(source)!r} {wrong}). It is damaged, "
+            "or of another architecture; fetch it again, or correct config.json."
+        )
 
 
 def _make_tokenizer_standard(folder: Path) -> None:

@@ -15,6 +15,7 @@ from .models.contract import CanvasContract
 from .models.half_precision import fast_products
 from .models.modeling_common import positions_of
 from .models.scoring import CHUNK_ELEMENTS, Sampler, confidence_cost, statistics
+from .models.text_config import text_setting
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +234,7 @@ class _Texts:
         if mask_token_id is None:
             mask_token_id = getattr(model.generation_config, "mask_token_id", None)
         if mask_token_id is None:
-            mask_token_id = getattr(model.config, "mask_token_id", None)
+            mask_token_id = text_setting(model.config, "mask_token_id")
         if mask_token_id is None:
             raise ValueError(
                 "`mask_token_id` must name the token of a masked position (got None). Set it in the config or pass it."
@@ -246,6 +247,7 @@ class _Texts:
         ids, completion, seen = input_ids.cpu(), completion_mask.cpu(), attention_mask.cpu().bool()
         texts = cls(model, ids, completion, seen, mask_token_id, float(cfg_scale))
         texts._check_rows()
+        model.check_contract(seen, cached=False)
         return texts
 
     def _check_rows(self) -> None:
@@ -258,7 +260,7 @@ class _Texts:
         _refuse_rows(
             masked, "`input_ids` must not hold the mask token in the completion", "It has no likelihood of its own."
         )
-        longest = getattr(self.model.config, "max_position_embeddings", None)
+        longest = self.model.max_positions
         if longest is not None:
             rule = f"`input_ids` must fit into the model's {longest} positions"
             _refuse_rows(self.seen.sum(1) > longest, rule, "Shorten the condition.")
@@ -319,15 +321,11 @@ class _Texts:
         inputs = {
             "input_ids": ids.to(device),
             "attention_mask": None if seen.all() else seen.to(device),  # none keeps fast kernels
-            "position_ids": positions_of(seen).to(device),
+            "position_ids": (positions_of(seen) + self.model.position_offset).to(device),
             "use_cache": False,
         }
-        keep = keep.to(device)
         with fast_products(self.model, compiled=False):
-            if self.model.supports_position_mask:
-                logits = self.model(**inputs, logits_to_keep=keep).logits
-            else:
-                logits = self.model(**inputs).logits[keep]
+            logits = self.model.canvas_logits(inputs, keep.to(device))
         if self.cfg_scale:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + (self.cfg_scale + 1) * (conditional - unconditional)

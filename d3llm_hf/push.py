@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .hub import TOKENIZER_FILES
+from .hub import MODEL_FILES, TOKENIZER_FILES
 
 
 SENT = (
@@ -129,7 +129,8 @@ def checked_files(folder: str | os.PathLike) -> list[Path]:
     export = "`d3llm export FOLDER NEW_FOLDER`"
     if config is None:
         problems.append(f"config.json, readable ({export} or `model.save_pretrained`)")
-    problems += _weight_problems(folder)
+    weights = _weight_problems(folder)
+    problems += weights or _misfits(folder, config or {})
     if not _is_tokenizer(folder):
         problems.append("a tokenizer (`tokenizer.save_pretrained(FOLDER)`)")
     if _json(folder / "generation_config.json") is None:
@@ -231,6 +232,25 @@ def _weight_problems(folder: Path) -> list[str]:
     if missing:
         return [f"the weights {', '.join(missing[:3])} as safetensors; pickles are never sent ({saved})"]
     return [f"{name} whole, not damaged ({saved})" for name in names if not _is_whole(folder / name)]
+
+
+def _misfits(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Of a model of this package: tensors that are missing or have no place, or another architecture."""
+    from .models.architecture import brings_own_code
+
+    if config.get("model_type") not in MODEL_FILES or brings_own_code(config):
+        return []
+    from .whole_model import misfits
+
+    try:
+        wrong = misfits(folder, config)
+    except ValueError as error:
+        return [f"a config.json of what its code implements ({error.__cause__ or error})"]
+    return (
+        [f"the tensors of its model and no others, not weights {wrong} (`d3llm export` of a whole one)"]
+        if wrong
+        else []
+    )
 
 
 def _is_whole(file: Path) -> bool:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from d3llm_hf.model_card import complete_card
 from d3llm_hf.models.modeling_common import positions_of
+from d3llm_hf.models.text_config import text_setting
 
 from .weights import load_converted_weights
 from .whole_checkpoints import CheckpointError, begin_checkpoint, checkpoint_to_resume, finish_checkpoint
@@ -58,6 +59,7 @@ class CanvasTrainer(Trainer):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._forward_takes = frozenset(inspect.signature(type(base).forward).parameters)
         self._position_offset = getattr(base, "position_offset", None)
+        self._ignores_padding = getattr(base, "supports_padding", None) is False
         self._keeps_marked_positions = getattr(base, "supports_position_mask", False)
         if peft_config is None:
             return model
@@ -68,7 +70,16 @@ class CanvasTrainer(Trainer):
     def _model_inputs(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, kept: int | torch.Tensor
     ) -> dict[str, Any]:
-        """What the forward gets: padding moves no text, and where the forward can, only `kept` logits are made."""
+        """What the forward gets: padding moves no text, and where the forward can, only `kept` logits are made.
+
+        Raises:
+            ValueError: For padding that the forward would read as text.
+        """
+        if self._ignores_padding and not attention_mask.all():
+            raise ValueError(
+                "`model` must leave out what `attention_mask` names, for rows are padded to one length (got a model "
+                "whose forward does not read it). Train with `per_device_train_batch_size=1`, or another model."
+            )
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if "logits_to_keep" in self._forward_takes:
             inputs["logits_to_keep"] = kept
@@ -190,7 +201,7 @@ def mask_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         ValueError: If neither knows one, or they differ.
     """
-    of_model, of_tokenizer = getattr(model.config, "mask_token_id", None), tokenizer.mask_token_id
+    of_model, of_tokenizer = text_setting(model.config, "mask_token_id"), tokenizer.mask_token_id
     if of_model is None and of_tokenizer is None:
         raise ValueError(
             "The mask token must be known to the model's config or the tokenizer (got none in either). "

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import d3llm_hf
+from d3llm_hf.models.text_config import text_setting
 
 from .trajectory_answers import SCORERS
 from .trajectory_prompts import Prompts, Sample
@@ -328,7 +329,7 @@ def _manifest(model, tokenizer, prompts: Prompts, args: TrajectoryConfig, score,
     settings = asdict(args) | {"decoding": _decoding_settings(model, args)}
     if score is not None:
         settings["scorer"] = f"{score.__module__}.{score.__qualname__}"
-    mask_token_id = getattr(model.config, "mask_token_id", None)
+    mask_token_id = text_setting(model.config, "mask_token_id")
     defaults = json.loads(model.generation_config.to_json_string())
     defaults.pop("transformers_version", None)
     return {

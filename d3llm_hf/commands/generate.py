@@ -263,7 +263,9 @@ def _watcher(tokenizer, watch: bool):
 
 def _counter(model, settings: dict[str, Any]) -> DecidedTokens | None:
     """A bar of decided tokens, where it would be seen."""
-    counter = DecidedTokens(canvas_length(model, settings), model.config.mask_token_id)
+    from ..models.text_config import text_setting
+
+    counter = DecidedTokens(canvas_length(model, settings), text_setting(model.config, "mask_token_id"))
     return None if counter.bar.disable else counter
 
 

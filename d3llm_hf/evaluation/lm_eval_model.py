@@ -20,6 +20,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from ..likelihood import is_greedy, log_likelihood
+from ..models.text_config import text_setting
 from .generation_stats import GenerationRecord, totals, write_records
 from .loading import load_checkpoint
 from .processes import Processes
@@ -322,10 +323,10 @@ class D3LLMLM(TemplateLM):
 
     def _mask_token_id(self) -> int:
         own = getattr(self.model.generation_config, "mask_token_id", None)
-        return self.model.config.mask_token_id if own is None else own
+        return text_setting(self.model.config, "mask_token_id") if own is None else own
 
     def _positions(self) -> int:
-        return getattr(self.model.config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+        return self.model.max_positions or DEFAULT_MAX_LENGTH
 
     def _padded(self, rows: list[list[int]], side: str) -> dict[str, torch.Tensor]:
         width, pad = max(map(len, rows)), self._pad_token_id()

@@ -169,8 +169,7 @@ def describe(*names: Any) -> str:
 def _check_length(model: D3LLMGenerationMixin, prompts: Sequence[Sequence[int]], length: int) -> None:
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"`max_new_tokens` must be a positive integer (got {length!r}). Pass 1 or more.")
-    longest, limit = max(map(len, prompts)), getattr(model.config, "max_position_embeddings", None)
-    limit = None if limit is None else limit - model.position_offset
+    longest, limit = max(map(len, prompts)), model.max_positions
     if limit is not None and longest + length > limit:
         raise ValueError(
             f"`max_new_tokens` must leave room for the longest prompt in the model's {limit} positions (got {longest} "

@@ -10,6 +10,7 @@ from .cache_name import CACHE_NAMES
 from .decoding import Rules, State
 from .layers import packed
 from .modeling_common import positions_of
+from .text_config import text_setting
 
 
 # Arguments of `generate` that reach the model through the canvas, or not at all; all others go to its forward.
@@ -81,7 +82,7 @@ class Canvas:
         # 1. Text and length
         mask_token_id = generation_config.mask_token_id
         if mask_token_id is None:
-            mask_token_id = getattr(model.config, "mask_token_id", None)
+            mask_token_id = text_setting(model.config, "mask_token_id")
         if mask_token_id is None:
             raise ValueError(
                 "`mask_token_id` must name the token of an undecided position (got None). Set it in the config "
@@ -95,8 +96,7 @@ class Canvas:
         if embeds is not None:
             prompt = torch.full(embeds.shape[:2], mask_token_id, dtype=torch.long, device=embeds.device)
         length = prompt.shape[1] + new_length
-        offset, longest = model.position_offset, getattr(model.config, "max_position_embeddings", None)
-        longest = None if longest is None else longest - offset
+        longest = model.max_positions
         if longest is not None and length > longest:
             raise ValueError(
                 f"Prompt and `max_new_tokens` must fit into the model's {longest} positions (got {prompt.shape[1]} + "
@@ -139,7 +139,7 @@ class Canvas:
             slots=slots,
             prompt_length=prompt.shape[1],
             mask=None if mask is None else seen.bool(),
-            positions=positions_of(seen) + offset,
+            positions=positions_of(seen) + model.position_offset,
             first=seen.bool().long().argmax(1),
             mask_token_id=mask_token_id,
             fill_token_id=None if fill is None else int(fill),

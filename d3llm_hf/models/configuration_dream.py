@@ -6,12 +6,19 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .architecture import refuse_another_architecture, refusing
+
+
+# Keys of Qwen2's relatives, with the value that is implemented.
+_ONLY_VARIANT = {"attention_bias": True, "mlp_bias": False, "qkv_bias": True}
+
 
 @strict
 class DreamConfig(PreTrainedConfig):
     r"""Configuration of a [`DreamModel`]: the keys of `Dream-org/Dream-v0-Instruct-7B`, which are Qwen2's.
 
-    All other keys of a config.json are kept, and saved again.
+    Keys that describe another architecture (experts, windows, norms of queries, images) are refused. All other keys
+    of a config.json are kept, and saved again.
 
     Args:
         vocab_size (`int`): rows of the embedding and of the head.
@@ -25,8 +32,8 @@ class DreamConfig(PreTrainedConfig):
         is_causal (`bool`): always `False`; engines that take transformers' models read it.
 
     Raises:
-        StrictDataclassClassValidationError: (caused by a `ValueError`) when causal or sliding-window attention is
-            asked for; every token of Dream sees all others.
+        ArchitectureError: (a `ValueError`) when causal or sliding-window attention is asked for (every token of Dream
+            sees all others), or anything else that is not implemented.
     """
 
     model_type = "Dream"
@@ -71,8 +78,10 @@ class DreamConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        self.layer_types = ["full_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+        with refusing():
+            self.validate_architecture()
+        self.layer_types = ["full_attention"] * self.num_hidden_layers
         self.rope_theta = self.rope_parameters["rope_theta"]  # the key that engines of the official code read
 
     def validate_architecture(self):
@@ -83,6 +92,14 @@ class DreamConfig(PreTrainedConfig):
                     f"`{name}` must be False (got {getattr(self, name)!r}): every token of Dream sees all others. "
                     "Correct config.json."
                 )
+        for name, implemented in _ONLY_VARIANT.items():
+            value = getattr(self, name, None)
+            if value not in (None, implemented):
+                raise ValueError(
+                    f"`{name}` must be {implemented!r} (got {value!r}): Dream's biases are those of its queries, keys "
+                    "and values. Correct config.json."
+                )
+        refuse_another_architecture("Dream", vars(self))
 
 
 __all__ = ["DreamConfig"]

@@ -6,12 +6,16 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .architecture import refuse_another_architecture, refusing
+
 
 # Keys of the official config that describe variants which no released LLaDA uses, with the value that is implemented.
 _ONLY_VARIANT = {
     "activation_type": "silu",
     "alibi": False,
+    "attention_bias": False,
     "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
     "block_group_size": 1,
     "block_type": "llama",
     "embedding_dropout": 0.0,
@@ -19,6 +23,8 @@ _ONLY_VARIANT = {
     "input_emb_norm": False,
     "is_causal": False,
     "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "mlp_bias": False,
     "multi_query_attention": False,
     "residual_dropout": 0.0,
     "rope": True,
@@ -32,8 +38,9 @@ class LLaDAConfig(PreTrainedConfig):
 
     The field names are those of `GSAI-ML/LLaDA-8B-Instruct`; transformers' usual names (`hidden_size`,
     `num_attention_heads`, ...) work as aliases. Keys of the official config that describe variants which no released
-    checkpoint uses (`alibi`, `block_type`, ...) are kept, and refused when they ask for such a variant. All other
-    keys of a config.json are kept too, and saved again.
+    checkpoint uses (`alibi`, `block_type`, ...) are kept, and refused when they ask for such a variant, as are keys
+    that describe another architecture (experts, windows, norms of queries, images; LLaDA-MoE has this `model_type`
+    too). All other keys of a config.json are kept, and saved again.
 
     Args:
         vocab_size (`int`): rows of the embedding and of the head. Raised to `embedding_size` where that is larger.
@@ -50,8 +57,8 @@ class LLaDAConfig(PreTrainedConfig):
         mask_token_id (`int`): the token that stands for an undecided position.
 
     Raises:
-        StrictDataclassClassValidationError: (caused by a `ValueError`) for a variant of the architecture that is not
-            implemented, or sizes that do not fit together.
+        ArchitectureError: (a `ValueError`) for a variant of the architecture that is not implemented, or sizes that
+            do not fit together.
     """
 
     model_type = "llada"
@@ -122,7 +129,14 @@ class LLaDAConfig(PreTrainedConfig):
             self.mlp_hidden_size = int(self.mlp_ratio * self.d_model)
         if self.embedding_size is not None and self.embedding_size > self.vocab_size:
             self.vocab_size = self.embedding_size
+        head_dim = kwargs.pop("head_dim", None)  # follows from the others
         super().__post_init__(**kwargs)
+        with refusing():
+            self.validate_architecture()
+            if head_dim not in (None, self.head_dim):
+                raise ValueError(
+                    f"`head_dim` must be `d_model` / `n_heads`, {self.head_dim} (got {head_dim}). Correct config.json."
+                )
         self.rope_theta = self.rope_parameters["rope_theta"]  # the key that engines of the official code read
 
     @property
@@ -139,6 +153,7 @@ class LLaDAConfig(PreTrainedConfig):
                     f"`{name}` must be {implemented!r} (got {value!r}): no released LLaDA uses another value, and it "
                     "is not implemented. Remove the key from config.json if the checkpoint does not need it."
                 )
+        refuse_another_architecture("LLaDA", vars(self), activation="silu")
         if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads:
             raise ValueError(
                 "`d_model` must be a multiple of `n_heads`, and `n_heads` of `n_kv_heads` "

@@ -10,6 +10,9 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .cache import SlotCache
 from .cache_name import CACHE, CACHE_NAMES
+from .locality import limited_reach
+from .probes import evaluating, reads_padding
+from .text_config import text_config, text_setting
 
 
 @lru_cache
@@ -36,14 +39,23 @@ class CanvasContract(Module):
             `(B, K, V)`; used where forwards have static shapes (`compile_config`).
         supports_slot_cache (`bool`): `forward` takes a `cache` (or `past_key_values`) and attends to all that
             its `update` returns.
+        supports_padding (`bool`, *optional*): `forward` attends to nothing where `attention_mask` is 0. Where a class
+            does not say, short forwards find out when a batch is padded.
     """
 
     logit_shift = 0
     supports_position_mask = False
     supports_position_index = False
     supports_slot_cache = False
+    supports_padding: bool | None = None
     config: Any
     device: torch.device
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that a text may have, `None` where nothing limits them."""
+        longest = text_setting(self.config, "max_position_embeddings")
+        return None if longest is None else longest - self.position_offset
 
     @property
     def position_offset(self) -> int:
@@ -112,8 +124,8 @@ class CanvasContract(Module):
 
         Raises:
             ValueError: for causal attention, for a cache that the model cannot use, for padded rows where `forward`
-                takes no `position_ids` or flash-attention would read them together with a cache, and for ragged ones
-                where a mask cannot say so.
+                takes no `position_ids`, does not read the mask, or flash-attention would read them together with a
+                cache, and for ragged ones where a mask cannot say so.
         """
         name = type(self).__name__
         if self._is_causal():
@@ -121,15 +133,22 @@ class CanvasContract(Module):
                 f"Attention must not be causal: every position of a canvas sees all others (got {name}, whose config "
                 "describes a decoder). Set `model.config.is_causal = False`, and train the model so."
             )
+        limit = limited_reach(self) if cached and type(self).canvas_logits is CanvasContract.canvas_logits else None
+        if limit is not None:
+            raise ValueError(
+                f'`kv_cache` must be "none" for {name} (got a cache): {limit} says that some layer does not attend to '
+                "all positions, and windows are counted from where a cache ends. Leave it unset."
+            )
         if cached and not self.supports_slot_cache:
             raise ValueError(
                 f'`kv_cache` must be "none" for {name} (got a cache): its forward is not known to attend to the keys '
                 "of earlier forwards. Leave it unset, or set `supports_slot_cache = True` on a class whose forward "
                 "hands its cache to every attention layer."
             )
-        reads_windows = not (cached and is_flash_attention_requested(self.config))
+        reads_windows = not (cached and is_flash_attention_requested(text_config(self.config)))
         takes_positions = self.accepted({"position_ids": None})
-        if ragged and not self.accepted({"attention_mask": None}):
+        takes_mask = self.accepted({"attention_mask": None})
+        if ragged and not takes_mask:
             raise ValueError(
                 f"`suffix_length` needs an `attention_mask` where rows see different numbers of positions (got {name},"
                 " whose forward takes none). Generate prompts one by one, or leave it unset."
@@ -140,7 +159,17 @@ class CanvasContract(Module):
                 f"{self.config._attn_implementation!r}, which masks only what lies before a row's text). Load the "
                 'model with `attn_implementation="sdpa"`, pass `kv_cache="none"`, or generate prompts one by one.'
             )
-        if attention_mask is None or (reads_windows and takes_positions) or attention_mask.all():
+        padded = attention_mask is not None and not attention_mask.all()
+        if not padded and not ragged:
+            return
+        if takes_mask and takes_positions and not self._reads_padding():
+            hiding = "`attention_mask`" if padded else "`suffix_length`"
+            raise ValueError(
+                f"{hiding} must not hide positions from {name}: its forward sees them, or places a text otherwise "
+                "behind them. Generate prompts of one length together, without `suffix_length`, or set "
+                "`supports_padding = True` on the class if that is not so."
+            )
+        if not padded or (reads_windows and takes_positions and takes_mask):
             return
         if not reads_windows:  # of a window's rows it would leave out those that the last slots' padding names
             raise ValueError(
@@ -148,17 +177,30 @@ class CanvasContract(Module):
                 f"{self.config._attn_implementation!r} and zeros in `attention_mask`). Load the model with "
                 '`attn_implementation="sdpa"`, or generate prompts of one length together.'
             )
+        lacks = "`position_ids`, so padding would move the text"
+        if takes_positions:
+            lacks = "`attention_mask`, so padding would be text"
         raise ValueError(
-            f"`attention_mask` must not hold zeros for {name}: its forward takes no `position_ids`, so padding "
-            "would move the text. Generate prompts of one length together."
+            f"`attention_mask` must not hold zeros for {name}: its forward takes no {lacks}. Generate prompts of one "
+            "length together."
         )
+
+    def _reads_padding(self) -> bool:
+        """What the class says, or a probe finds; granted where other processes would wait for its forward."""
+        if self.supports_padding is not None:
+            return self.supports_padding
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            return True
+        with evaluating(self):
+            return reads_padding(self, text_setting(self.config, "mask_token_id"))
 
     def _is_causal(self) -> bool:
         """Whether config or modules say that a position does not see later ones.
 
         `config.is_causal=False` overrides the modules: transformers hands it to masks and attention functions.
         """
-        config = self.config.get_text_config()
+        config = text_config(self.config)
         if getattr(config, "is_causal", None) is False:
             return False
         if getattr(config, "is_decoder", False):

@@ -23,6 +23,7 @@ from .decoding import (
 )
 from .generation_config_d3llm import D3LLMGenerationConfig, unknown_field
 from .half_precision import fast_products
+from .input_shapes import check_shapes
 from .ledger import Ledger
 from .processors import Processors
 from .scoring import Sampler, Scorer
@@ -30,6 +31,7 @@ from .selection import choose
 from .speculation import Speculation
 from .static_shapes import is_compiled, static_shapes
 from .streaming import Stream
+from .text_config import text_config
 
 
 @dataclass
@@ -119,6 +121,13 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         config.rules(max_new_tokens, self.logit_shift)
         return config
 
+    def _prepare_model_inputs(self, *args, **kwargs):
+        """As transformers', then what came beside the prompt has to fit it."""
+        prompt, name, model_kwargs = super()._prepare_model_inputs(*args, **kwargs)
+        width = getattr(self.get_input_embeddings(), "embedding_dim", None)
+        check_shapes(name, prompt, model_kwargs, width)
+        return prompt, name, model_kwargs
+
     def _prepare_generated_length(self, generation_config, *args, **kwargs):
         """Infilling appends nothing unless the call says how much."""
         if generation_config.appends:
@@ -203,13 +212,13 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 canvas=canvas,
                 tokens=ledger.tokens,
                 stop_ids=stop_ids,
-                vocab_size=self.config.get_text_config().vocab_size,
+                vocab_size=text_config(self.config).vocab_size,
             ),
         )
         speculation = Speculation(rules, stop_ids, sampler)
         cache = None
         if rules.kv_cache != "none":
-            cache = SlotCache(self.config.get_text_config().num_hidden_layers, canvas.length)
+            cache = SlotCache(text_config(self.config).num_hidden_layers, canvas.length)
 
         shapes = static_shapes(self, canvas, rules, cache, generation_config)
         with ledger, fast_products(self, compiled=is_compiled(generation_config)), shapes as (canvas, cache):

@@ -208,6 +208,7 @@ class MaskedDiffusionLMMixin(PublishingMixin):
     supports_position_mask = True
     supports_position_index = True
     supports_slot_cache = True
+    supports_padding = True
 
     # The entries that let `AutoModel.from_pretrained(folder, trust_remote_code=True)` find the code in the folder.
     auto_classes = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")

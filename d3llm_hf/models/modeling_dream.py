@@ -15,6 +15,7 @@ from .configuration_dream import DreamConfig
 from .generation_d3llm import D3LLMGenerationMixin
 from .layers import BidirectionalAttentionMixin, BidirectionalBlockMixin
 from .modeling_common import BidirectionalBackboneMixin, Float32RotaryMixin, MaskedDiffusionLMMixin
+from .tensors import WholeCheckpointMixin
 
 
 class DreamRotaryEmbedding(Float32RotaryMixin, Qwen2RotaryEmbedding):
@@ -37,7 +38,7 @@ class DreamBlock(BidirectionalBlockMixin, Qwen2DecoderLayer):
         self.self_attn = DreamAttention(config, layer_idx)
 
 
-class DreamPreTrainedModel(Qwen2PreTrainedModel):
+class DreamPreTrainedModel(WholeCheckpointMixin, Qwen2PreTrainedModel):
     """What transformers asks of a model family; most of Qwen2's answers hold."""
 
     config: DreamConfig  # type: ignore[assignment]  # has what is read of a Qwen2Config

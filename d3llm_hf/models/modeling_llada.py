@@ -1,5 +1,6 @@
 """LLaDA on today's transformers: official tensor names on disk, transformers' own structure in memory."""
 
+import re
 from typing import ClassVar
 
 import torch
@@ -15,13 +16,15 @@ from .configuration_llada import LLaDAConfig
 from .generation_d3llm import D3LLMGenerationMixin
 from .layers import BidirectionalAttentionMixin, BidirectionalBlockMixin
 from .modeling_common import BidirectionalBackboneMixin, Float32RotaryMixin, MaskedDiffusionLMMixin
+from .tensors import WholeCheckpointMixin
 
 
 # Official name of each tensor's module -> ours. transformers applies it when loading and undoes it when saving; the
 # backbone alone has the same names without `model.`. The lookbehind keeps `input_layernorm.` out of the way back.
+_WAY_BACK = "(?<![a-z_])"
 _OFFICIAL_TOP = {
     r"transformer\.wte\.": "embed_tokens.",
-    r"transformer\.ln_f\.": r"(?<![a-z_])norm.",
+    r"transformer\.ln_f\.": f"{_WAY_BACK}norm.",
     r"^model\.transformer\.ff_out\.": "lm_head.",
 }
 _OFFICIAL_BLOCK = {
@@ -35,13 +38,12 @@ _OFFICIAL_BLOCK = {
     "up_proj": "mlp.up_proj",
     "ff_out": "mlp.down_proj",
 }
+_OFFICIAL = _OFFICIAL_TOP | {
+    rf"transformer\.blocks\.(\d+)\.{theirs}\.": rf"layers.\1.{ours}." for theirs, ours in _OFFICIAL_BLOCK.items()
+}
 register_checkpoint_conversion_mapping(
     LLaDAConfig.model_type,
-    [WeightRenaming(theirs, ours) for theirs, ours in _OFFICIAL_TOP.items()]
-    + [
-        WeightRenaming(rf"transformer\.blocks\.(\d+)\.{theirs}\.", rf"layers.\1.{ours}.")
-        for theirs, ours in _OFFICIAL_BLOCK.items()
-    ],
+    [WeightRenaming(theirs, ours) for theirs, ours in _OFFICIAL.items()],
     overwrite=True,
 )
 
@@ -97,7 +99,7 @@ class LLaDABlock(BidirectionalBlockMixin, GradientCheckpointingLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.d_model, config.rms_norm_eps)
 
 
-class LLaDAPreTrainedModel(PreTrainedModel):
+class LLaDAPreTrainedModel(WholeCheckpointMixin, PreTrainedModel):
     """What transformers asks of a model family."""
 
     config: LLaDAConfig
@@ -115,6 +117,13 @@ class LLaDAPreTrainedModel(PreTrainedModel):
         "hidden_states": LLaDABlock,
         "attentions": LLaDAAttention,
     }
+
+    @staticmethod
+    def own_tensor_name(name: str) -> str:
+        """As transformers renames a tensor by the mapping above, or leaves it."""
+        for theirs, ours in _OFFICIAL.items():
+            name = re.sub(theirs, ours.replace(_WAY_BACK, ""), name)
+        return name
 
 
 class LLaDAModel(BidirectionalBackboneMixin, LLaDAPreTrainedModel):

@@ -27,6 +27,7 @@ from .canvas import Canvas
 from .contract import CanvasContract
 from .decoding import Rules, State
 from .layers import packed
+from .text_config import text_config
 
 
 def rounded(number: int, step: int) -> int:
@@ -275,7 +276,7 @@ def refuse(model: CanvasContract, rules: Rules, config: CompileConfig) -> None:
         "`suffix_length`, with which the canvas grows (unset one of them)": rules.suffix_length is not None,
         "`dynamic=True`: every forward has one of few static shapes (leave `dynamic` unset)": config.dynamic is True,
         'flash-attention, which takes padding out (load the model with `attn_implementation="sdpa"`)': (
-            is_flash_attention_requested(model.config)
+            is_flash_attention_requested(text_config(model.config))
         ),
         f"{name}, which is not known to compile in one graph (set `_can_compile_fullgraph = True` on a class whose "
         "forward does)": not getattr(model, "_can_compile_fullgraph", False),

@@ -83,8 +83,7 @@ class Admission:
         return min(self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS, self.max_tokens)
 
     def _positions(self) -> int | None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        return None if limit is None else limit - self.model.position_offset
+        return self.model.max_positions
 
     def _settings(self, request: ChatRequest | CompletionRequest) -> dict[str, Any]:
         """Arguments of `generate`; what is not said stays the server's."""

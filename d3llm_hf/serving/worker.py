@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from ..evaluation.stops import StopInAnswer
+from ..models.text_config import text_setting
 from .errors import ApiError, stopped
 from .follower import Abandoned, Follower
 from .jobs import Job
@@ -162,8 +163,8 @@ class Worker:
         )
 
     def _mask_token_id(self) -> int:
-        found = (getattr(c, "mask_token_id", None) for c in (self.model.generation_config, self.model.config))
-        return next(token for token in found if token is not None)
+        own = getattr(self.model.generation_config, "mask_token_id", None)
+        return text_setting(self.model.config, "mask_token_id") if own is None else own
 
     def _generate(self, jobs: Sequence[Job], follower: Follower) -> None:
         """Calls `generate` on prompts that are padded on the left."""

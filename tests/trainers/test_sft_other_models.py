@@ -122,3 +122,16 @@ def test_a_padded_row_is_trained_as_the_row_alone(other, tmp_path):
         trainer._draw_key = None  # the same masks again
         losses.append(trainer.compute_loss(model, row).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] > 0
+
+
+def test_padding_that_a_forward_does_not_read_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    model = BERT.tiny(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    model = as_diffusion_lm(model, mask_token_id=tokenizer.mask_token_id)
+    model.supports_padding = False
+    arguments = MaskedDiffusionSFTConfig(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = MaskedDiffusionSFTTrainer(model, arguments, processing_class=tokenizer)
+    ids, seen = torch.tensor([[0, 21, 22, 23]]), torch.tensor([[0, 1, 1, 1]])
+    with pytest.raises(ValueError, match="`model` must leave out what `attention_mask` names"):
+        trainer._model_inputs(ids, seen, 0)
+    assert "input_ids" in trainer._model_inputs(ids, torch.ones_like(ids), 0)
