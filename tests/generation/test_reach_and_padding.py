@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from d3llm_hf import D3LLMGenerationMixin, as_diffusion_lm, is_greedy, log_likelihood
+from d3llm_hf.models.cache_name import CACHE
 from d3llm_hf.models.locality import limited_reach
 
 
@@ -142,7 +143,7 @@ class HiddenWindow(Qwen2ForCausalLM):
         length = width if past_key_values is None else past_key_values.get_seq_length()
         near = (torch.arange(length - width, length)[:, None] - torch.arange(length)).abs() < 4
         mask = near[None, None].expand(len(input_ids), -1, -1, -1)
-        return super().forward(input_ids=input_ids, attention_mask=mask, past_key_values=past_key_values, **kwargs)
+        return super().forward(input_ids=input_ids, attention_mask=mask, **{CACHE: past_key_values}, **kwargs)
 
 
 class CausalBlocks(Qwen2ForCausalLM):
