@@ -104,9 +104,23 @@ def _register_in_auto_models(config: type, model: type) -> None:
         getattr(modeling_auto, name).register(config, model, exist_ok=True)
 
 
+def _patch(module: str, name: str) -> None:
+    """After `module`, one of PEFT's, has loaded."""
+    _load(f"{__package__}.peft_hooks", name)(sys.modules[module])
+
+
+_PEFT = {
+    "peft.config": "patch_configs",
+    "peft.tuners.tuners_utils": "patch_tuners",
+    "peft.peft_model": "patch_models",
+    "peft.auto": "patch_auto_classes",
+}
+
+
 def _actions() -> dict[str, Callable[[], None]]:
     """What follows the import of which module."""
     actions: dict[str, Callable[[], None]] = {"transformers.models.auto.configuration_auto": _register_stand_ins}
+    actions |= {module: partial(_patch, module, name) for module, name in _PEFT.items()}
     for family in _FAMILIES:
         actions[family.config_module] = partial(_register_config, family)
         actions[family.model_module] = partial(_register_model, family)

@@ -15,6 +15,7 @@ from .models.contract import CanvasContract
 from .models.half_precision import fast_products
 from .models.modeling_common import positions_of
 from .models.scoring import CHUNK_ELEMENTS, Sampler, confidence_cost, statistics
+from .models.wrappers import marked_logits, moves_padded, virtual_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,8 +259,14 @@ class _Texts:
         _refuse_rows(
             masked, "`input_ids` must not hold the mask token in the completion", "It has no likelihood of its own."
         )
+        if moves_padded(self.model) and not self.seen.all():
+            raise ValueError(
+                "`attention_mask` must not hold zeros with a PEFT adapter that drops `position_ids`: padding would "
+                "move the text. Pass texts of one length together."
+            )
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest is not None:
+            longest -= virtual_tokens(self.model)
             rule = f"`input_ids` must fit into the model's {longest} positions"
             _refuse_rows(self.seen.sum(1) > longest, rule, "Shorten the condition.")
 
@@ -324,10 +331,7 @@ class _Texts:
         }
         keep = keep.to(device)
         with fast_products(self.model, compiled=False):
-            if self.model.supports_position_mask:
-                logits = self.model(**inputs, logits_to_keep=keep).logits
-            else:
-                logits = self.model(**inputs).logits[keep]
+            logits = marked_logits(self.model, inputs, keep)
         if self.cfg_scale:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + (self.cfg_scale + 1) * (conditional - unconditional)

@@ -9,6 +9,7 @@ import torch
 from transformers.utils.generic import is_flash_attention_requested
 
 from .cache import SlotCache
+from .wrappers import marked_logits, wrapper_of
 
 
 @lru_cache
@@ -34,9 +35,12 @@ class CanvasContract(Module):
         supports_position_index (`bool`): `forward` takes `logits_to_keep` as places `(B, K)` as well and returns
             `(B, K, V)`; used where forwards have static shapes (`compile_config`).
         supports_slot_cache (`bool`): `forward` takes `past_key_values` and attends to all that its `update` returns.
+        counts_positions (`bool`): without `position_ids`, `forward` counts positions from the first slot that its
+            `attention_mask` leaves in; used where a wrapper drops them.
     """
 
     logit_shift = 0
+    counts_positions = False
     supports_position_mask = False
     supports_position_index = False
     supports_slot_cache = False
@@ -82,16 +86,18 @@ class CanvasContract(Module):
             `(n, V)` logits, in the order of `wanted.nonzero()`.
         """
         inputs = inputs | model_kwargs | {"use_cache": cache is not None}
+        wrapper = wrapper_of(self)
+        if wrapper is not None:  # a learnt prompt, which its forward puts in front; it has inputs of its own
+            own = {"task_ids": inputs["task_ids"][:1]} if "task_ids" in inputs else {}  # one for all: `check_wrapping`
+            return marked_logits(wrapper, self.accepted(inputs) | own, wanted)
         if cache is not None:
             inputs["past_key_values"] = cache
-        if self.supports_position_mask:
-            inputs["logits_to_keep"] = wanted
-        logits = self(**self.accepted(inputs)).logits
-        return logits if self.supports_position_mask else logits[wanted]
+        return marked_logits(self, self.accepted(inputs), wanted)
 
     def accepted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The entries of `inputs` that `forward` has a parameter for, all of them where it takes any keyword."""
-        names, takes_any = _parameters(type(self).forward)
+        replaced = vars(self).get("forward")  # on the instance, as hooks of accelerate are; the cache would keep it
+        names, takes_any = _parameters(type(self).forward) if replaced is None else _parameters.__wrapped__(replaced)
         return {name: value for name, value in inputs.items() if takes_any or name in names}
 
     def check_contract(self, attention_mask: torch.Tensor | None, cached: bool, ragged: bool = False) -> None:
@@ -113,7 +119,7 @@ class CanvasContract(Module):
                 f"Attention must not be causal: every position of a canvas sees all others (got {name}, whose config "
                 "describes a decoder). Set `model.config.is_causal = False`, and train the model so."
             )
-        if cached and not self.supports_slot_cache:
+        if cached and not (self.supports_slot_cache and self.accepted({"past_key_values": None})):
             raise ValueError(
                 f'`kv_cache` must be "none" for {name} (got a cache): its forward is not known to attend to the keys '
                 "of earlier forwards. Leave it unset, or set `supports_slot_cache = True` on a class whose forward "

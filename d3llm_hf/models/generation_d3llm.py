@@ -29,6 +29,7 @@ from .selection import choose
 from .speculation import Speculation
 from .static_shapes import is_compiled, static_shapes
 from .streaming import Stream
+from .wrappers import check_wrapping, hooks_of_a_call
 
 
 @dataclass
@@ -70,10 +71,11 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
     _supported_generation_modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
     def generate(self, *args, **kwargs):
-        if kwargs.get("streamer") is None:
-            return super().generate(*args, **kwargs)
-        with Stream.of(kwargs["streamer"]) as stream:  # ended whatever happens, also where arguments are refused
-            return super().generate(*args, **(kwargs | {"streamer": stream}))
+        with hooks_of_a_call(self):
+            if kwargs.get("streamer") is None:
+                return super().generate(*args, **kwargs)
+            with Stream.of(kwargs["streamer"]) as stream:  # ended whatever happens, also where arguments are refused
+                return super().generate(*args, **(kwargs | {"streamer": stream}))
 
     # ---- what transformers asks before decoding ------------------------------------------------------------------
 
@@ -186,6 +188,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         rules = generation_config.rules(canvas.slots.shape[1], self.logit_shift)
         ragged = rules.suffix_length is not None and canvas.batch + rules.draft_length > 1
         self.check_contract(canvas.mask, cached=rules.kv_cache != "none", ragged=ragged)
+        check_wrapping(self, canvas, rules, is_compiled(generation_config))
         state = canvas.start(rules)
         stop_ids = generation_config._eos_token_tensor
         sampler = self._sampler(generation_config)

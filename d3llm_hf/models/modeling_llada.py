@@ -23,7 +23,7 @@ _OFFICIAL_TOP = {
     r"transformer\.ln_f\.": r"(?<![a-z_])norm.",
     r"^model\.transformer\.ff_out\.": "lm_head.",
 }
-_OFFICIAL_BLOCK = {
+OFFICIAL_BLOCK = {
     "attn_norm": "input_layernorm",
     "ff_norm": "post_attention_layernorm",
     "q_proj": "self_attn.q_proj",
@@ -39,7 +39,7 @@ register_checkpoint_conversion_mapping(
     [WeightRenaming(theirs, ours) for theirs, ours in _OFFICIAL_TOP.items()]
     + [
         WeightRenaming(rf"transformer\.blocks\.(\d+)\.{theirs}\.", rf"layers.\1.{ours}.")
-        for theirs, ours in _OFFICIAL_BLOCK.items()
+        for theirs, ours in OFFICIAL_BLOCK.items()
     ],
     overwrite=True,
 )
