@@ -277,7 +277,9 @@ class MaskedDiffusionLMMixin(PublishingMixin):
             ValueError: naming the first ones.
         """
         loaded = super().load_adapter(*args, **kwargs)
-        refuse_homeless(loaded.unexpected_keys, str(args[0] if args else kwargs.get("peft_model_id")), self)
+        refuse_homeless(
+            getattr(loaded, "unexpected_keys", ()), str(args[0] if args else kwargs.get("peft_model_id")), self
+        )
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
