@@ -48,7 +48,6 @@ def patch_tuners(module: Any) -> None:
 def patch_models(module: Any) -> None:
     """`peft.peft_model`: no tensor is left out, no learnt prompt by `generate`, and PEFT finds our sizes."""
     load, generate = module.PeftModel.load_adapter, module.PeftModel.generate
-    prepare = module._prepare_prompt_learning_config
 
     @functools.wraps(load)
     def load_adapter(self, model_id, adapter_name, *args, **kwargs):
@@ -69,13 +68,15 @@ def patch_models(module: Any) -> None:
             raise unfit_task(config)
         return generate(self, *args, **kwargs)
 
-    @functools.wraps(prepare)
-    def prepare_sizes(peft_config, model_config):
-        usual = _usual_names(model_config)
-        return prepare(peft_config, (model_config.to_dict() | usual) if usual else model_config)
-
     module.PeftModel.load_adapter, module.PeftModel.generate = load_adapter, checked
-    module._prepare_prompt_learning_config = prepare_sizes
+    prepare = getattr(module, "_prepare_prompt_learning_config", None)
+    if prepare is not None:  # otherwise the sizes of a learnt prompt have to be given by hand
+
+        def prepare_sizes(peft_config, model_config):
+            usual = _usual_names(model_config)
+            return prepare(peft_config, (model_config.to_dict() | usual) if usual else model_config)
+
+        module._prepare_prompt_learning_config = prepare_sizes
 
 
 def patch_auto_classes(module: Any) -> None:
