@@ -51,14 +51,16 @@ def patch_models(module: Any) -> None:
 
     @functools.wraps(load)
     def load_adapter(self, model_id, adapter_name, *args, **kwargs):
-        if not isinstance(base_of(self), CanvasContract) or self.active_peft_config.is_prompt_learning:
+        config = getattr(self, "active_peft_config", None)  # none where kinds of adapters are mixed
+        base = self.base_model.model if config is None else base_of(self)
+        if not isinstance(base, CanvasContract) or (config is not None and config.is_prompt_learning):
             return load(self, model_id, adapter_name, *args, **kwargs)
         from .adapter_names import TENSOR_NAMES
 
-        if base_of(self).config.model_type == "llada":
+        if base.config.model_type == "llada":
             kwargs["key_mapping"] = kwargs.get("key_mapping") or TENSOR_NAMES
         result = load(self, model_id, adapter_name, *args, **kwargs)
-        refuse_homeless(result.unexpected_keys, str(model_id), base_of(self))
+        refuse_homeless(result.unexpected_keys, str(model_id), base)
         return result
 
     @functools.wraps(generate)

@@ -11,6 +11,7 @@ from peft import (
     IA3Config,
     LNTuningConfig,
     LoraConfig,
+    PeftMixedModel,
     PeftModel,
     TrainableTokensConfig,
     get_peft_model,
@@ -263,6 +264,8 @@ def test_a_tensor_that_finds_no_module_is_an_error_that_names_it(tmp_path, base)
     said = r"Every tensor of an adapter must belong to a module .*other' with 2 for none.*mlp\.gate_proj\.lora_A"
     with pytest.raises(ValueError, match=said):
         PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder)
+    with pytest.raises(ValueError, match=said):
+        PeftMixedModel.from_pretrained(AutoModel.from_pretrained(base), folder)
     with pytest.raises(ValueError, match=said):
         AutoModel.from_pretrained(folder)
     with pytest.raises(ValueError, match=said):
