@@ -79,6 +79,16 @@ def _register_stand_ins() -> None:
             AutoConfig.register(family.model_type, _StandIn(family.config_class, (), known), exist_ok=True)
 
 
+def _register_tokenizer() -> None:
+    """After transformers' `AutoTokenizer` has loaded: the tokenizer class that Dream's checkpoints name."""
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    dream = _FAMILIES[1]
+    config = _StandIn(dream.config_class, (), {"__module__": dream.config_module, "model_type": dream.model_type})
+    tokenizer = _StandIn("DreamTokenizer", (), {"__module__": f"{__package__}.tokenization_dream"})
+    AutoTokenizer.register(config, fast_tokenizer_class=tokenizer, exist_ok=True)
+
+
 def _register_config(family: _Family) -> None:
     """After the config class of `family` has loaded.
 
@@ -107,9 +117,24 @@ def _register_in_auto_models(config: type, model: type) -> None:
         getattr(modeling_auto, name).register(config, model, exist_ok=True)
 
 
+def _patch(module: str, name: str) -> None:
+    """After `module`, one of PEFT's, has loaded."""
+    _load(f"{__package__}.peft_hooks", name)(sys.modules[module])
+
+
+_PEFT = {
+    "peft.config": "patch_configs",
+    "peft.tuners.tuners_utils": "patch_tuners",
+    "peft.peft_model": "patch_models",
+    "peft.auto": "patch_auto_classes",
+}
+
+
 def _actions() -> dict[str, Callable[[], None]]:
     """What follows the import of which module."""
     actions: dict[str, Callable[[], None]] = {"transformers.models.auto.configuration_auto": _register_stand_ins}
+    actions["transformers.models.auto.tokenization_auto"] = _register_tokenizer
+    actions |= {module: partial(_patch, module, name) for module, name in _PEFT.items()}
     for family in _FAMILIES:
         actions[family.config_module] = partial(_register_config, family)
         actions[family.model_module] = partial(_register_model, family)

@@ -295,6 +295,7 @@ def _make_tokenizer_standard(folder: Path) -> None:
         return
     if config.get("tokenizer_class") == "DreamTokenizer":
         config["tokenizer_class"] = "Qwen2Tokenizer"
+        _declare_added_tokens(folder / "vocab.json", config.get("added_tokens_decoder") or {})
     elif (folder / "tokenizer.json").is_file():
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     else:
@@ -303,6 +304,15 @@ def _make_tokenizer_standard(folder: Path) -> None:
             f"{config.get('tokenizer_class')!r}). Convert the tokenizer first."
         )
     _write_json(file, config)
+
+
+def _declare_added_tokens(file: Path, added: dict[str, dict]) -> None:
+    """Keeps the ids of added tokens where a gap lies before them."""
+    from .tokenization_dream import with_declared
+
+    if file.is_file():
+        vocabulary = _read_json(file)
+        _write_json(file, with_declared(vocabulary, {token["content"]: int(index) for index, token in added.items()}))
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

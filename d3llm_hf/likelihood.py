@@ -16,6 +16,7 @@ from .models.half_precision import fast_products
 from .models.modeling_common import positions_of
 from .models.scoring import CHUNK_ELEMENTS, Sampler, confidence_cost, statistics
 from .models.text_config import text_setting
+from .models.wrappers import base_of, marked_logits, moves_padded, virtual_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,8 +261,14 @@ class _Texts:
         _refuse_rows(
             masked, "`input_ids` must not hold the mask token in the completion", "It has no likelihood of its own."
         )
+        if moves_padded(self.model) and not self.seen.all():
+            raise ValueError(
+                "`attention_mask` must not hold zeros with a PEFT adapter that drops `position_ids`: padding would "
+                "move the text. Pass texts of one length together."
+            )
         longest = self.model.max_positions
         if longest is not None:
+            longest -= virtual_tokens(self.model)
             rule = f"`input_ids` must fit into the model's {longest} positions"
             _refuse_rows(self.seen.sum(1) > longest, rule, "Shorten the condition.")
 
@@ -325,7 +332,10 @@ class _Texts:
             "use_cache": False,
         }
         with fast_products(self.model, compiled=False):
-            logits = self.model.canvas_logits(inputs, keep.to(device))
+            if base_of(self.model) is self.model:
+                logits = self.model.canvas_logits(inputs, keep.to(device))
+            else:  # through a wrapper's own forward
+                logits = marked_logits(self.model, self.model.accepted(inputs), keep.to(device))
         if self.cfg_scale:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + (self.cfg_scale + 1) * (conditional - unconditional)

@@ -57,7 +57,7 @@ def load_tokenizer(source: str, name: str, argument: str = "model", **kwargs):
     Args:
         source (`str`): what `from_pretrained` takes.
         name, argument (`str`): as in [`loading`].
-        kwargs: of `from_pretrained`.
+        kwargs: of `from_pretrained`; a tokenizer's own code is not run unless they say so.
 
     Raises:
         ValueError: if there is none that transformers can make.
@@ -66,7 +66,7 @@ def load_tokenizer(source: str, name: str, argument: str = "model", **kwargs):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, **kwargs)
+        return AutoTokenizer.from_pretrained(source, **({"trust_remote_code": False} | kwargs))
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and not Path(source).is_dir():
             raise  # there may be no such checkpoint at all

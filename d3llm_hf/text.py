@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
+from transformers import BatchEncoding
 
 
 def encode_text(tokenizer, text: str):
@@ -139,6 +140,26 @@ def encode_chat(
     return _encoding(tokenizer, ids)
 
 
+def encode_chats(tokenizer, chats: Sequence[Sequence[dict[str, str]]]):
+    """Encodes conversations of one's own with the tokenizer's chat template, as rows that are padded on the left.
+
+    Where the tokenizer names no token for padding, another stands there: the attention mask hides it.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+        chats: the conversations; special tokens in them are control tokens, as `apply_chat_template` takes them.
+
+    Returns:
+        `BatchEncoding` with `input_ids` and `attention_mask` of shape `(B, P)`.
+    """
+    rows = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
+    width = max(map(len, rows))
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    ids = [[pad] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return BatchEncoding({"input_ids": ids, "attention_mask": mask}, tensor_type="pt")
+
+
 def _content_spans(messages: Sequence[dict[str, str]], rendered: str, render) -> list[tuple[int, int]]:
     """Where each content lies in the rendered conversation: rendered again with placeholders, the rest must agree."""
     placeholders = [f"\ue000{index}\ue001" for index in range(len(messages))]  # private-use characters: in no template
@@ -203,7 +224,8 @@ def _plain_ids(tokenizer, text: str, *, add_special_tokens: bool = False) -> lis
 def _encoding(tokenizer, ids: list[int]):
     if not ids:
         raise ValueError("`text` must not be empty (got nothing to encode). Write a prompt.")
-    return tokenizer.pad([{"input_ids": ids, "attention_mask": [1] * len(ids)}], return_tensors="pt")
+    # Not `tokenizer.pad`: one row needs no padding, and some tokenizers name no token for it.
+    return BatchEncoding({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}, tensor_type="pt")
 
 
 def _check_text(value: Any, name: str) -> None:

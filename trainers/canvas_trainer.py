@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from d3llm_hf.model_card import complete_card
 from d3llm_hf.models.modeling_common import positions_of
 from d3llm_hf.models.text_config import text_setting
+from d3llm_hf.models.wrappers import lengthened_by, moves_padded, unfit_task
 
 from .weights import load_converted_weights
 from .whole_checkpoints import CheckpointError, begin_checkpoint, checkpoint_to_resume, finish_checkpoint
@@ -60,12 +61,23 @@ class CanvasTrainer(Trainer):
         self._forward_takes = frozenset(inspect.signature(type(base).forward).parameters)
         self._position_offset = getattr(base, "position_offset", None)
         self._ignores_padding = getattr(base, "supports_padding", None) is False
-        self._keeps_marked_positions = getattr(base, "supports_position_mask", False)
-        if peft_config is None:
-            return model
-        from peft import get_peft_model
+        if peft_config is not None:
+            from peft import get_peft_model
 
-        return get_peft_model(model, peft_config)
+            if peft_config.is_prompt_learning and peft_config.task_type != "CAUSAL_LM":
+                raise unfit_task(peft_config)
+            model = get_peft_model(model, peft_config)
+        lengthened = lengthened_by(model) > 0
+        self._keeps_marked_positions = getattr(base, "supports_position_mask", False) and not lengthened
+        if moves_padded(model):
+            raise ValueError(
+                f"`peft_config` must not put embeddings in front of the prompts of {type(base).__name__} (got "
+                f"{model.active_peft_config.peft_type.value}): PEFT then passes no `position_ids`, and padding would "
+                "move the text. Train a prefix (`PrefixTuningConfig`) or a LoRA adapter."
+            )
+        if lengthened:  # PEFT drops them, with a warning at each step
+            self._forward_takes -= {"position_ids"}
+        return model
 
     def _model_inputs(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, kept: int | torch.Tensor

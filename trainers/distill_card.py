@@ -152,10 +152,18 @@ def _recipe(trainer: PseudoTrajectoryDistillTrainer) -> list[tuple[str, Any]]:
         ("Seed", args.seed),
     ]
     for adapter in trainer.adapter_configs:
-        targets = adapter.target_modules
-        named = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-        rows.append((f"{adapter.peft_type.value} adapter", f"r={adapter.r}, alpha={adapter.lora_alpha}, on {named}"))
+        rows.append((f"{adapter.peft_type.value} adapter", _described(adapter)))
     return rows
+
+
+def _described(adapter: Any) -> str:
+    """Size and place of an adapter, by what the config of its kind has."""
+    said = {"r": "r={}", "lora_alpha": "alpha={}", "num_virtual_tokens": "{} virtual tokens"}
+    parts = [form.format(getattr(adapter, name)) for name, form in said.items() if hasattr(adapter, name)]
+    targets = getattr(adapter, "target_modules", None)
+    if targets:
+        parts.append("on " + (targets if isinstance(targets, str) else ", ".join(sorted(targets))))
+    return ", ".join(parts)
 
 
 def _curriculum(args: Any) -> list[dict[str, Any]]:

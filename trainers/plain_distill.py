@@ -44,7 +44,7 @@ class FullLogitsTrainer(PseudoTrajectoryDistillTrainer):
             hidden, learnt, weights = (F.pad(each, (prompt_length, 0)) for each in (hidden, learnt, weights))  # (B, L)
             canvas = ids.masked_fill(hidden, self.mask_token_id)
             outputs = model(**self._model_inputs(canvas, inputs["attention_mask"], 0))
-            logits = outputs.logits.float()  # (B, L, V)
+            logits = outputs.logits[:, -ids.shape[1] :].float()  # (B, L, V), without the rows of a learnt prompt
             shift = self.label_shift
             logits, targets = logits[:, : logits.shape[1] - shift], ids[:, shift:]
             learnt, weights = learnt[:, shift:], weights[:, shift:]

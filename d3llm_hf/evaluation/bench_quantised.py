@@ -116,6 +116,7 @@ def measure_quantised(bench: DecodingBench) -> dict[str, Any]:
     """
     from ..hub import checkpoint_source
     from ..sources import load_tokenizer, loading
+    from ..text import encode_chats
 
     if not bench.model:
         raise ValueError("`model` must name a checkpoint whose answers can be scored (got none). Try d3llm-llada.")
@@ -129,9 +130,7 @@ def measure_quantised(bench: DecodingBench) -> dict[str, Any]:
         for start in range(0, len(problems), bench.batch_size):
             batch = problems[start : start + bench.batch_size]
             chats = [[{"role": "user", "content": problem.question}] for problem in batch]
-            inputs = tokenizer.apply_chat_template(
-                chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-            ).to(bench.device)
+            inputs = encode_chats(tokenizer, chats).to(bench.device)
             if not models:
                 models, reasons = _prepared(bench, inputs)
                 tallies = {name: Tally() for name in models}

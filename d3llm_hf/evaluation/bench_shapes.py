@@ -211,21 +211,17 @@ def prepared(bench: DecodingBench, scale: float | None = None) -> Iterator[tuple
 
 def _checkpoint(bench: DecodingBench) -> Work:
     from ..commands.generate import load
+    from ..text import encode_chats
 
     model, tokenizer = load(bench.model, device=bench.device, dtype=bench.dtype)
     problems = generate_problems(bench.count, split="test", seed=SEED)
     chats = [[{"role": "user", "content": problem.question}] for problem in problems]
     groups = [chats[start : start + bench.batch_size] for start in range(0, len(chats), bench.batch_size)]
-    batches = [
-        dict(
-            tokenizer.apply_chat_template(
-                group, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-            ).to(model.device)
-        )
-        for group in groups
-    ]
+    batches = [dict(encode_chats(tokenizer, group).to(model.device)) for group in groups]
     stop = model.generation_config.eos_token_id
-    limits = {"max_new_tokens": bench.new_tokens, "eos_token_id": stop, "pad_token_id": tokenizer.pad_token_id}
+    limits = {"max_new_tokens": bench.new_tokens, "eos_token_id": stop}
+    if tokenizer.pad_token_id is not None:
+        limits["pad_token_id"] = tokenizer.pad_token_id
     return Work(model, batches, limits, problems, tokenizer)
 
 

@@ -30,7 +30,7 @@ def load_checkpoint(
             unless there is a `device`.
         tokenizer (`str` or tokenizer, *optional*): that of `pretrained` when unset.
         revision, dtype, trust_remote_code, attn_implementation: as in `from_pretrained`.
-        peft (`str`, *optional*): folder or id of an adapter, merged into the weights.
+        peft (`str`, *optional*): folder or id of an adapter, merged into the weights where it can be.
         device (*optional*): where there is a GPU that one, when unset. lm-eval asks for `cuda:0` by default; where
             there is none, the CPU takes its place.
 
@@ -59,7 +59,9 @@ def load_checkpoint(
     if peft is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, peft).merge_and_unload()
+        model = PeftModel.from_pretrained(model, peft)
+        if not model.active_peft_config.is_prompt_learning:  # a learnt prompt has no weights to be merged into
+            model = model.merge_and_unload()
     if getattr(model, "logit_shift", None) is None:
         raise TypeError(
             f"`pretrained` must be a LLaDA, Dream or d3LLM checkpoint, or a model that decodes by diffusion (got "

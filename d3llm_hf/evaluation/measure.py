@@ -27,6 +27,7 @@ from ..files import check_writable, replace_file
 from ..hub import embedded_checkpoints
 from ..models.generation_d3llm import D3LLMGenerationMixin
 from ..progress import progress_bar
+from ..text import encode_chats
 from .suites import FIGURES, SUITES, Settings, Suite
 from .word_problems import WordProblem, exact_match, generate_problems
 
@@ -129,9 +130,7 @@ def measure(
     with progress_bar(len(problems) * len(suite.rows), "answer", "measuring") as bar:
         for number, batch in enumerate(_batches(problems, batch_size)):
             chats = [[{"role": "user", "content": problem.question}] for problem in batch]
-            inputs = tokenizer.apply_chat_template(  # type: ignore[union-attr]  # a BatchEncoding, by `return_dict`
-                chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-            ).to(model.device)
+            inputs = encode_chats(tokenizer, chats).to(model.device)
             for settings in suite.rows.values() if number == 0 else ():
                 Tally().generate(model, inputs, settings, max_new_tokens=1)
             for name, settings in suite.rows.items():

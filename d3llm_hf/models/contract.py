@@ -13,6 +13,7 @@ from .cache_name import CACHE, CACHE_NAMES
 from .locality import limited_reach
 from .probes import evaluating, reads_padding
 from .text_config import text_config, text_setting
+from .wrappers import marked_logits, wrapper_of
 
 
 @lru_cache
@@ -41,9 +42,12 @@ class CanvasContract(Module):
             its `update` returns.
         supports_padding (`bool`, *optional*): `forward` attends to nothing where `attention_mask` is 0. Where a class
             does not say, short forwards find out when a batch is padded.
+        counts_positions (`bool`): without `position_ids`, `forward` counts positions from the first slot that its
+            `attention_mask` leaves in; used where a wrapper drops them.
     """
 
     logit_shift = 0
+    counts_positions = False
     supports_position_mask = False
     supports_position_index = False
     supports_slot_cache = False
@@ -71,7 +75,7 @@ class CanvasContract(Module):
     @property
     def cache_name(self) -> str | None:
         """By which name `forward` takes a cache: the first that it has a parameter for, or none."""
-        names, takes_any = _parameters(type(self).forward)
+        names, takes_any = self._takes()
         return next((name for name in CACHE_NAMES if name in names), CACHE if takes_any else None)
 
     def canvas_logits(
@@ -102,17 +106,23 @@ class CanvasContract(Module):
             `(n, V)` logits, in the order of `wanted.nonzero()`.
         """
         inputs = inputs | model_kwargs | {"use_cache": cache is not None}
+        wrapper = wrapper_of(self)
+        if wrapper is not None:  # a learnt prompt, which its forward puts in front; it has inputs of its own
+            own = {"task_ids": inputs["task_ids"][:1]} if "task_ids" in inputs else {}  # one for all: `check_wrapping`
+            return marked_logits(wrapper, self.accepted(inputs) | own, wanted)
         if cache is not None:
             inputs[self.cache_name] = cache
-        if self.supports_position_mask:
-            inputs["logits_to_keep"] = wanted
-        logits = self(**self.accepted(inputs)).logits
-        return logits if self.supports_position_mask else logits[wanted]
+        return marked_logits(self, self.accepted(inputs), wanted)
 
     def accepted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The entries of `inputs` that `forward` has a parameter for, all of them where it takes any keyword."""
-        names, takes_any = _parameters(type(self).forward)
+        names, takes_any = self._takes()
         return {name: value for name, value in inputs.items() if takes_any or name in names}
+
+    def _takes(self) -> tuple[frozenset[str], bool]:
+        """Names of the parameters of `forward`, and whether it takes any others."""
+        replaced = vars(self).get("forward")  # on the instance, as hooks of accelerate are; the cache would keep it
+        return _parameters(type(self).forward) if replaced is None else _parameters.__wrapped__(replaced)
 
     def check_contract(self, attention_mask: torch.Tensor | None, cached: bool, ragged: bool = False) -> None:
         """What can be known of the contract without a forward, before the first one.
@@ -139,7 +149,7 @@ class CanvasContract(Module):
                 f'`kv_cache` must be "none" for {name} (got a cache): {limit} says that some layer does not attend to '
                 "all positions, and windows are counted from where a cache ends. Leave it unset."
             )
-        if cached and not self.supports_slot_cache:
+        if cached and not (self.supports_slot_cache and self.cache_name is not None):
             raise ValueError(
                 f'`kv_cache` must be "none" for {name} (got a cache): its forward is not known to attend to the keys '
                 "of earlier forwards. Leave it unset, or set `supports_slot_cache = True` on a class whose forward "

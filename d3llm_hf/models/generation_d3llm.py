@@ -32,6 +32,7 @@ from .speculation import Speculation
 from .static_shapes import is_compiled, static_shapes
 from .streaming import Stream
 from .text_config import text_config
+from .wrappers import check_wrapping, hooks_of_a_call
 
 
 @dataclass
@@ -77,10 +78,11 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 f"`{given[0]}` cannot be continued: in a bidirectional model the keys of the prompt depend on the "
                 f"answer (got {type(given[1]).__name__}). Pass the whole text as `input_ids`."
             )
-        if kwargs.get("streamer") is None:
-            return super().generate(*args, **kwargs)
-        with Stream.of(kwargs["streamer"]) as stream:  # ended whatever happens, also where arguments are refused
-            return super().generate(*args, **(kwargs | {"streamer": stream}))
+        with hooks_of_a_call(self):
+            if kwargs.get("streamer") is None:
+                return super().generate(*args, **kwargs)
+            with Stream.of(kwargs["streamer"]) as stream:  # ended whatever happens, also where arguments are refused
+                return super().generate(*args, **(kwargs | {"streamer": stream}))
 
     # ---- what transformers asks before decoding ------------------------------------------------------------------
 
@@ -195,6 +197,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         rules = generation_config.rules(canvas.slots.shape[1], self.logit_shift)
         ragged = rules.suffix_length is not None and canvas.batch + rules.draft_length > 1
         self.check_contract(canvas.mask, cached=rules.kv_cache != "none", ragged=ragged)
+        check_wrapping(self, canvas, rules, is_compiled(generation_config))
         state = canvas.start(rules)
         stop_ids = generation_config._eos_token_tensor
         sampler = self._sampler(generation_config)

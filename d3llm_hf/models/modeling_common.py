@@ -16,6 +16,7 @@ from .cache_name import CACHE, takes_either_cache_name
 from .generation_config_d3llm import D3LLMGenerationConfig
 from .layers import at_positions, can_narrow, packed
 from .publishing import PublishingMixin
+from .wrappers import refuse_homeless
 
 
 def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -209,6 +210,7 @@ class MaskedDiffusionLMMixin(PublishingMixin):
     supports_position_index = True
     supports_slot_cache = True
     supports_padding = True
+    counts_positions = True
 
     # The entries that let `AutoModel.from_pretrained(folder, trust_remote_code=True)` find the code in the folder.
     auto_classes = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
@@ -268,6 +270,18 @@ class MaskedDiffusionLMMixin(PublishingMixin):
             attentions=outputs.attentions,
             **{CACHE: getattr(outputs, CACHE)},
         )
+
+    def load_adapter(self, *args, **kwargs):
+        """As transformers', but an adapter's tensor that finds no module is an error.
+
+        Raises:
+            ValueError: naming the first ones.
+        """
+        loaded = super().load_adapter(*args, **kwargs)
+        refuse_homeless(
+            getattr(loaded, "unexpected_keys", ()), str(args[0] if args else kwargs.get("peft_model_id")), self
+        )
+        return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves as transformers does, with *every* entry of `auto_map` (transformers alone writes one model class)."""

@@ -27,7 +27,7 @@ _OFFICIAL_TOP = {
     r"transformer\.ln_f\.": f"{_WAY_BACK}norm.",
     r"^model\.transformer\.ff_out\.": "lm_head.",
 }
-_OFFICIAL_BLOCK = {
+OFFICIAL_BLOCK = {
     "attn_norm": "input_layernorm",
     "ff_norm": "post_attention_layernorm",
     "q_proj": "self_attn.q_proj",
@@ -39,7 +39,7 @@ _OFFICIAL_BLOCK = {
     "ff_out": "mlp.down_proj",
 }
 _OFFICIAL = _OFFICIAL_TOP | {
-    rf"transformer\.blocks\.(\d+)\.{theirs}\.": rf"layers.\1.{ours}." for theirs, ours in _OFFICIAL_BLOCK.items()
+    rf"transformer\.blocks\.(\d+)\.{theirs}\.": rf"layers.\1.{ours}." for theirs, ours in OFFICIAL_BLOCK.items()
 }
 register_checkpoint_conversion_mapping(
     LLaDAConfig.model_type,

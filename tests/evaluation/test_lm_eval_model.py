@@ -414,6 +414,19 @@ def test_the_gpu_that_lm_eval_asks_for_by_default_is_replaced_by_the_cpu_where_t
     assert "There is no GPU" in caplog.text
 
 
+def test_a_learnt_prompt_stays_in_front_of_the_model(tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = AutoModel.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    adapted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    adapted.prompt_encoder["default"].embedding.weight.data.normal_(0, 5, generator=torch.Generator().manual_seed(0))
+    adapted.save_pretrained(tmp_path)
+    lm = D3LLMLM("d3llm-llada", dtype="float32", peft=str(tmp_path), device="cpu")
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(lm.model(input_ids=ids).logits, adapted(input_ids=ids).logits)
+    assert len(lm.generate_until(requests_of(("a", {"until": ["b"], "max_gen_toks": 4})), disable_tqdm=True)) == 1
+
+
 def test_an_adapter_is_merged(tmp_path, embedded):
     from peft import LoraConfig, get_peft_model
 
