@@ -6,9 +6,11 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .configuration_common import DerivingConfigMixin
+
 
 @strict
-class DreamConfig(PreTrainedConfig):
+class DreamConfig(DerivingConfigMixin, PreTrainedConfig):
     r"""Configuration of a [`DreamModel`]: the keys of `Dream-org/Dream-v0-Instruct-7B`, which are Qwen2's.
 
     All other keys of a config.json are kept, and saved again.
@@ -69,6 +71,7 @@ class DreamConfig(PreTrainedConfig):
     pad_token_id: int | None = 151643
 
     def __post_init__(self, **kwargs):
+        kwargs = self.take_aliases(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self.layer_types = ["full_attention"] * self.num_hidden_layers

@@ -6,6 +6,8 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .configuration_common import DerivingConfigMixin
+
 
 # Keys of the official config that describe variants which no released LLaDA uses, with the value that is implemented.
 _ONLY_VARIANT = {
@@ -27,7 +29,7 @@ _ONLY_VARIANT = {
 
 
 @strict
-class LLaDAConfig(PreTrainedConfig):
+class LLaDAConfig(DerivingConfigMixin, PreTrainedConfig):
     r"""Configuration of a [`LLaDAModelLM`], a bidirectional Llama-like masked diffusion language model.
 
     The field names are those of `GSAI-ML/LLaDA-8B-Instruct`; transformers' usual names (`hidden_size`,
@@ -116,6 +118,7 @@ class LLaDAConfig(PreTrainedConfig):
     pad_token_id: int | None = 126081
 
     def __post_init__(self, **kwargs):
+        kwargs = self.take_aliases(kwargs)
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         if self.mlp_hidden_size is None:
