@@ -9,6 +9,8 @@ from .cache import SlotCache
 from .decoding import Rules, State
 from .layers import packed
 from .modeling_common import positions_of
+from .prompt_checks import check_tokens, longest_text
+from .token_ids import vocabulary_of
 
 
 # Arguments of `generate` that reach the model through the canvas, or not at all; all others go to its forward.
@@ -94,13 +96,15 @@ class Canvas:
         if embeds is not None:
             prompt = torch.full(embeds.shape[:2], mask_token_id, dtype=torch.long, device=embeds.device)
         length = prompt.shape[1] + new_length
-        offset, longest = model.position_offset, getattr(model.config, "max_position_embeddings", None)
+        offset, longest = model.position_offset, longest_text(model.config)
         longest = None if longest is None else longest - offset
         if longest is not None and length > longest:
             raise ValueError(
                 f"Prompt and `max_new_tokens` must fit into the model's {longest} positions (got {prompt.shape[1]} + "
                 f"{new_length} = {length}). Shorten one of them."
             )
+
+        check_tokens(prompt, vocabulary_of(model.config))
 
         # 2. Padding
         mask = model_kwargs.get("attention_mask")

@@ -82,6 +82,8 @@ class CanvasContract(Module):
             `(n, V)` logits, in the order of `wanted.nonzero()`.
         """
         inputs = inputs | model_kwargs | {"use_cache": cache is not None}
+        if inputs.get("attention_mask") is not None:  # numbers, as tokenizers make them: some forwards compute with it
+            inputs["attention_mask"] = inputs["attention_mask"].long()
         if cache is not None:
             inputs["past_key_values"] = cache
         if self.supports_position_mask:
