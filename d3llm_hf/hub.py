@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from ._registration import AUTO_CLASSES
 from .engines import check_for_engine, prepare_for_engine
@@ -238,12 +239,13 @@ def _generation_config(folder: Path, config: dict, decoding_method: str | None) 
     Pipelines sample unless the file says that they should not; and where the file exists, transformers no longer looks
     for special tokens in config.json. Settings of the source's method are left out for another one, as by `generate`.
     """
+    from .models.foreign_settings import translated
     from .models.methods import CACHE_FIELDS, COMMON, DEFAULT_METHOD, METHODS
 
     file = folder / "generation_config.json"
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
     settings = {"do_sample": False} | {name: config[name] for name in names if config.get(name) is not None}
-    settings |= _read_json(file) if file.is_file() else {}
+    settings |= translated(_read_json(file)) if file.is_file() else {}
     settings.pop("_from_model_config", None)  # transformers would drop our fields when it reads the file
     if decoding_method is not None:
         own = settings.get("decoding_method") or DEFAULT_METHOD
@@ -255,21 +257,29 @@ def _generation_config(folder: Path, config: dict, decoding_method: str | None) 
 
 
 def _validated(config: dict, generation: dict) -> dict:
-    """Builds both configs, which refuses what our code lacks; returns the settings that have a meaning."""
+    """Builds both configs as a call would, which refuses what our code lacks; returns the settings with a meaning."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import GenerationConfig, PreTrainedConfig
 
     from .models.configuration_dream import DreamConfig
     from .models.configuration_llada import LLaDAConfig
     from .models.generation_config_d3llm import D3LLMGenerationConfig
+    from .models.token_ids import check_inside
 
     kinds: dict[str, type[PreTrainedConfig]] = {"llada": LLaDAConfig, "Dream": DreamConfig}
     try:
-        kinds[config["model_type"]].from_dict(config)
+        model_config: Any = kinds[config["model_type"]].from_dict(config)
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from error
-    settings = D3LLMGenerationConfig.coerce(GenerationConfig.from_dict(generation))
-    settings.validate()
+    way_out = "Correct config.json, which takes that of the 8B or 7B model where it names none; null is none."
+    for name in ("mask_token_id", "pad_token_id"):
+        value = getattr(model_config, name)
+        check_inside(f"`{name}` of the model's config", value, model_config.vocab_size, way_out)
+    settings, call = D3LLMGenerationConfig.coerce(GenerationConfig.from_dict(generation)), D3LLMGenerationConfig()
+    call.inherit(settings, {})
+    call.refuse_unfitting()
+    call.check_against(model_config.vocab_size, model_config.mask_token_id)
+    call.rules(length=1, logit_shift=int(config["model_type"] == "Dream"))
     return {name: value for name, value in generation.items() if hasattr(settings, name)}
 
 

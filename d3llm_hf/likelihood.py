@@ -14,8 +14,12 @@ import torch
 from .models.contract import CanvasContract
 from .models.half_precision import fast_products
 from .models.modeling_common import positions_of
+from .models.plain_values import plain
+from .models.prompt_checks import check_tokens
 from .models.scoring import CHUNK_ELEMENTS, Sampler, confidence_cost, statistics
+from .models.stock_settings import MOST
 from .models.text_config import text_setting
+from .models.token_ids import check_inside, check_kind, vocabulary_of
 from .models.wrappers import base_of, marked_logits, moves_padded, virtual_tokens
 
 
@@ -97,6 +101,7 @@ def log_likelihood(
     """
     # 1. Check the arguments
     texts = _Texts.checked(model, input_ids, completion_mask, attention_mask, mask_token_id, cfg_scale)
+    num_samples, batch_size, seed = plain(num_samples), plain(batch_size), plain(seed)
     _check_count("num_samples", num_samples)
     _check_count("batch_size", batch_size)
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -120,13 +125,13 @@ def log_likelihood(
     sums = []
     pending = canvases()
     while batch := list(islice(pending, batch_size)):
-        rows = torch.tensor([row for row, _ in batch])
+        rows = torch.tensor([row for row, _ in batch], device="cpu")
         subsets = torch.cat([subset for _, subset in batch])
         hidden = torch.zeros_like(texts.completion[rows]).masked_scatter(texts.completion[rows], subsets)
         sums.append(texts.summed_log_probabilities(rows, hidden))
 
     # 4. Average over the draws
-    mean, standard_error = torch.zeros(2, len(num_tokens), dtype=torch.float64)
+    mean, standard_error = torch.zeros(2, len(num_tokens), dtype=torch.float64, device="cpu")
     values = torch.cat(sums).split([len(weight) for weight in weights]) if sums else ()
     for row, value, weight, index in zip(order, values, weights, which, strict=True):
         draws = (weight * value)[index]
@@ -163,12 +168,13 @@ def is_greedy(
         ValueError, TypeError: as [`log_likelihood`].
     """
     texts = _Texts.checked(model, input_ids, completion_mask, attention_mask, mask_token_id, cfg_scale)
+    batch_size = plain(batch_size)
     _check_count("batch_size", batch_size)
     hidden = texts.completion.clone()
-    agrees = torch.ones(len(hidden), dtype=torch.bool)
+    agrees = torch.ones(len(hidden), dtype=torch.bool, device="cpu")
     running = texts.longest_first()
     while running:
-        rows = torch.tensor(running[:batch_size])
+        rows = torch.tensor(running[:batch_size], device="cpu")
         tokens, cost = texts.best_tokens(rows, hidden[rows])
         column = cost.argmin(1)  # the first of equals
         agrees[rows] = tokens.gather(1, column[:, None])[:, 0] == texts.ids[rows, column]
@@ -186,15 +192,16 @@ def _uniform_numbers(seed: int, num_samples: int, longest: int) -> tuple[torch.T
     They do not depend on the row: the sampler's row is the index of the draw, its column the position.
     """
     sampler = Sampler(seed)
-    draw, position = torch.meshgrid(torch.arange(num_samples), torch.arange(longest), indexing="ij")
+    places = (torch.arange(size, device="cpu") for size in (num_samples, longest))
+    draw, position = torch.meshgrid(*places, indexing="ij")
     uniform = sampler.uniform(draw.flatten(), 0, position.flatten(), Sampler.POSITION).view(num_samples, longest)
-    zero = torch.zeros(1, dtype=torch.long)
+    zero = torch.zeros(1, dtype=torch.long, device="cpu")
     return uniform, sampler.uniform(zero, 0, zero, Sampler.TOKEN).item()
 
 
 def _subset_sizes(size: int, num_samples: int, offset: float) -> torch.Tensor:
     """How many of `size` tokens each draw masks `(S,)`: stratified, and uniform in 1..size over offsets in [0, 1)."""
-    level = (torch.arange(num_samples, dtype=torch.float64) + offset) / num_samples
+    level = (torch.arange(num_samples, dtype=torch.float64, device="cpu") + offset) / num_samples
     return ((level * size).floor().long() + 1).clamp_max(size)  # rounding can take the last level to 1
 
 
@@ -240,11 +247,18 @@ class _Texts:
             raise ValueError(
                 "`mask_token_id` must name the token of a masked position (got None). Set it in the config or pass it."
             )
-        if isinstance(cfg_scale, bool) or not isinstance(cfg_scale, (int, float)) or not 0 <= cfg_scale < math.inf:
-            raise ValueError(f"`cfg_scale` must be a finite number of at least 0 (got {cfg_scale!r}). 0 is off.")
+        mask_token_id, cfg_scale = plain(mask_token_id), plain(cfg_scale)
+        check_kind("mask_token_id", mask_token_id)
+        way_out = "Correct config.json, set `model.config.mask_token_id`, or pass it."
+        check_inside("`mask_token_id`", mask_token_id, vocabulary_of(model.config), way_out)
+        if isinstance(cfg_scale, bool) or not isinstance(cfg_scale, (int, float)) or not 0 <= cfg_scale <= MOST:
+            raise ValueError(
+                f"`cfg_scale` must be a finite number of at least 0 (got {cfg_scale!r}), at most {MOST:g}."
+            )
         if attention_mask is None:
             attention_mask = torch.ones_like(completion_mask) if isinstance(completion_mask, torch.Tensor) else None
         _check_tables(input_ids, completion_mask, attention_mask)
+        check_tokens(input_ids, vocabulary_of(model.config))
         ids, completion, seen = input_ids.cpu(), completion_mask.cpu(), attention_mask.cpu().bool()
         texts = cls(model, ids, completion, seen, mask_token_id, float(cfg_scale))
         texts._check_rows()
@@ -288,7 +302,7 @@ class _Texts:
             parts.append(torch.stack([chunk.gather(1, tokens[part])[:, 0] - log_z, log_z]))
         log_probability, log_z = torch.cat(parts, 1).cpu()
         _refuse_broken(rows, hidden, log_z.isfinite())
-        table = torch.zeros(hidden.shape, dtype=torch.float64)
+        table = torch.zeros(hidden.shape, dtype=torch.float64, device="cpu")
         table[hidden] = log_probability.double()
         return table.sum(1)
 
@@ -301,7 +315,8 @@ class _Texts:
             parts.append((best.cpu(), confidence_cost(stats, stats.top, None).cpu(), finite.cpu()))
         best, cost, finite = (torch.cat(part) for part in zip(*parts, strict=True))
         _refuse_broken(rows, hidden, finite)
-        tokens, costs = torch.zeros_like(self.ids[rows]), torch.full(hidden.shape, math.inf)
+        tokens = torch.zeros_like(self.ids[rows])
+        costs = torch.full(hidden.shape, math.inf, dtype=torch.float32, device="cpu")
         tokens[hidden], costs[hidden] = best, cost
         return tokens, costs
 

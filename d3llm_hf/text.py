@@ -6,7 +6,7 @@ template are control tokens, and those in a message are the characters they are 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -99,11 +99,12 @@ def encode_chat(
         `BatchEncoding` with `input_ids` and `attention_mask` of shape `(1, P)`.
 
     Raises:
-        TypeError: when a role or content is no string.
+        TypeError: when `messages` are no turns, or a role or content is no string.
         ValueError: without messages or template, when the template refuses them or one is no valid Unicode, when a
             role holds a special token, or when a message that holds one is rewritten by the template, so that it
             cannot be told from the template's own text.
     """
+    _check_messages(messages)
     if not messages:
         raise ValueError("`messages` must hold at least one turn (got none). Pass [{'role': 'user', 'content': ...}].")
     if not getattr(tokenizer, "chat_template", None):
@@ -158,6 +159,30 @@ def encode_chats(tokenizer, chats: Sequence[Sequence[dict[str, str]]]):
     ids = [[pad] * (width - len(row)) + row for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return BatchEncoding({"input_ids": ids, "attention_mask": mask}, tensor_type="pt")
+
+
+def _check_messages(messages: Any) -> None:
+    """Refuses what is no conversation; several are encoded one by one."""
+    if isinstance(messages, str):
+        raise TypeError(
+            "`messages` must be a sequence of turns (got str). Pass [{'role': 'user', 'content': ...}], or encode a "
+            "plain prompt with `encode_text`."
+        )
+    if isinstance(messages, Mapping) or not isinstance(messages, Sequence):
+        raise TypeError(
+            f"`messages` must be a sequence of turns (got {type(messages).__name__}). Pass [{{'role': 'user', "
+            "'content': ...}]."
+        )
+    for turn in messages:
+        if isinstance(turn, list | tuple):
+            raise TypeError(
+                f"`messages` must be one conversation (got a batch of {len(messages)}). Encode them one by one, and "
+                "pad them on the left with `tokenizer.pad`."
+            )
+        if not isinstance(turn, Mapping):
+            raise TypeError(
+                f"`messages` must hold turns (got {type(turn).__name__}). Pass [{{'role': 'user', 'content': ...}}]."
+            )
 
 
 def _content_spans(messages: Sequence[dict[str, str]], rendered: str, render) -> list[tuple[int, int]]:

@@ -67,6 +67,18 @@ def test_a_template_that_rewrites_messages_refuses_only_control_tokens():
 def test_what_cannot_be_encoded_is_refused():
     with pytest.raises(ValueError, match="`messages` must hold at least one turn"):
         encode_chat(TOKENIZER, [])
+    turn = {"role": "user", "content": "x"}
+    for wrong, hint in (
+        ("hi", "got str.*`encode_text`"),
+        (turn, "sequence of turns .got dict"),
+        (None, "sequence of turns .got NoneType"),
+        (3, "sequence of turns .got int"),
+        (["hi"], "hold turns .got str"),
+        ([[turn]], "one conversation .got a batch of 1"),
+        ([[turn], [turn]], "a batch of 2.*one by one"),
+    ):
+        with pytest.raises(TypeError, match=f"`messages` must .*{hint}"):
+            encode_chat(TOKENIZER, wrong)
     with pytest.raises(ValueError, match="`tokenizer` must have a chat template"):
         encode_chat(with_template(None), [{"role": "user", "content": "x"}])
     with pytest.raises(TypeError, match=r"`content` must be a string .got list"):

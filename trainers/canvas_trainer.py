@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from d3llm_hf.model_card import complete_card
 from d3llm_hf.models.modeling_common import positions_of
 from d3llm_hf.models.text_config import text_setting
+from d3llm_hf.models.token_ids import check_inside, vocabulary_of
 from d3llm_hf.models.wrappers import lengthened_by, moves_padded, unfit_task
 
 from .weights import load_converted_weights
@@ -211,7 +212,7 @@ def mask_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """The mask token that model and tokenizer agree on.
 
     Raises:
-        ValueError: If neither knows one, or they differ.
+        ValueError: If neither knows one, or they differ; if it, or what [`fill_tokens`] names, is none of the model's.
     """
     of_model, of_tokenizer = text_setting(model.config, "mask_token_id"), tokenizer.mask_token_id
     if of_model is None and of_tokenizer is None:
@@ -224,7 +225,13 @@ def mask_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             f"`mask_token_id` must be the same in config and tokenizer (got {of_model} and {of_tokenizer}). "
             "Set `model.config.mask_token_id` or `tokenizer.mask_token`."
         )
-    return of_tokenizer if of_model is None else of_model
+    found = of_tokenizer if of_model is None else of_model
+    way_out = (
+        "Call `model.resize_token_embeddings(len(tokenizer))` after adding tokens, or take the model's tokenizer."
+    )
+    for name, token in {"mask_token_id": found, **fill_tokens(tokenizer)}.items():
+        check_inside(f"`{name}`", token, vocabulary_of(model.config), way_out)
+    return found
 
 
 def keep_fitting(dataset, prompt_length: int, response_length: int, response_column: str = "response_ids"):

@@ -87,12 +87,13 @@ def draw_batch(
     masked, complement, future = (
         torch.stack([getattr(view, name) for view in views]) for name in ("masked", "complement", "future")
     )
-    kinds, hidden, learnt, weights = [PRIMARY], [masked | future], [masked], [torch.zeros(masked.shape)]
+    kinds, hidden, learnt = [PRIMARY], [masked | future], [masked]
+    weights = [torch.zeros_like(masked, dtype=torch.float32)]
     if args.complementary:
         kinds.append(COMPLEMENT)
         hidden.append(complement | future)
         learnt.append(complement)
-        weights.append(torch.zeros(masked.shape))
+        weights.append(torch.zeros_like(weights[0]))
     if sft:
         kinds.append(SFT)
         hidden.append(torch.cat([mask.hidden for mask in sft]))
@@ -103,6 +104,6 @@ def draw_batch(
         hidden=torch.stack(hidden).to(device),
         learnt=torch.stack(learnt).to(device),
         weights=torch.stack(weights).to(device),
-        noise_levels=torch.tensor([view.noise_level for view in views]),
+        noise_levels=torch.tensor([view.noise_level for view in views], dtype=torch.float32, device="cpu"),
         window_tokens=(masked | complement).sum(1),
     )

@@ -55,7 +55,7 @@ def decode_and_score(
                 matches += sum(map(same_answer, texts, wanted))
             bar.update(len(batch))
     model.train(training)
-    sums = torch.tensor([[tokens, forwards, matches]], device=args.device)
+    sums = torch.tensor([[tokens, forwards, matches]], dtype=torch.float32, device=args.device)
     tokens, forwards, matches = accelerator.gather(sums).sum(0).tolist()
     found = {"tpf": round(tokens / max(forwards, 1.0), 4)}
     return found | ({"exact_match": round(matches / len(rows), 4)} if has_answers else {})

@@ -100,7 +100,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for p in params:
             state = self.state[p]
             if not state:
-                state.update(step=torch.tensor(0.0), mean=torch.zeros_like(p), square=torch.zeros_like(p))
+                state.update(
+                    step=torch.tensor(0.0, dtype=torch.float32, device="cpu"),
+                    mean=torch.zeros_like(p),
+                    square=torch.zeros_like(p),
+                )
             state["step"] += 1
             state["mean"].lerp_(p.grad, 1 - beta1)
             state["square"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)

@@ -53,7 +53,7 @@ def decision_ranks(step_map: torch.Tensor) -> tuple[torch.Tensor, int]:
     """
     ranks = torch.full_like(step_map, len(step_map) + 1).masked_fill(step_map == 0, 0)
     decided = (step_map > 0).nonzero()[:, 0]
-    ranks[decided[step_map[decided].argsort(stable=True)]] = torch.arange(1, len(decided) + 1)
+    ranks[decided[step_map[decided].argsort(stable=True)]] = torch.arange(1, len(decided) + 1, device=ranks.device)
     return ranks, len(decided)
 
 
@@ -96,7 +96,7 @@ def make_view(
     """
     start = window_index * window
     end = canvas_length if window_index == num_windows - 1 else start + window
-    position = torch.arange(len(step_map))
+    position = torch.arange(len(step_map), device=step_map.device)
     inside = (position >= start) & (position < end)
     if objective == "trajectory":
         ranks, count = decision_ranks(step_map)
@@ -131,15 +131,19 @@ def draw_view(
         windows_over_fill (`bool`, defaults to `False`): Let windows begin in the fill as well.
     """
     low, high = noise_range
-    noise_level = low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
+    noise_level = low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64, device="cpu").item()
     num_windows = window_count(canvas_length if windows_over_fill else content_length, window) if blockwise else 1
+    window_index = int(torch.randint(num_windows, (), generator=generator, device="cpu"))
+    uniforms = None
+    if objective != "trajectory":
+        uniforms = torch.rand(len(step_map), generator=generator, dtype=torch.float32, device="cpu")
     return make_view(
         step_map,
         objective=objective,
         canvas_length=canvas_length,
         window=window,
-        window_index=int(torch.randint(num_windows, (), generator=generator)),
+        window_index=window_index,
         num_windows=num_windows,
         noise_level=CERTAINTY_NOISE if objective == "certainty" else noise_level,
-        uniforms=None if objective == "trajectory" else torch.rand(len(step_map), generator=generator),
+        uniforms=uniforms,
     )

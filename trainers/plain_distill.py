@@ -37,7 +37,7 @@ class FullLogitsTrainer(PseudoTrajectoryDistillTrainer):
         args, ids = self.args, inputs["input_ids"]
         prompt_length = ids.shape[1] - inputs["labels"].shape[1]
         views = self._draw(inputs, model.training)
-        loss = torch.zeros((), device=ids.device)
+        loss = torch.zeros((), dtype=torch.float32, device=ids.device)
         outputs = None
         for kind, hidden, learnt, weights in zip(views.kinds, views.hidden, views.learnt, views.weights, strict=True):
             # 1. The view's own forward, with logits at all positions, in float32

@@ -139,8 +139,8 @@ class MaskedDiffusionSFTCollator:
             labels.append(response + (fill if self.supervise_eos_fill else [-100] * right))
             content_lengths.append(len(response))
         return {
-            "input_ids": torch.tensor(input_ids),
-            "attention_mask": torch.tensor(attention_mask),
-            "labels": torch.tensor(labels),
-            "content_lengths": torch.tensor(content_lengths),
+            "input_ids": torch.tensor(input_ids, device="cpu"),
+            "attention_mask": torch.tensor(attention_mask, device="cpu"),
+            "labels": torch.tensor(labels, device="cpu"),
+            "content_lengths": torch.tensor(content_lengths, device="cpu"),
         }

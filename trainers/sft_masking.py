@@ -53,22 +53,26 @@ def draw_answer_mask(
         [`AnswerMask`] on the CPU.
     """
     batch_size, length = learnt.shape
-    ratio = torch.rand(batch_size, generator=generator)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    ratio = uniform(batch_size)
     if stratified:
-        order = torch.randperm(batch_size, generator=generator)
+        order = torch.randperm(batch_size, generator=generator, device="cpu")
         ratio = (ratio + order) / batch_size
     p = ((1 - eps) * ratio.clamp_min(min_mask_ratio) + eps)[:, None]  # (B, 1)
-    hidden = (torch.rand(batch_size, length, generator=generator) < p) & learnt
+    hidden = (uniform(batch_size, length) < p) & learnt
     weights = hidden / p / learnt.sum(1, keepdim=True).clamp_min(1)
 
     # The fraction is kept on average for any batch size: 0.5 of a batch of one is every other batch.
-    num_suffix = int(batch_size * suffix_fraction + torch.rand((), generator=generator).item())
-    is_suffix = torch.randperm(batch_size, generator=generator) < num_suffix
-    cut = (torch.rand(batch_size, generator=generator) * content_lengths).long()[:, None]
-    position = torch.arange(length)[None]
+    num_suffix = int(batch_size * suffix_fraction + uniform().item())
+    is_suffix = torch.randperm(batch_size, generator=generator, device="cpu") < num_suffix
+    cut = (uniform(batch_size) * content_lengths).long()[:, None]
+    position = torch.arange(length, device="cpu")[None]
     suffix_hidden = (position >= cut) & learnt
     window = suffix_hidden & (position < cut + suffix_window)
-    suffix_weights = window / window.sum(1, keepdim=True).clamp_min(1)
+    suffix_weights = window.float() / window.sum(1, keepdim=True).clamp_min(1)
     return AnswerMask(
         hidden=torch.where(is_suffix[:, None], suffix_hidden, hidden),
         weights=torch.where(is_suffix[:, None], suffix_weights, weights),

@@ -243,9 +243,9 @@ class Teacher:
             attention_mask=torch.tensor(mask, device=self.model.device),
             **self.settings,
             **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
-            # Tokens behind a stop token are kept as they were decoded, unless nothing is decoded there: an id that no
-            # token has stops nothing, and so nothing is padded.
-            eos_token_id=self.stop_ids if self.args.early_stop else _vocab_size(self.model),
+            # Tokens behind a stop token are kept as they were decoded, unless nothing is decoded there: where no token
+            # stops, nothing is padded.
+            eos_token_id=self.stop_ids if self.args.early_stop else [],
             pad_token_id=fill,
             seed=seeds,
             return_dict_in_generate=True,

@@ -261,7 +261,7 @@ def half_decided(bench: DecodingBench, work: Work) -> tuple[torch.Tensor, torch.
     mask, prompt = work.model.config.mask_token_id, work.batches[0]["input_ids"].cpu()
     shape = (len(prompt), bench.new_tokens)
     answer = torch.randint(mask - 1, shape, generator=generator)
-    hidden = torch.rand(shape, generator=generator) < 0.5
+    hidden = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") < 0.5
     canvas = torch.cat([prompt, answer.masked_fill(hidden, mask)], dim=1)
     wanted = canvas == mask
     wanted[:, prompt.shape[1] + _FIRST_BLOCKS * bench.block_length :] = False

@@ -337,7 +337,7 @@ class D3LLMLM(TemplateLM):
         else:
             ids = [row + [pad] * gap for row, gap in zip(rows, gaps, strict=True)]
             seen = [[1] * len(row) + [0] * gap for row, gap in zip(rows, gaps, strict=True)]
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(seen)}
+        return {"input_ids": torch.tensor(ids, device="cpu"), "attention_mask": torch.tensor(seen, device="cpu")}
 
     # ---- likelihood ----------------------------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..models.generation_config_d3llm import FIELDS, REFUSED, D3LLMGenerationConfig
+from ..models.generation_config_d3llm import FIELDS, D3LLMGenerationConfig
+from ..models.stock_settings import IDLE, REFUSED
 
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -20,7 +21,7 @@ RESERVED = {
 }  # fmt: skip
 SETTINGS = frozenset(
     name
-    for name in {*FIELDS, *D3LLMGenerationConfig().to_dict()} - RESERVED - set(REFUSED) - set(LENGTHS)
+    for name in {*FIELDS, *D3LLMGenerationConfig().to_dict()} - RESERVED - set(REFUSED | IDLE) - set(LENGTHS)
     if not name.startswith("_") and name != "transformers_version"
 )
 """Arguments of `generate` that a model or a request may set."""
@@ -51,8 +52,10 @@ def check_names(names: Iterable[str], more: Iterable[str], where: str) -> None:
     for name in names:
         if name in known:
             continue
-        if name in REFUSED or name in RESERVED:
-            raise ValueError(f"`{name}` in {where} cannot be chosen: {REFUSED.get(name, 'it is set for you')}.")
+        if name in REFUSED or name in IDLE or name in RESERVED:
+            raise ValueError(
+                f"`{name}` in {where} cannot be chosen: {(REFUSED | IDLE).get(name, 'it is set for you')}."
+            )
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean `{near[0]}`?" if near else f"Settings of decoding: {sorted(FIELDS)}."
         raise ValueError(f"`{name}` in {where} is no setting of decoding or of this model. {hint}")

@@ -10,7 +10,9 @@ from .cache_name import CACHE_NAMES
 from .decoding import Rules, State
 from .layers import packed
 from .modeling_common import positions_of
+from .prompt_checks import check_tokens
 from .text_config import text_setting
+from .token_ids import vocabulary_of
 
 
 # Arguments of `generate` that reach the model through the canvas, or not at all; all others go to its forward.
@@ -102,6 +104,8 @@ class Canvas:
                 f"Prompt and `max_new_tokens` must fit into the model's {longest} positions (got {prompt.shape[1]} + "
                 f"{new_length} = {length}). Shorten one of them."
             )
+
+        check_tokens(prompt, vocabulary_of(model.config))
 
         # 2. Padding
         mask = model_kwargs.get("attention_mask")

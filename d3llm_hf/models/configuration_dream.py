@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from .architecture import refuse_another_architecture, refusing
+from .configuration_common import DerivingConfigMixin
 
 
 # Keys of Qwen2's relatives, with the value that is implemented.
@@ -14,7 +15,7 @@ _ONLY_VARIANT = {"attention_bias": True, "mlp_bias": False, "qkv_bias": True}
 
 
 @strict
-class DreamConfig(PreTrainedConfig):
+class DreamConfig(DerivingConfigMixin, PreTrainedConfig):
     r"""Configuration of a [`DreamModel`]: the keys of `Dream-org/Dream-v0-Instruct-7B`, which are Qwen2's.
 
     Keys that describe another architecture (experts, windows, norms of queries, images) are refused. All other keys
@@ -76,6 +77,7 @@ class DreamConfig(PreTrainedConfig):
     pad_token_id: int | None = 151643
 
     def __post_init__(self, **kwargs):
+        kwargs = self.take_aliases(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)

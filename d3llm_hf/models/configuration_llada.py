@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from .architecture import refuse_another_architecture, refusing
+from .configuration_common import DerivingConfigMixin
 
 
 # Keys of the official config that describe variants which no released LLaDA uses, with the value that is implemented.
@@ -33,7 +34,7 @@ _ONLY_VARIANT = {
 
 
 @strict
-class LLaDAConfig(PreTrainedConfig):
+class LLaDAConfig(DerivingConfigMixin, PreTrainedConfig):
     r"""Configuration of a [`LLaDAModelLM`], a bidirectional Llama-like masked diffusion language model.
 
     The field names are those of `GSAI-ML/LLaDA-8B-Instruct`; transformers' usual names (`hidden_size`,
@@ -123,6 +124,7 @@ class LLaDAConfig(PreTrainedConfig):
     pad_token_id: int | None = 126081
 
     def __post_init__(self, **kwargs):
+        kwargs = self.take_aliases(kwargs)
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         if self.mlp_hidden_size is None:

@@ -59,7 +59,7 @@ class Sequences:
 
     def bias(self, text: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """Sum of the biases of what each token would complete at `(n,)` rows and slots of `text`: `(n, V)` float."""
-        total = torch.zeros(rows.shape[0], vocab_size, device=text.device)
+        total = torch.zeros(rows.shape[0], vocab_size, dtype=torch.float32, device=text.device)
         near = _around(text, rows, slots, max(self.longest - 1, 0))
         for sequences, biases in self.groups:
             length = sequences.shape[1]

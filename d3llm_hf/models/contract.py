@@ -57,9 +57,9 @@ class CanvasContract(Module):
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens that a text may have, `None` where nothing limits them."""
+        """Tokens that a text may have, `None` where nothing limits them (as XLNet's config says by -1)."""
         longest = text_setting(self.config, "max_position_embeddings")
-        return None if longest is None else longest - self.position_offset
+        return None if longest is None or longest < 1 else longest - self.position_offset
 
     @property
     def position_offset(self) -> int:
@@ -110,6 +110,8 @@ class CanvasContract(Module):
         if wrapper is not None:  # a learnt prompt, which its forward puts in front; it has inputs of its own
             own = {"task_ids": inputs["task_ids"][:1]} if "task_ids" in inputs else {}  # one for all: `check_wrapping`
             return marked_logits(wrapper, self.accepted(inputs) | own, wanted)
+        if inputs.get("attention_mask") is not None:  # numbers, as tokenizers make them: some forwards compute with it
+            inputs["attention_mask"] = inputs["attention_mask"].long()
         if cache is not None:
             inputs[self.cache_name] = cache
         return marked_logits(self, self.accepted(inputs), wanted)

@@ -17,8 +17,10 @@ class Credit:
     def __init__(self, decay: float, exponent: float, weight: float):
         self.decay, self.exponent, self.weight = decay, exponent, weight
         # For each step: the best token of each candidate, and what it earned.
-        self.tokens = torch.empty(0, 0, 0, dtype=torch.long)  # (S, rows, columns), -1 where it was no candidate
-        self.earned = torch.empty(0, 0, 0)
+        self.tokens = torch.empty(
+            0, 0, 0, dtype=torch.long, device="cpu"
+        )  # (S, rows, columns), -1 where it was no candidate
+        self.earned = torch.empty(0, 0, 0, dtype=torch.float32, device="cpu")
 
     def __call__(
         self,
@@ -40,7 +42,7 @@ class Credit:
         #    position was no candidate its present best token stands in, and earns nothing.
         past = self.tokens[:, rows, columns].T  # (m, S)
         age = steps[:, None] - torch.arange(past.shape[1], device=past.device)
-        worth = (self.earned[:, rows, columns].T * self.decay ** age.clamp_min(0)).masked_fill(past < 0, 0.0)
+        worth = (self.earned[:, rows, columns].T * self.decay ** age.clamp_min(0).float()).masked_fill(past < 0, 0.0)
         past = torch.where(past < 0, token[:, None], past)
         credit = ((past[:, :, None] == past[:, None, :]) * worth[:, None, :]).sum(-1)
 
@@ -53,6 +55,6 @@ class Credit:
         if shape != list(self.tokens.shape):
             kept = tuple(slice(size) for size in self.tokens.shape)
             tokens = torch.full(shape, -1, dtype=torch.long, device=device)
-            earned = torch.zeros(shape, device=device)
+            earned = torch.zeros(shape, dtype=torch.float32, device=device)
             tokens[kept], earned[kept] = self.tokens.to(device), self.earned.to(device)
             self.tokens, self.earned = tokens, earned

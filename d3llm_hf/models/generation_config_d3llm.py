@@ -3,12 +3,13 @@
 import difflib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers.generation import GenerationConfig
 from transformers.utils import logging
 
 from .decoding import Rules
+from .foreign_settings import RENAMED, translated
 from .methods import (
     ALLOWED_REMASKING,
     CACHE_FIELDS,
@@ -21,11 +22,12 @@ from .methods import (
     SHIFTED_METHODS,
     rules_of,
 )
+from .plain_values import plain
+from .stock_settings import FLOATS, IDLE, MOST, NUMBER, REFUSED, check_numbers
+from .token_ids import NAMING_TOKENS, check_inside, check_kind
 
 
 logger = logging.get_logger(__name__)
-
-NUMBER = (int, float)
 
 # Every field of ours: accepted types, the rule in words, and its test.
 FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
@@ -42,8 +44,8 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "factor": (NUMBER, "a positive number", lambda v: 0 < v < math.inf),
     "decoder": ((str,), "one of {decoders}", lambda v: v in DECODERS),
     "credit_decay": (NUMBER, "a fraction in [0, 1]", lambda v: 0 <= v <= 1),
-    "credit_exponent": (NUMBER, "a non-negative number", lambda v: 0 <= v < math.inf),
-    "credit_weight": (NUMBER, "a non-negative number", lambda v: 0 <= v < math.inf),
+    "credit_exponent": (NUMBER, f"a non-negative number of at most {MOST:g}", lambda v: 0 <= v <= MOST),
+    "credit_weight": (NUMBER, f"a non-negative number of at most {MOST:g}", lambda v: 0 <= v <= MOST),
     "block_add_threshold": (NUMBER, "a fraction in [0, 1]", lambda v: 0 <= v <= 1),
     "block_activation_threshold": (NUMBER, "a non-negative fraction", lambda v: v >= 0),
     "early_stop": ((bool,), "True or False", lambda v: True),
@@ -53,7 +55,7 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "cache_window": ((int,), "a non-negative integer (positions)", lambda v: v >= 0),
     "cache_warmup": ((int,), "a non-negative integer (forwards)", lambda v: v >= 0),
     "suffix_length": ((int,), "a non-negative integer (positions); leave it unset for all", lambda v: v >= 0),
-    "cfg_scale": (NUMBER, "a non-negative number", lambda v: v >= 0 and math.isfinite(v)),
+    "cfg_scale": (NUMBER, f"a non-negative number of at most {MOST:g}", lambda v: 0 <= v <= MOST),
     "alg_temp": (NUMBER, "a non-negative number", lambda v: v >= 0 and math.isfinite(v)),
     "lossless": ((bool,), "True or False", lambda v: True),
     "draft_length": ((int,), "a positive integer (canvases)", lambda v: v > 0),
@@ -63,32 +65,15 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
 }
 
 
+_LARGEST = 2**1023  # integers beyond have no float
+
+
 def _are_seeds(value: int | list[int] | tuple[int, ...]) -> bool:
     seeds = [value] if isinstance(value, int) else value
     return len(seeds) > 0 and all(type(seed) is int and seed >= 0 for seed in seeds)
 
 
 CALL_FIELDS = ("decoding_method", "infill", "seed", "mask_token_id")
-
-# Options of `generate` that belong to autoregressive decoding. They are refused, not ignored.
-REFUSED = {
-    "cache_implementation": "a diffusion model's cache is chosen by `kv_cache`",
-    "guidance_scale": "classifier-free guidance of a diffusion model is `cfg_scale`",
-    "watermarking_config": "watermarks are defined for left-to-right sampling",
-    "penalty_alpha": "contrastive search compares continuations of a prefix",
-    "dola_layers": "its contrast of layers is defined for the next token",
-    "constraints": "they need beam search; `prefix_allowed_tokens_fn` works left to right, with `block_length=1`",
-    "force_words_ids": "it needs beam search; put the words into the prompt",
-    "num_beam_groups": "there are no beams; `num_return_sequences` with `do_sample=True` gives several answers",
-    "diversity_penalty": "there are no beams; `num_return_sequences` with `do_sample=True` gives several answers",
-    "token_healing": "it rewrites the prompt's end left to right; heal the prompt with `tokenizer` before the call",
-    "is_assistant": "a diffusion model drafts for no other model",
-    "prefill_chunk_size": "there is no prefill: every forward sees the whole window",
-    "output_scores": "positions are scored at different forwards; `step_map` says at which",
-    "output_logits": "positions are scored at different forwards; `step_map` says at which",
-    "output_attentions": "call the model's forward for them",
-    "output_hidden_states": "call the model's forward for them",
-}
 
 
 class D3LLMGenerationConfig(GenerationConfig):
@@ -188,10 +173,23 @@ class D3LLMGenerationConfig(GenerationConfig):
             setattr(self, name, value)
         super().__init__(**kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Numbers of numpy and torch are those of Python; what transformers keeps for itself stays what it is."""
+        if not name.startswith("_"):
+            value = plain(value)
+            if name in FLOATS and type(value) is int and abs(value) < _LARGEST:
+                value = float(value)
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As transformers', also of the entries of other projects' configs (`foreign_settings`)."""
+        return super().from_dict(translated(config_dict), **kwargs)
+
     @classmethod
     def coerce(cls, config: GenerationConfig) -> "D3LLMGenerationConfig":
         """The same settings as this class; entries of a file that nothing here knows are left out, with a warning."""
-        values = config.to_dict()
+        values = translated(config.to_dict())
         if values.pop("_from_model_config", None):  # (kept, it would make the constructor drop every field of ours)
             values["use_cache"] = None  # of a model's config: never meant for this cache
         unknown = [n for n in values if n not in FIELDS and n not in _INHERITED and not n.startswith("_")]
@@ -209,11 +207,16 @@ class D3LLMGenerationConfig(GenerationConfig):
         return config
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Leaves out fields of ours that are unset."""
-        return {n: v for n, v in super().to_diff_dict().items() if v is not None or n not in FIELDS}
+        """Leaves out fields of ours that are unset, and where a setting came from."""
+        written = {n: v for n, v in super().to_diff_dict().items() if v is not None or n not in FIELDS}
+        written.pop("_inherited", None)
+        return written
 
     def validate(self, *args, **kwargs):
         """Checks every field that is set, alone; `rules` checks them together."""
+        for name in NAMING_TOKENS:
+            if name not in FIELDS and getattr(self, name, None) is not None:
+                check_kind(name, getattr(self, name))
         for name, (types, rule, holds) in FIELDS.items():
             value = getattr(self, name, None)
             if value is None:
@@ -231,6 +234,8 @@ class D3LLMGenerationConfig(GenerationConfig):
 
     # Whether new tokens follow the prompt; infilling alone appends none.
     appends = True
+    # Names of the settings that a call did not choose, but a checkpoint.
+    _inherited = cast("tuple[str, ...]", ())
 
     def inherit(self, own: "D3LLMGenerationConfig", chosen: dict[str, Any]) -> dict[str, Any]:
         """Takes the arguments of a call, then fills what is unset from a checkpoint's config.
@@ -260,24 +265,64 @@ class D3LLMGenerationConfig(GenerationConfig):
             if chosen.get(one, getattr(self, one)) is not None:  # one takes the other's place
                 inherited.pop(other, None)
         inherited.pop("use_cache", None)  # official configs say False of a cache that is not ours; a call may say so
-        unused = self.update(**chosen)
-        asked = own.infill if self.infill is None else self.infill
-        infills = asked or unused.get("infill_mask") is not None
+        asked = next((v for v in (chosen.get("infill"), self.infill, own.infill) if v is not None), False)
+        infills = asked or chosen.get("infill_mask") is not None
+        if infills and plain(chosen.get("max_new_tokens")) == 0:  # nothing behind the text, as without it
+            chosen = {n: v for n, v in chosen.items() if n != "max_new_tokens"}
+        # (by name: `update` would assign to methods as well)
+        unused = {n: v for n, v in chosen.items() if (n not in FIELDS and n not in _INHERITED) or n.startswith("_")}
+        self.update(**{n: v for n, v in chosen.items() if n not in unused})
         if infills and self.max_length is None and self.max_new_tokens is None:
             self.appends = False
         if self.max_length is not None or infills:  # the caller's length, in whichever form, beats the checkpoint's
             inherited.pop("max_new_tokens", None)
+        self._inherited = tuple(n for n, v in inherited.items() if v is not None and getattr(self, n, None) is None)
         self.update(**inherited, defaults_only=True, allow_custom_entries=True)
+        if self.eos_token_id in ([], ()):  # no token stops, whatever the checkpoint says
+            self.eos_token_id = None
         return unused
 
+    def named(self, name: str) -> tuple[str, str]:
+        """What a message calls a setting, and the way out of a wrong value, by where it came from."""
+        if name in self._inherited:
+            return f"`{name}` of the model's generation config", "Correct generation_config.json, or pass it."
+        return f"`{name}`", "Set it in `D3LLMGenerationConfig` or pass it to `generate`."
+
     def refuse_unfitting(self) -> None:
-        """Raises a ValueError for an option that has no meaning here (`REFUSED`), with the reason."""
-        for name, reason in REFUSED.items():
+        """Raises a ValueError for an option that has no meaning here (`REFUSED`, `IDLE`), with the reason."""
+        neutral = self._get_default_generation_params()
+        for name, reason in (REFUSED | IDLE).items():
             value = getattr(self, name, None)
-            if value and not (name == "num_beam_groups" and value == 1):
-                raise ValueError(
-                    f"`{name}` does not apply to diffusion decoding: {reason} (got {value!r}). Leave it unset."
-                )
+            if not value or (name in IDLE and name in self._inherited):
+                continue
+            if (name in IDLE or name == "num_beam_groups") and value == neutral.get(name):
+                continue
+            raise ValueError(
+                f"{self.named(name)[0]} does not apply to diffusion decoding: {reason} (got {value!r}). Leave it "
+                "unset."
+            )
+
+    def check_against(self, vocab_size: int | None, mask_token_id: int | None) -> None:
+        """Checks what needs the model: its vocabulary.
+
+        Args:
+            vocab_size: tokens that the model knows; `None` where it does not say.
+            mask_token_id: that of the model's config.
+
+        Raises:
+            ValueError, TypeError: for a token outside the vocabulary, or a number that decoding could not follow.
+        """
+        if self.mask_token_id is None:
+            way_out = "Correct config.json, set `model.config.mask_token_id`, or pass it to `generate`."
+            check_inside("`mask_token_id` of the model's config", mask_token_id, vocab_size, way_out)
+        for name in NAMING_TOKENS:
+            title, way_out = self.named(name)
+            if name not in self._inherited:
+                way_out = "The model's own tokenizer knows it."
+            elif name == "bos_token_id":  # of a checkpoint it is read without a prompt only
+                continue
+            check_inside(title, getattr(self, name), vocab_size, way_out)
+        check_numbers(self, self.named)
 
     def rules(self, length: int, logit_shift: int) -> Rules:
         """The loop's rules for an answer of `length` positions, with the method's values where a field is unset.
@@ -304,13 +349,17 @@ class D3LLMGenerationConfig(GenerationConfig):
                 if self.use_cache is False:  # turned off for this call: its settings wait
                     continue
                 raise ValueError(
-                    f'`{name}` is not used by kv_cache="{cache}" (got {value!r}). Leave it unset, or choose one of '
-                    f"{[kind for kind, known in CACHES.items() if name in known]}."
+                    f'{self.named(name)[0]} is not used by kv_cache="{cache}" (got {value!r}). Leave it unset, or '
+                    f"choose one of {[kind for kind, known in CACHES.items() if name in known]}."
                 )
             if name not in values:
+                way_out = f"Leave it unset, or choose another method; this one knows {sorted(values)}."
+                if name in self._inherited:
+                    way_out = (
+                        "Name in generation_config.json the `decoding_method` whose settings it holds, or pass it."
+                    )
                 raise ValueError(
-                    f'`{name}` is not used by decoding_method="{method}" (got {value!r}). Leave it unset, or choose '
-                    f"another method; this one knows {sorted(values)}."
+                    f'{self.named(name)[0]} is not used by decoding_method="{method}" (got {value!r}). {way_out}'
                 )
             values[name] = value
         values["kv_cache"] = cache
@@ -323,8 +372,13 @@ class D3LLMGenerationConfig(GenerationConfig):
         remasking = values.get("remasking")
         if remasking is not None and remasking not in ALLOWED_REMASKING[method]:
             raise ValueError(
-                f'`remasking` must be one of {list(ALLOWED_REMASKING[method])} with decoding_method="{method}" '
-                f"(got {remasking!r})."
+                f"{self.named('remasking')[0]} must be one of {list(ALLOWED_REMASKING[method])} with "
+                f'decoding_method="{method}" (got {remasking!r}).'
+            )
+        if remasking == "origin" and values["alg_temp"]:
+            raise ValueError(
+                f'`alg_temp` is not used by remasking="origin", which ranks no positions (got {values["alg_temp"]}). '
+                "Leave it unset."
             )
         if cache != "none" and values["cfg_scale"]:
             raise ValueError(
@@ -353,7 +407,7 @@ _INHERITED = frozenset(GenerationConfig().to_dict()) | {"generation_kwargs"}
 
 def unknown_field(name: str) -> str:
     """The message for a field that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(name, [*FIELDS, *_INHERITED], n=1)
+    near = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, [*FIELDS, *_INHERITED], n=1)
     hint = f" Did you mean `{near[0]}`?" if near else f" Fields of diffusion decoding: {sorted(FIELDS)}."
     return f"`{name}` is not a generation setting.{hint}"
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
@@ -15,6 +16,7 @@ from .caching import PLANS, Plan, wasted_by_reference
 from .canvas import Canvas
 from .contract import CanvasContract
 from .decoding import (
+    Rules,
     candidates,
     commit,
     fill_after_stop,
@@ -26,12 +28,15 @@ from .half_precision import fast_products
 from .input_shapes import check_shapes
 from .ledger import Ledger
 from .processors import Processors
+from .prompt_checks import check_positions
 from .scoring import Sampler, Scorer
 from .selection import choose
 from .speculation import Speculation
 from .static_shapes import is_compiled, static_shapes
+from .stock_settings import NO_INPUTS
 from .streaming import Stream
-from .text_config import text_config
+from .text_config import text_setting
+from .token_ids import vocabulary_of
 from .wrappers import check_wrapping, hooks_of_a_call
 
 
@@ -102,8 +107,9 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         model_kwargs = given.inherit(own, kwargs)
         if given.do_sample and given.top_k is None:
             given.top_k = 0  # no hidden truncation: transformers would sample from the 50 best tokens
-        given.update(**given._get_default_generation_params(), defaults_only=True)
         given.refuse_unfitting()
+        given.update(**given._get_default_generation_params(), defaults_only=True)
+        given.check_against(vocabulary_of(self.config), text_setting(self.config, "mask_token_id"))
         return given, model_kwargs
 
     def check_settings(self, *, max_new_tokens: int, **settings) -> D3LLMGenerationConfig:
@@ -120,7 +126,10 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         if unknown:
             raise ValueError(" ".join(map(unknown_field, unknown)))
         config.validate()
-        config.rules(max_new_tokens, self.logit_shift)
+        rules = config.rules(max(config.max_new_tokens or 0, 1), self.logit_shift)
+        model: Any = self  # transformers annotates these methods for a class of its own
+        model._validate_generation_mode(config.get_generation_mode(None), config, {})
+        self._check_processors(copy.deepcopy(config), rules)
         return config
 
     def _prepare_model_inputs(self, *args, **kwargs):
@@ -129,6 +138,17 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         width = getattr(self.get_input_embeddings(), "embedding_dim", None)
         check_shapes(name, prompt, model_kwargs, width)
         return prompt, name, model_kwargs
+
+    def _check_processors(self, config: D3LLMGenerationConfig, rules: Rules) -> None:
+        """Makes the processors of a call, which check the settings that they are made of."""
+        prompt = torch.zeros(1, 1, dtype=torch.long, device="cpu")
+        model: Any = self  # as above
+        model._prepare_special_tokens(config, True, device="cpu")
+        config.max_length = 1 + (config.max_new_tokens or 0)
+        processors = self._get_logits_processor(
+            generation_config=config, input_ids_seq_length=1, encoder_input_ids=prompt, device="cpu", model_kwargs={}
+        )
+        Processors.check(processors, rules, vocabulary_of(self.config))
 
     def _prepare_generated_length(self, generation_config, *args, **kwargs):
         """Infilling appends nothing unless the call says how much."""
@@ -142,12 +162,29 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
             super()._validate_generated_length(generation_config, *args, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs):
-        """As transformers', but a misspelt setting is answered with the nearest one."""
+        """As transformers', but a misspelt setting is answered with the nearest one, and nothing has no effect."""
+        for name, reason in NO_INPUTS.items():
+            if model_kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` has no effect on diffusion decoding: {reason}. Leave it out.")
+        check_positions(model_kwargs.get("position_ids"), model_kwargs.get("attention_mask"), self.position_offset)
         try:
             super()._validate_model_kwargs({n: v for n, v in model_kwargs.items() if n != "infill_mask"})
         except ValueError as error:
-            known = [name for name in model_kwargs if f"'{name}'" in str(error)]
-            raise ValueError(" ".join(unknown_field(name) for name in known) or str(error)) from error
+            unknown = [name for name in model_kwargs if f"'{name}'" in str(error)]
+            raise ValueError(" ".join(self._unknown(n, model_kwargs[n]) for n in unknown) or str(error)) from error
+
+    def _unknown(self, name: str, value) -> str:
+        """The message for an argument that nothing reads: tokenizers return tensors, people misspell settings."""
+        if not isinstance(value, torch.Tensor):
+            return unknown_field(name)
+        hint = f" (`tokenizer(..., return_{name}=False)`)" if name == "token_type_ids" else ""
+        return f"`{name}` is no input of {type(self).__name__}, whose forward does not take it. Leave it out{hint}."
+
+    def _get_logits_processor(self, *args, **kwargs):
+        for name in ("negative_prompt_ids", "negative_prompt_attention_mask"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` has no effect on diffusion decoding: {NO_INPUTS[name]}. Leave it out.")
+        return super()._get_logits_processor(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, *args, **kwargs):
         """The cache is the decoding loop's own; it depends on the method."""
@@ -202,7 +239,8 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         stop_ids = generation_config._eos_token_tensor
         sampler = self._sampler(generation_config)
         sampler.check_batch(canvas.batch)
-        ledger = Ledger(canvas, state, input_ids, stop_ids, stopping_criteria, streamer)
+        suspects = {"cfg_scale": rules.cfg_scale} if rules.cfg_scale else {}
+        ledger = Ledger(canvas, state, input_ids, stop_ids, stopping_criteria, streamer, suspects)
         scorer = Scorer(
             rules,
             canvas.mask_token_id,
@@ -215,13 +253,13 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 canvas=canvas,
                 tokens=ledger.tokens,
                 stop_ids=stop_ids,
-                vocab_size=text_config(self.config).vocab_size,
+                vocab_size=vocabulary_of(self.config),
             ),
         )
         speculation = Speculation(rules, stop_ids, sampler)
         cache = None
         if rules.kv_cache != "none":
-            cache = SlotCache(text_config(self.config).num_hidden_layers, canvas.length)
+            cache = SlotCache(text_setting(self.config, "num_hidden_layers"), canvas.length)
 
         shapes = static_shapes(self, canvas, rules, cache, generation_config)
         with ledger, fast_products(self, compiled=is_compiled(generation_config)), shapes as (canvas, cache):
@@ -280,7 +318,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
             return sequences
         return D3LLMGenerationOutput(
             sequences=sequences,
-            tokens_per_forward=lengths / ledger.forwards.clamp_min(1),
+            tokens_per_forward=lengths.float() / ledger.forwards.clamp_min(1),
             num_forwards=ledger.forwards,
             num_forwards_reference=ledger.reference,
             step_map=step_map,

@@ -22,6 +22,7 @@ class Ledger:
         criteria: transformers' stopping criteria. Length and stop tokens are the loop's own affair; all others are
             asked token by token of the decided prefixes, as if these had been written left to right.
         streamer (*optional*): is told of every step; see [`Stream`].
+        suspects: settings of this call that can take a finite logit beyond float32, with their values.
     """
 
     def __init__(
@@ -32,8 +33,9 @@ class Ledger:
         stop_ids: torch.Tensor | None,
         criteria: StoppingCriteriaList,
         streamer,
+        suspects: dict[str, float] | None = None,
     ):
-        self.shown, self.stop_ids = shown, stop_ids
+        self.shown, self.stop_ids, self.suspects = shown, stop_ids, suspects
         self.stream = None if streamer is None else Stream.of(streamer)
         self.may_stop = canvas.may_stop
         self.fill_token_id = canvas.fill_token_id
@@ -95,7 +97,7 @@ class Ledger:
         if NOT_FINITE in wrong:
             raise ValueError(
                 f"The model's logits must be finite (got NaN or inf for row {rows[wrong.index(NOT_FINITE)]} of the "
-                f"batch in forward {state.forward}). Check the weights and the dtype; other rows are not at fault."
+                f"batch in forward {state.forward}). {self._way_out()}; other rows are not at fault."
             )
         if NOTHING_LEFT in wrong:
             raise ValueError(
@@ -113,6 +115,10 @@ class Ledger:
         if not any(flags):
             return None
         return torch.tensor([i for i, flag in enumerate(flags) if not flag], dtype=torch.long, device=done.device)
+
+    def _way_out(self) -> str:
+        named = ", ".join(f"{name}={value:g}" for name, value in (self.suspects or {}).items())
+        return f"Lower {named}, or check the weights and the dtype" if named else "Check the weights and the dtype"
 
     def _advance(self, rows: list[int]) -> set[int]:
         """Follows the decided prefixes: criteria first, then the stream. Returns the rows that a criterion ends."""

@@ -16,6 +16,7 @@ from .generation_d3llm import D3LLMGenerationMixin
 from .layers import BidirectionalAttentionMixin, BidirectionalBlockMixin
 from .modeling_common import BidirectionalBackboneMixin, Float32RotaryMixin, MaskedDiffusionLMMixin
 from .tensors import WholeCheckpointMixin
+from .token_ids import check_inside
 
 
 class DreamRotaryEmbedding(Float32RotaryMixin, Qwen2RotaryEmbedding):
@@ -55,6 +56,8 @@ class DreamBaseModel(BidirectionalBackboneMixin, DreamPreTrainedModel):
 
     def __init__(self, config: DreamConfig):
         super().__init__(config)
+        way_out = "Set it in config.json, which takes that of Dream-7B where it names none; null is none."
+        check_inside("`pad_token_id` of the model's config", config.pad_token_id, config.vocab_size, way_out)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([DreamBlock(config, index) for index in range(config.num_hidden_layers)])
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

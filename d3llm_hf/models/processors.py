@@ -11,6 +11,7 @@ from transformers.generation import logits_process as lp
 from .canvas import Canvas
 from .constraints import UNKNOWN, Constraints, Sequences, visible_text
 from .decoding import Rules, State
+from .stock_settings import MOST
 
 
 @dataclass
@@ -70,7 +71,7 @@ def _begin_suppress(
 def _length_penalty(processor: lp.ExponentialDecayLengthPenalty, scores: torch.Tensor, at: Places) -> torch.Tensor:
     beyond = (at.slots - processor.regulation_start).clamp_min(0)[:, None]
     stop = scores[:, processor.eos_token_id]
-    gain = stop.abs() * (processor.regulation_factor ** beyond.to(scores.dtype) - 1)
+    gain = stop.abs() * ((processor.regulation_factor ** beyond.to(scores.dtype)).clamp_max(MOST) - 1)
     scores[:, processor.eos_token_id] = stop + gain.masked_fill(~stop.isfinite(), 0.0)
     return scores
 
@@ -149,6 +150,28 @@ LEFT_TO_RIGHT: dict[type, str] = {
 }
 
 
+def _biases(processor: lp.SequenceBiasLogitsProcessor) -> dict[tuple[int, ...], float]:
+    """The sequences of a processor; as in transformers a word of no tokens is none."""
+    return {tuple(map(int, sequence)): bias for sequence, bias in processor.sequence_bias.items() if sequence}
+
+
+def _check_biases(processor: lp.SequenceBiasLogitsProcessor, vocab_size: int | None) -> None:
+    """Refuses sequences of tokens that the model does not know, and biases that make a logit no number."""
+    name = "bad_words_ids" if isinstance(processor, lp.NoBadWordsLogitsProcessor) else "sequence_bias"
+    biases = _biases(processor)
+    unknown = sorted({t for sequence in biases for t in sequence if vocab_size is not None and t >= vocab_size})
+    if unknown:
+        raise ValueError(
+            f"`{name}` must hold token ids below the vocabulary size {vocab_size} (got {unknown}). Encode the words "
+            "with the model's own tokenizer."
+        )
+    wrong = [bias for bias in biases.values() if bias != float("-inf") and not abs(bias) <= MOST]
+    if wrong:
+        raise ValueError(
+            f"`{name}` must hold biases of at most {MOST:g}, or -inf (got {wrong[0]}). A bias of 100 forces a token."
+        )
+
+
 class Processors:
     """Applies processors to candidates; those that read the text see the canvas before the candidate.
 
@@ -180,7 +203,7 @@ class Processors:
         canvas: Canvas,
         tokens: torch.Tensor,
         stop_ids: torch.Tensor | None,
-        vocab_size: int,
+        vocab_size: int | None,
     ):
         # Where positions of the prompt are decided, the whole text is the answer, and no stop token ends it.
         self.infilling = canvas.is_infilling
@@ -188,25 +211,20 @@ class Processors:
         self.prompt, self.stop_ids = (prompt[:, :0], None) if self.infilling else (prompt, stop_ids)
         seen = None if canvas.mask is None else canvas.mask[:, : self.prompt.shape[1]]
         self.known_prompt = self.prompt if seen is None else self.prompt.masked_fill(~seen, UNKNOWN)
-        self.vocab_size, self.repairs = vocab_size, False
+        self.repairs = False
         self.steps: list[Callable[[torch.Tensor, Places], torch.Tensor]] = []
         words: dict[tuple[int, ...], float] = {}
         ngram_size = 0
+        self.check(processors, rules, vocab_size)
         for processor in processors:
             kind = type(processor)
-            if kind in LEFT_TO_RIGHT and not rules.left_to_right:
-                raise ValueError(
-                    f"`{LEFT_TO_RIGHT[kind]}` needs the whole text to the left of a position, so decoding must be "
-                    f"left to right (got {kind.__name__} with blocks of {rules.block_length} positions, decided in "
-                    'any order). Pass `block_length=1` with decoding_method "llada", "dparallel" or "d3llm".'
-                )
             if kind is lp.InfNanRemoveLogitsProcessor:
                 self.repairs = True
             elif kind is lp.NoRepeatNGramLogitsProcessor:
                 # the smallest size implies the others
                 ngram_size = min(ngram_size or processor.ngram_size, processor.ngram_size)
             elif kind in (lp.NoBadWordsLogitsProcessor, lp.SequenceBiasLogitsProcessor):
-                biases = self._known(processor)
+                biases = _biases(processor)
                 words |= {sequence: bias for sequence, bias in biases.items() if bias == float("-inf")}
                 soft = {sequence: bias for sequence, bias in biases.items() if bias != float("-inf")}
                 if soft:
@@ -219,17 +237,19 @@ class Processors:
             self.known_prompt, Sequences(words, self.stop_ids, prompt.device), ngram_size, self.stop_ids
         )
 
-    def _known(self, processor: lp.SequenceBiasLogitsProcessor) -> dict[tuple[int, ...], float]:
-        """The sequences of a processor, all of tokens that the model knows."""
-        biases = {tuple(map(int, sequence)): bias for sequence, bias in processor.sequence_bias.items()}
-        unknown = sorted({token for sequence in biases for token in sequence if token >= self.vocab_size})
-        if unknown:
-            name = "bad_words_ids" if isinstance(processor, lp.NoBadWordsLogitsProcessor) else "sequence_bias"
-            raise ValueError(
-                f"`{name}` must hold token ids below the vocabulary size {self.vocab_size} (got {unknown}). Encode "
-                "the words with the model's own tokenizer."
-            )
-        return biases
+    @staticmethod
+    def check(processors: LogitsProcessorList, rules: Rules, vocab_size: int | None) -> None:
+        """Refuses what these rules cannot follow; see the class."""
+        for processor in processors:
+            kind = type(processor)
+            if kind in LEFT_TO_RIGHT and not rules.left_to_right:
+                raise ValueError(
+                    f"`{LEFT_TO_RIGHT[kind]}` needs the whole text to the left of a position, so decoding must be "
+                    f"left to right (got {kind.__name__} with blocks of {rules.block_length} positions, decided in "
+                    'any order). Pass `block_length=1` with decoding_method "llada", "dparallel" or "d3llm".'
+                )
+            if kind in (lp.NoBadWordsLogitsProcessor, lp.SequenceBiasLogitsProcessor):
+                _check_biases(processor, vocab_size)
 
     def __bool__(self) -> bool:
         return bool(self.steps) or bool(self.constraints) or self.repairs

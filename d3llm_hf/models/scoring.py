@@ -19,6 +19,7 @@ logger = logging.get_logger(__name__)
 # Vocabulary entries that are worked on at once; bounds the float32 copies, whatever the canvas and the batch.
 CHUNK_ELEMENTS = 1 << 24
 
+_COLD = 1e-20  # a temperature that costs are not divided by
 _FLOOR = -110.0  # exp of it rounds to 0 in float32
 
 # What can be wrong with a row.
@@ -158,6 +159,8 @@ class Sampler:
         """Perturbs costs so that taking the k lowest draws k positions from softmax(-cost / temperature): `(n,)`."""
         uniform = self.uniform(rows, step, columns, self.POSITION).clamp_min(1e-300)
         gumbel = -torch.log(-torch.log(uniform))
+        if temperature < _COLD:  # the order is the same, and nothing overflows
+            return (cost - temperature * gumbel).to(cost.dtype)
         return (cost / temperature - gumbel).to(cost.dtype)
 
 
@@ -230,7 +233,7 @@ def _kernel_on(device: torch.device) -> Callable | None:
         return _of_sums(best, top, peak, others, second, spread, (top - peak).exp())
 
     # Tried once: a compiler may be missing, or the device be too old.
-    table = torch.arange(3 * 5000, device=device).mul(7919).remainder(10007).view(3, 5000) / 500
+    table = torch.arange(3 * 5000, device=device).mul(7919).remainder(10007).view(3, 5000).float() / 500
     try:
         found, best, _ = by_kernel(table, 1)
         wanted, best_wanted, _ = statistics(table, 1)
@@ -284,7 +287,7 @@ class Scorer:
         rules = self.rules
         if rules.alg_temp:
             cost = self.sampler.positions(cost, rules.alg_temp, rows, steps, columns)
-        table = torch.full(state.tokens.shape, float("inf"), device=logits.device)
+        table = torch.full(state.tokens.shape, float("inf"), dtype=torch.float32, device=logits.device)
         costs = table.index_put(where, cost)
         chosen = state.tokens.index_put(where, tokens)
         return Scores(

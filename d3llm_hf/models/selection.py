@@ -12,15 +12,21 @@ import torch
 from .decoding import Rules, State, first_true, per_block
 
 
+def marked_first(cost: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """The costs with every marked position below all others, whatever it costs: a row always advances."""
+    most = torch.finfo(cost.dtype).max
+    return cost.nan_to_num(nan=most, posinf=most, neginf=-most).masked_fill(~among, float("inf"))
+
+
 def best(cost: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
     """One-hot `(B, N)` of the cheapest marked position of each row; rows without a mark stay empty."""
-    column = cost.masked_fill(~among, float("inf")).argmin(1, keepdim=True)
+    column = marked_first(cost, among).argmin(1, keepdim=True)
     return torch.zeros_like(among).scatter_(1, column, True) & among
 
 
 def ranks(cost: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
     """Place `(B, N)` of each marked position in its row, 0 the cheapest; the leftmost first among equals."""
-    return cost.masked_fill(~among, float("inf")).argsort(dim=1, stable=True).argsort(dim=1)
+    return marked_first(cost, among).argsort(dim=1, stable=True).argsort(dim=1)
 
 
 def cheapest(cost: torch.Tensor, among: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
@@ -45,14 +51,14 @@ def by_near_best(cost: torch.Tensor, among: torch.Tensor, state: State, rules: R
 def by_factor(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
     """Fast-dLLM's factor: the n surest while the n-th is certain to `1 - factor / (n + 1)`; the surest always."""
     rank = ranks(cost, among)
-    fails = among & (torch.exp(-cost.double()) < 1 - rules.factor / (rank + 2))
+    fails = among & (torch.exp(-cost.double()) < 1 - rules.factor / (rank + 2).float())
     first = rank.masked_fill(~fails, among.shape[1]).amin(1)
     return cheapest(cost, among, first.clamp_min(1))
 
 
 def by_entropy_bound(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
     """The n of lowest entropy while all but the n-th sum to at most the bound (EB-Sampler, DiffusionGemma)."""
-    order = cost.masked_fill(~among, float("inf")).argsort(dim=1, stable=True)
+    order = marked_first(cost, among).argsort(dim=1, stable=True)
     ascending = cost.masked_fill(~among, 0.0).gather(1, order).double()
     before = ascending.cumsum(1) - ascending
     within = torch.zeros_like(among).scatter_(1, order, before <= rules.threshold)
@@ -122,7 +128,7 @@ def decided_fraction(among: torch.Tensor, state: State, rules: Rules, eps: float
     steps, _, done = pace(among, state, rules)
 
     def time(index: torch.Tensor) -> torch.Tensor:
-        slope = torch.tensor(eps - 1, device=steps.device) / steps
+        slope = torch.tensor(eps - 1, dtype=torch.float32, device=steps.device) / steps
         return torch.where(index < (steps + 1) // 2, 1 + slope * index, eps - slope * (steps - index))
 
     return torch.where(done < steps - 1, 1 - time(done + 1) / time(done), 1.0)
@@ -136,7 +142,8 @@ def by_schedule(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Ru
 
 def by_coin(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
     """Dream's `origin`: each masked position with probability `1 - s / t`; `cost` is a uniform number."""
-    return among & (cost < decided_fraction(among, state, rules)[:, None])
+    fraction = decided_fraction(among, state, rules)[:, None]
+    return among & ((cost < fraction) | (fraction >= 1))  # rounding can take a uniform number to 1
 
 
 def by_quota_and_threshold(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:

@@ -91,7 +91,7 @@ def row_sums(logits: torch.Tensor, mask_token_id: int) -> tuple[torch.Tensor, ..
     """
     count, vocabulary = logits.shape
     best = torch.empty(count, dtype=torch.long, device=logits.device)
-    sums = torch.empty(5, count, device=logits.device)
+    sums = torch.empty(5, count, dtype=torch.float32, device=logits.device)
     block = min(BLOCK, triton.next_power_of_2(vocabulary))
     arguments = (logits, logits.stride(0), vocabulary, mask_token_id, best, sums, count)
     if not logits.is_cuda:  # Triton's interpreter

@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import DREAM, LLADA
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import AutoConfig
 
 
 # The sizes of the published checkpoints: the keys are those of the small recorded config.json, which are the official
@@ -122,6 +123,66 @@ def test_sizes_that_are_not_given_follow_from_the_others():
     config = LLADA.config_class(d_model=32, n_heads=4, mlp_ratio=3, vocab_size=100, embedding_size=128)
     assert (config.n_kv_heads, config.mlp_hidden_size, config.vocab_size) == (4, 96, 128)
     assert DREAM.config(num_key_value_heads=None).num_key_value_heads == 4
+
+
+TINY = {"vocab_size": 100, "mask_token_id": 99, "eos_token_id": 98, "pad_token_id": 98}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        LLADA.config_class,
+        lambda **sizes: AutoConfig.for_model("llada", **sizes),
+        LLADA.config_class.from_dict,
+        lambda **sizes: LLADA.config_class.from_dict(sizes),
+    ],
+    ids=["constructor", "for_model", "arguments of from_dict", "from_dict"],
+)
+def test_sizes_follow_from_usual_names_as_from_official_ones(make):
+    if make == LLADA.config_class.from_dict:
+        usual = make(TINY, hidden_size=64, num_attention_heads=4)
+    else:
+        usual = make(hidden_size=64, num_attention_heads=4, **TINY)
+    official = LLADA.config_class(d_model=64, n_heads=4, **TINY)
+    assert (usual.n_kv_heads, usual.mlp_hidden_size) == (4, 256)
+    assert usual.to_dict() == official.to_dict()
+
+
+def test_a_usual_name_set_to_none_is_derived():
+    config = LLADA.config(num_key_value_heads=None, intermediate_size=None, n_kv_heads=None, mlp_hidden_size=None)
+    assert (config.n_kv_heads, config.mlp_hidden_size) == (4, 128)
+
+
+def test_two_values_for_one_size_are_refused():
+    with pytest.raises(ValueError, match=r"`hidden_size` is another name of `d_model` \(got 64 and 32\)"):
+        LLADA.config_class(d_model=32, hidden_size=64, **TINY)
+    assert LLADA.config_class(d_model=64, hidden_size=64, n_heads=4, **TINY).hidden_size == 64
+
+
+def test_arguments_over_a_folder_take_part_in_what_is_derived(family, tmp_path):
+    family.config().save_pretrained(tmp_path)
+    keys = json.loads((tmp_path / "config.json").read_text())
+    for derived in ("n_kv_heads", "mlp_hidden_size", "num_key_value_heads"):
+        keys.pop(derived, None)
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    config, unused = AutoConfig.from_pretrained(
+        tmp_path,
+        num_attention_heads=8,
+        num_hidden_layers=3,
+        num_key_value_heads=None,
+        rope_theta=7.0,
+        vocab_size=70,
+        return_unused_kwargs=True,
+        made_up_argument=1,
+    )
+    assert config.num_key_value_heads == config.num_attention_heads == 8
+    assert config.rope_theta == config.rope_parameters["rope_theta"] == 7.0
+    assert (config.num_hidden_layers, config.vocab_size, unused) == (3, 70, {"made_up_argument": 1})
+    if family is DREAM:
+        assert len(config.layer_types) == 3
+    else:
+        assert config.mlp_hidden_size == 4 * config.d_model
+    assert json.loads((tmp_path / "config.json").read_text()) == keys
 
 
 def test_the_rotary_base_may_come_under_either_name(family):

@@ -431,6 +431,23 @@ def test_model_and_tokenizer_must_agree_on_the_mask_token(tmp_path, tokenizer):
         make_trainer(tmp_path, bare, model=tiny_model(bare, mask_token_id=None))
 
 
+def test_tokens_that_the_model_does_not_know_are_refused_before_training(tmp_path, tokenizer):
+    size = tokenizer.mask_token_id
+    model = tiny_model(tokenizer)
+    model.resize_token_embeddings(size)
+    wanted = (
+        rf"`mask_token_id` must lie inside the vocabulary of {size} tokens \(got {size}\).*resize_token_embeddings"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        make_trainer(tmp_path, tokenizer, model=model)
+    other = build_tokenizer(num_problems=100)
+    model = tiny_model(other, mask_token_id=3)
+    other.mask_token = None
+    model.resize_token_embeddings(other.eos_token_id)
+    with pytest.raises(ValueError, match=r"`(pad|eos)_token_id` must lie inside the vocabulary"):
+        make_trainer(tmp_path, other, model=model)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

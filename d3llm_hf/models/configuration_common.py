@@ -1,0 +1,49 @@
+"""Fields of a model's config that follow from others, whichever name or way these come by."""
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+
+if TYPE_CHECKING:  # what it is mixed into
+    from transformers.configuration_utils import PreTrainedConfig
+else:
+    PreTrainedConfig = object
+
+
+class DerivingConfigMixin(PreTrainedConfig):
+    """Fields are derived from what was asked for: by an alias, or by an argument of `from_pretrained` over a file.
+
+    transformers assigns both once the config is made, when what follows from them is derived from the defaults.
+    """
+
+    attribute_map: ClassVar[dict[str, str]] = {}
+
+    def take_aliases(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Assigns what comes under another name, before anything is derived; returns the rest.
+
+        Raises:
+            ValueError: for two values of one field.
+        """
+        defaults = {field.name: field.default for field in fields(self)}  # type: ignore[arg-type]  # of a @strict class
+        for alias in [name for name in kwargs if name in self.attribute_map]:
+            name, value = self.attribute_map[alias], kwargs.pop(alias)
+            own = getattr(self, name)
+            if own != defaults[name] and own != value:
+                raise ValueError(f"`{alias}` is another name of `{name}` (got {value!r} and {own!r}). Leave one out.")
+            setattr(self, name, value)
+        return kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As transformers', with the arguments in place of the file's entries and not after them."""
+        declared = {*cls.__annotations__, *cls.attribute_map}
+        given = {cls.attribute_map.get(name, name): kwargs.pop(name) for name in [*kwargs] if name in declared}
+        if "rope_theta" in given and "rope_parameters" not in given:  # a file spells out both
+            own = config_dict.get("rope_parameters") or config_dict.get("rope_scaling") or {}
+            if own:
+                given["rope_parameters"] = own | {"rope_theta": given["rope_theta"]}
+        kept = {name: value for name, value in config_dict.items() if cls.attribute_map.get(name, name) not in given}
+        return super().from_dict(kept | given, **kwargs)
+
+
+__all__ = ["DerivingConfigMixin"]
