@@ -66,7 +66,7 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
 SCALES = (
     "temperature", "repetition_penalty", "encoder_repetition_penalty", "cfg_scale", "credit_exponent", "credit_weight",
 )  # fmt: skip
-LARGEST_SCALE = 1e30
+SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30
 
 
 def _are_seeds(value: int | list[int] | tuple[int, ...]) -> bool:
@@ -236,9 +236,9 @@ class D3LLMGenerationConfig(GenerationConfig):
         super().validate(*args, **kwargs)
         for name in SCALES:
             value = getattr(self, name, None)
-            if isinstance(value, NUMBER) and value != 0 and not 1 / LARGEST_SCALE <= value <= LARGEST_SCALE:
+            if isinstance(value, NUMBER) and value != 0 and not SMALLEST_SCALE <= value <= LARGEST_SCALE:
                 raise ValueError(
-                    f"`{name}` must lie between {1 / LARGEST_SCALE} and {LARGEST_SCALE}, so that float32 holds what "
+                    f"`{name}` must lie between {SMALLEST_SCALE} and {LARGEST_SCALE}, so that float32 holds what "
                     f"it scales (got {value!r}). Pass one nearer to 1."
                 )
 

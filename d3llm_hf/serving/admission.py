@@ -117,14 +117,14 @@ class Admission:
         try:
             self.model.check_settings(**settings, max_new_tokens=length)
         except (ValueError, TypeError) as error:
-            raise ApiError(400, str(error), param="d3llm", code="invalid_value") from None
+            named = [name for name in ("temperature", "top_p") if str(error).startswith(f"`{name}`")]
+            raise ApiError(400, str(error), param=(named or ["d3llm"])[0], code="invalid_value") from None
 
     def _encode(self, request: ChatRequest | CompletionRequest, length: int) -> list[int]:
         """Token ids that leave room for the answer; what a user writes never becomes a control token."""
-        is_chat = isinstance(request, ChatRequest)
-        param = "messages" if is_chat else "prompt"
+        param = "messages" if isinstance(request, ChatRequest) else "prompt"
         try:
-            if is_chat:
+            if isinstance(request, ChatRequest):
                 roles = {"developer": "system"}
                 turns = [{"role": roles.get(m.role, m.role), "content": m.content} for m in request.messages]
                 if len(request.messages) + sum(len(turn["content"]) for turn in turns) > self._longest():

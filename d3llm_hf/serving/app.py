@@ -264,7 +264,8 @@ class _Server:
         task = asyncio.ensure_future(work)
         try:
             seconds = max(0.0, deadline - time.monotonic())
-            await asyncio.wait({task, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            waits: set[asyncio.Future[Any]] = {task, left}
+            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             if left.done():

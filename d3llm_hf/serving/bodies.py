@@ -46,26 +46,21 @@ def _integer(digits: str) -> int | float:
 
 
 def _look_through(values: dict[str, Any]) -> None:
-    waiting: list[tuple[str, int, Any]] = [("", 1, values)]
+    waiting: list[tuple[str, int, dict[str, Any] | list[Any]]] = [("", 1, values)]
     while waiting:
         path, depth, container = waiting.pop()
         if depth > MAX_DEPTH:
             name = path.partition(".")[0]
             raise _refused(f"`{name}` must not be nested deeper than {MAX_DEPTH} levels. Send less.", name)
-        is_object = isinstance(container, dict)
-        for key, value in container.items() if is_object else enumerate(container):
-            if is_object and LONE_SURROGATE.search(key):
-                where = f"`{path}`" if path else "The body"
-                raise _refused(
-                    f"{where} must have names of valid Unicode, without lone surrogates (got {key[:80]!a}).",
-                    path or None,
-                )
+        if isinstance(container, dict):
+            _check_names(path, container)
+        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
             if isinstance(value, dict | list):
                 waiting.append((_join(path, key), depth + 1, value))
             elif isinstance(value, str) and LONE_SURROGATE.search(value):
                 raise _refused(
-                    f"`{_join(path, key)}` must be valid Unicode, without lone surrogates (got "
-                    f"{value[:80]!a}). Convert its source to UTF-8.",
+                    f"`{_join(path, key)}` must be valid Unicode, without lone surrogates (got {value[:80]!a}). "
+                    "Convert its source to UTF-8.",
                     _join(path, key),
                 )
             elif isinstance(value, float) and not math.isfinite(value):
@@ -73,13 +68,23 @@ def _look_through(values: dict[str, Any]) -> None:
                     f"`{_join(path, key)}` must be a number that float64 can hold (got a larger one). Send a smaller "
                     "one.",
                     _join(path, key),
-                    "invalid_value",
                 )
+
+
+def _check_names(path: str, container: dict[str, Any]) -> None:
+    for name in container:
+        if LONE_SURROGATE.search(name):
+            where = f"`{path}`" if path else "The body"
+            raise _refused(
+                f"{where} must have names of valid Unicode, without lone surrogates (got {name[:80]!a}). Convert "
+                "their source to UTF-8.",
+                path or None,
+            )
 
 
 def _join(path: str, key: str | int) -> str:
     return f"{path}.{key}"[-200:] if path else str(key)[:80]
 
 
-def _refused(message: str, param: str | None = None, code: str = "invalid_json") -> ApiError:
-    return ApiError(400, message, param=param, code="invalid_value" if param else code)
+def _refused(message: str, param: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code="invalid_value" if param else "invalid_json")

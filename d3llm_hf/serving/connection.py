@@ -6,7 +6,9 @@ is never finished, a body that nobody reads any more and a client that does not 
 
 import asyncio
 import json
+from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .errors import ApiError
@@ -29,12 +31,38 @@ def bounded_protocol(timeout: float) -> type[H11Protocol]:
     return type("BoundedProtocol", (_Bounded,), {"head_seconds": min(HEAD_SECONDS, timeout), "stall_seconds": timeout})
 
 
+class _Lingering:
+    """A transport that closes in two steps while its client still sends: no more is written, then no more is read.
+
+    Closed at once, the bytes that nobody reads would reset the connection, and the client would not see its reply.
+    """
+
+    def __init__(self, transport: asyncio.Transport, protocol: "_Bounded"):
+        self._transport, self._protocol, self._lingers = transport, protocol, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._lingers or self._transport.is_closing()
+
+    def close(self) -> None:
+        sends = self._protocol.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+        if self.is_closing() or not sends or not self._transport.can_write_eof():
+            self._transport.close()
+            return
+        self._lingers = True
+        self._transport.write_eof()
+        self._transport.resume_reading()
+        self._protocol.loop.call_later(self._protocol.head_seconds, self._transport.abort)
+
+
 class _Bounded(H11Protocol):
     head_seconds: float
     stall_seconds: float
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(_Lingering(transport, self))  # type: ignore[arg-type]
         self._unread = bytearray()
         self._head_timer: asyncio.TimerHandle | None = None
         self._abort_timer: asyncio.TimerHandle | None = None
@@ -50,8 +78,9 @@ class _Bounded(H11Protocol):
     # ---- a request's head ----------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        self._unread += data
-        self._parse()
+        if not self.transport.is_closing():
+            self._unread += data
+            self._parse()
 
     def _parse(self) -> None:
         if not self._unread:

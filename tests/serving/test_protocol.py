@@ -348,6 +348,7 @@ def test_a_client_that_leaves_before_its_request_is_complete_is_forgotten(loaded
         ({"max_batch_size": 0}, "`max_batch_size` must be positive"),
         ({"timeout": float("nan")}, "`timeout` must be positive"),
         ({"max_wait_ms": -1}, "`max_wait_ms` must not be negative"),
+        ({"max_prompt_tokens": 0}, "`max_prompt_tokens` must be positive"),
         ({"api_key": ""}, "`api_key` must not be empty"),
         ({"name": ""}, "`name` must not be empty"),
     ],
