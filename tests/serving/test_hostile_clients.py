@@ -49,15 +49,18 @@ def head(length):
 
 
 class Health:
-    """Asks for `/health` again and again, and knows the slowest reply."""
+    """Asks for `/health` again and again, and knows the slowest reply, and how late the machine itself was at most."""
 
     def __init__(self, port):
-        self.port, self.slowest, self.failures = port, 0.0, []
+        self.port, self.slowest, self.late, self.failures = port, 0.0, 0.0, []
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._ask)
 
     def _ask(self):
-        while not self._ended.wait(0.02):
+        while not self._ended.is_set():
+            began = time.monotonic()
+            self._ended.wait(0.02)
+            self.late = max(self.late, time.monotonic() - began - 0.02)
             began = time.monotonic()
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=60).read()
@@ -187,7 +190,8 @@ def assert_unharmed(port, **how):
     assert errors == []
     assert answers == [expected] * 5
     assert health.failures == []
-    assert health.slowest < max(1.0, 20 * before.slowest)  # the second factor: for a machine that is busy itself
+    # A second, and more on a machine that is busy itself
+    assert health.slowest < max(1.0, 20 * before.slowest) + 10 * health.late
 
 
 def test_a_hostile_client_harms_nobody_else(loaded):

@@ -34,7 +34,7 @@ UNFINISHED = {
     "a body in chunks without end": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n", b"1\r\n \r\n", 408),
     "a body that waits to be asked for": (HEAD + b"Content-Length: 500\r\nExpect: 100-continue\r\n\r\n", b"", 408),
     "a declared length of 100 GB": (HEAD + b"Content-Length: 100000000000\r\n\r\n{", b" ", 413),
-    "a declared length, and no more requests": (
+    "a declared length alone": (
         HEAD + b"Connection: close\r\nContent-Length: 9999\r\n\r\n{",
         b" ",
         413,
