@@ -20,6 +20,7 @@ from .decoding import State, stop_position
 
 UNKNOWN = -1  # in place of a token that is undecided, padding, or behind the stop token; equal to no token
 AT_ONCE = 1 << 22  # entries of a table of pairs of positions, which bounds the memory
+SHORT = 8  # n-grams up to here are compared token by token
 
 
 def visible_text(
@@ -53,6 +54,47 @@ def _agreements(text: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor
         last = torch.where(differs, slot, -1).cummax(-1).values
         first = torch.where(differs, slot, length).flip(-1).cummin(-1).values.flip(-1)
         yield shifts, slot - last, first - slot
+
+
+Around = Iterator[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]
+
+
+def _around_candidates(text: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, size: int) -> Around:
+    """How far the text around `(n,)` candidates agrees with that around the slots to their left and right.
+
+    Yields:
+        `(D,)` shifts; for the slots so far to the left, `(n, D)` positions before and behind that agree; the same for
+        those to the right. Short n-grams need no more than `size - 1` of them, so no more are counted.
+    """
+    length = text.shape[1]
+    if size <= SHORT:  # step by step is quicker
+        centre = length + size
+        near = _around(text, rows, slots, centre)
+
+        def count(first: int, step: int) -> torch.Tensor:  # (n, L - 1), of partners from `first` on
+            agree, found = torch.ones_like(near[:, 1:length], dtype=torch.bool), torch.zeros_like(near[:, 1:length])
+            for offset in range(step, size * step, step):
+                own, start = near[:, centre + offset, None], first + offset
+                agree = agree & (own == near[:, start : start + length - 1]) & (own != UNKNOWN)
+                found = found + agree
+            return found
+
+        left = [count(centre - length + 1, step).flip(1) for step in (-1, 1)]
+        right = [count(centre + 1, step) for step in (-1, 1)]
+        yield torch.arange(1, length, device=text.device), (left[0], left[1]), (right[0], right[1])
+        return
+    rows, slots = rows[:, None], slots[:, None]
+    for shifts, ending, starting in _agreements(text):
+        index = torch.arange(shifts.shape[0], device=text.device)
+
+        def run(table: torch.Tensor, at: torch.Tensor, index: torch.Tensor = index) -> torch.Tensor:  # (n, D)
+            return torch.where((at >= 0) & (at < length), table[rows, index, at.clamp(0, length - 1)], 0)
+
+        yield (
+            shifts,
+            (run(ending, slots - shifts - 1), run(starting, slots - shifts + 1)),
+            (run(ending, slots - 1), run(starting, slots + 1)),
+        )
 
 
 class Sequences:
@@ -154,25 +196,19 @@ class Constraints:
         """Tokens with which some n-gram through a candidate would stand twice: `(n, V)` bool."""
         size, length = self.ngram_size, text.shape[1]
         banned = torch.zeros(rows.shape[0], vocab_size + 1, dtype=torch.bool, device=text.device)
-        rows, slots = rows[:, None], slots[:, None]
+        if size > length:
+            return banned[:, :vocab_size]
+
+        def stands(at: torch.Tensor) -> torch.Tensor:  # (n, D)
+            inside = (at >= 0) & (at < length)
+            return torch.where(inside, text[rows[:, None], at.clamp(0, length - 1)], UNKNOWN)
 
         def ban(token: torch.Tensor, twice: torch.Tensor) -> None:
             banned.scatter_(1, torch.where(twice & (token != UNKNOWN), token, vocab_size), True)
 
-        for shifts, ending, starting in _agreements(text) if size <= length else ():
-            index = torch.arange(shifts.shape[0], device=text.device)
-
-            def run(table: torch.Tensor, at: torch.Tensor, index: torch.Tensor = index) -> torch.Tensor:  # (n, D)
-                return torch.where((at >= 0) & (at < length), table[rows, index, at.clamp(0, length - 1)], 0)
-
-            # What stands so far to the left and right, and how far the text around agrees with the candidate's
-            left, right = (
-                torch.where((at >= 0) & (at < length), text[rows, at.clamp(0, length - 1)], UNKNOWN)
-                for at in (slots - shifts, slots + shifts)
-            )
-            left_before, left_behind = run(ending, slots - shifts - 1), run(starting, slots - shifts + 1)
-            right_before, right_behind = run(ending, slots - 1), run(starting, slots + 1)
-
+        agreements = _around_candidates(text, rows, slots, size)
+        for shifts, (left_before, left_behind), (right_before, right_behind) in agreements:
+            left, right = stands(slots[:, None] - shifts), stands(slots[:, None] + shifts)
             # 1. n-grams that stand elsewhere and that the candidate is the only undecided token of. With a stop token
             #    only those that end there are output, and it hides what stands behind it.
             elsewhere = left_before + 1 + left_behind >= size

@@ -143,6 +143,7 @@ def test_a_text_is_compared_with_itself_a_part_at_a_time(case, at_once):
     with pytest.MonkeyPatch.context() as patch:
         whole = constraints.banned(*where, 7), constraints.compatible(commits, state.tokens, cost, state)
         patch.setattr("d3llm_hf.models.constraints.AT_ONCE", at_once)
+        patch.setattr("d3llm_hf.models.constraints.SHORT", 0)
         parts = constraints.banned(*where, 7), constraints.compatible(commits, state.tokens, cost, state)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
@@ -160,7 +161,7 @@ class Operations(TorchDispatchMode):
 def test_the_work_does_not_grow_with_the_size_of_the_n_grams():
     answer_tokens = [1, 2] * 60 + [None] * 40
     state, work = state_of(answer_tokens), {}
-    for size in (3, 30, 100):
+    for size in (9, 30, 100):
         constraints = constraints_of([1, 2] * 20, [], size, (5,))
         row, columns = state.undecided.nonzero(as_tuple=True)
         with Operations() as operations:
