@@ -13,8 +13,9 @@ LIMITS: dict[str, tuple[type, str]] = {
     "max_batch_size": (int, "requests decoded together (8)"),
     "max_wait_ms": (float, "milliseconds that a request waits for others to be decoded with (5)"),
     "max_queue": (int, "requests that may wait, more are refused (64)"),
-    "timeout": (float, "seconds from a request to the end of its reply (120)"),
+    "timeout": (float, "seconds from a request to the end of its reply, its body included (120)"),
     "max_tokens": (int, "longest answer that a request may ask for (1024)"),
+    "max_prompt_tokens": (int, "longest prompt (what the model has positions for)"),
     "max_body_bytes": (int, "of a request (1048576)"),
 }
 
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
         import uvicorn
 
         from ..serving.admission import with_settings
-        from ..serving.app import create_app
+        from ..serving.app import TIMEOUT, create_app
+        from ..serving.connection import bounded_protocol
     except ModuleNotFoundError as error:
         raise ImportError(
             f"`d3llm serve` needs FastAPI and uvicorn (got: {error}). Install them with "
@@ -69,7 +71,14 @@ def run(args: argparse.Namespace) -> None:
     tell(f"serving {name} on http://{args.host}:{args.port}/v1" + (" (with a key)" if key else ""))
     if key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
         tell("anyone who reaches this address can use the server; --api-key-env asks for a key")
-    uvicorn.run(app, host=args.host, port=args.port, log_config=None, timeout_graceful_shutdown=10)
+    protocol = bounded_protocol(limits.get("timeout", TIMEOUT))
+    uvicorn.run(
+        app, host=args.host, port=args.port, log_config=None, timeout_graceful_shutdown=10, http=protocol, ws="none"
+    )
+    if app.state.worker.is_stuck:
+        # Nothing can interrupt a forward, and an interpreter that ends beside it may crash.
+        logging.shutdown()
+        os._exit(0)
 
 
 def _api_key(variable: str | None) -> str | None:

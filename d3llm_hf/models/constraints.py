@@ -11,12 +11,16 @@ span where it ends. Here any of its positions may be the last to be decided, and
 What lies behind the first stop token is no output, so nothing is promised about it.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from .decoding import State, stop_position
 
 
 UNKNOWN = -1  # in place of a token that is undecided, padding, or behind the stop token; equal to no token
+AT_ONCE = 1 << 22  # entries of a table of pairs of positions, which bounds the memory
+SHORT = 8  # n-grams up to here are compared token by token
 
 
 def visible_text(
@@ -32,6 +36,65 @@ def _around(text: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, reach: 
     """The tokens up to `reach` slots before and behind `(n,)` slots: `(n, 2 reach + 1)`."""
     padded = torch.nn.functional.pad(text, (reach, reach), value=UNKNOWN)
     return padded[rows[:, None], slots[:, None] + torch.arange(2 * reach + 1, device=text.device)]
+
+
+def _agreements(text: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Where `(T, L)` text repeats itself. The work is that of L squared, however long the n-grams that are asked for.
+
+    Yields:
+        `(D,)` shifts, and two `(T, D, L)` tables: positions in a row, up to each slot and from it on, that hold the
+        token which stands a shift further on.
+    """
+    rows, length = text.shape
+    slot = torch.arange(length, dtype=torch.int32, device=text.device)
+    further = torch.nn.functional.pad(text, (0, length), value=UNKNOWN)
+    for shifts in torch.arange(1, length, device=text.device).split(max(1, AT_ONCE // max(1, rows * length))):
+        other = further[:, shifts[:, None] + slot]  # (T, D, L)
+        differs = (text[:, None] != other) | (other == UNKNOWN)
+        last = torch.where(differs, slot, -1).cummax(-1).values
+        first = torch.where(differs, slot, length).flip(-1).cummin(-1).values.flip(-1)
+        yield shifts, slot - last, first - slot
+
+
+Around = Iterator[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]
+
+
+def _around_candidates(text: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, size: int) -> Around:
+    """How far the text around `(n,)` candidates agrees with that around the slots to their left and right.
+
+    Yields:
+        `(D,)` shifts; for the slots so far to the left, `(n, D)` positions before and behind that agree; the same for
+        those to the right. Short n-grams need no more than `size - 1` of them, so no more are counted.
+    """
+    length = text.shape[1]
+    if size <= SHORT:  # step by step is quicker
+        centre = length + size
+        near = _around(text, rows, slots, centre)
+
+        def count(first: int, step: int) -> torch.Tensor:  # (n, L - 1), of partners from `first` on
+            agree, found = torch.ones_like(near[:, 1:length], dtype=torch.bool), torch.zeros_like(near[:, 1:length])
+            for offset in range(step, size * step, step):
+                own, start = near[:, centre + offset, None], first + offset
+                agree = agree & (own == near[:, start : start + length - 1]) & (own != UNKNOWN)
+                found = found + agree
+            return found
+
+        left = [count(centre - length + 1, step).flip(1) for step in (-1, 1)]
+        right = [count(centre + 1, step) for step in (-1, 1)]
+        yield torch.arange(1, length, device=text.device), (left[0], left[1]), (right[0], right[1])
+        return
+    rows, slots = rows[:, None], slots[:, None]
+    for shifts, ending, starting in _agreements(text):
+        index = torch.arange(shifts.shape[0], device=text.device)
+
+        def run(table: torch.Tensor, at: torch.Tensor, index: torch.Tensor = index) -> torch.Tensor:  # (n, D)
+            return torch.where((at >= 0) & (at < length), table[rows, index, at.clamp(0, length - 1)], 0)
+
+        yield (
+            shifts,
+            (run(ending, slots - shifts - 1), run(starting, slots - shifts + 1)),
+            (run(ending, slots - 1), run(starting, slots + 1)),
+        )
 
 
 class Sequences:
@@ -92,7 +155,8 @@ class Constraints:
     Args:
         prompt (`(B, P)` long): of the whole batch, `UNKNOWN` on padding.
         words: sequences that may not occur; they may begin in the prompt.
-        ngram_size: no n-gram of this size may occur twice in prompt and answer; 0 for no such rule.
+        ngram_size: no n-gram of this size may occur twice in prompt and answer; 0 for no such rule, which is also what
+            a size larger than the whole text means.
         stop_ids (`(S,)`, *optional*): the stop tokens.
     """
 
@@ -130,33 +194,33 @@ class Constraints:
 
     def _repeating(self, text: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """Tokens with which some n-gram through a candidate would stand twice: `(n, V)` bool."""
-        size = self.ngram_size
-        near = _around(text, rows, slots, size - 1)
-        windows = text.shape[1] - size + 1
+        size, length = self.ngram_size, text.shape[1]
         banned = torch.zeros(rows.shape[0], vocab_size + 1, dtype=torch.bool, device=text.device)
+        if size > length:
+            return banned[:, :vocab_size]
 
-        # 1. n-grams that share the candidate: shifted by less than n, so that its token must equal two neighbours.
-        for shift in range(1, size):
-            left, right = near[:, size - 1 - shift], near[:, size - 1 + shift]
-            equal = (near[:, :-shift] == near[:, shift:]) & (near[:, shift:] != UNKNOWN)
-            equal[:, size - 1] = equal[:, size - 1 - shift] = (left == right) & (left != UNKNOWN)
-            twice = equal.unfold(1, size, 1).all(-1).any(-1)
-            banned.scatter_(1, torch.where(twice, left, vocab_size)[:, None], True)
+        def stands(at: torch.Tensor) -> torch.Tensor:  # (n, D)
+            inside = (at >= 0) & (at < length)
+            return torch.where(inside, text[rows[:, None], at.clamp(0, length - 1)], UNKNOWN)
 
-        # 2. n-grams that stand elsewhere and that the candidate is the only undecided token of.
-        for offset in range(size) if windows > 0 else ():
-            if offset == size - 1 and self.stop_ids is not None:
-                banned[:, self.stop_ids] = False  # with a stop token only n-grams that end there are output
-            match = torch.ones(rows.shape[0], windows, dtype=torch.bool, device=text.device)
-            for index in range(size):
-                there = text[:, index : index + windows][rows]
-                here = near[:, size - 1 - offset + index, None]
-                match &= there != UNKNOWN if index == offset else (there == here) & (here != UNKNOWN)
-            there = text[:, offset : offset + windows][rows]
-            if self.stop_ids is not None:  # a stop token hides the n-grams behind it
-                behind = torch.arange(windows, device=text.device) > slots[:, None] - size
-                match &= ~(behind & torch.isin(there, self.stop_ids))
-            banned.scatter_(1, torch.where(match, there, vocab_size), True)
+        def ban(token: torch.Tensor, twice: torch.Tensor) -> None:
+            banned.scatter_(1, torch.where(twice & (token != UNKNOWN), token, vocab_size), True)
+
+        agreements = _around_candidates(text, rows, slots, size)
+        for shifts, (left_before, left_behind), (right_before, right_behind) in agreements:
+            left, right = stands(slots[:, None] - shifts), stands(slots[:, None] + shifts)
+            # 1. n-grams that stand elsewhere and that the candidate is the only undecided token of. With a stop token
+            #    only those that end there are output, and it hides what stands behind it.
+            elsewhere = left_before + 1 + left_behind >= size
+            behind = right_before + 1 + right_behind >= size
+            # 2. n-grams that share the candidate, so that its token must equal two neighbours.
+            shared = (left == right) & (right_before >= shifts - 1) & (left_before + shifts + 1 + right_behind >= size)
+            if self.stop_ids is not None:
+                is_stop = torch.isin(left, self.stop_ids)
+                elsewhere = torch.where(is_stop, left_before >= size - 1, elsewhere)
+                behind, shared = behind & ~torch.isin(right, self.stop_ids), shared & ~is_stop
+            ban(left, elsewhere | shared)
+            ban(right, behind)
         return banned[:, :vocab_size]
 
     def compatible(
@@ -206,14 +270,11 @@ class Constraints:
 
     def _undo_repeats(self, text: torch.Tensor, ranks: torch.Tensor, undone: torch.Tensor) -> None:
         """Marks the dearest commit of each pair of equal n-grams in `(B, N + 1)` `undone`."""
-        size = self.ngram_size
-        windows = text.shape[1] - size + 1
-        dearest = ranks.unfold(1, size, 1).amax(-1)  # (B, W)
-        whole = (text != UNKNOWN).unfold(1, size, 1).all(-1)
-        row, window = (whole & (dearest > 0)).nonzero(as_tuple=True)  # n-grams with a commit, (n,) each
-        same = torch.ones(row.shape[0], windows, dtype=torch.bool, device=text.device)
-        for index in range(size):
-            same &= text[:, index : index + windows][row] == text[row, window + index][:, None]
-        same &= torch.arange(windows, device=text.device) != window[:, None]
-        pair = torch.maximum(dearest[row], dearest[row, window][:, None])
-        undone[row[:, None].expand_as(pair), torch.where(same, pair, 0)] = True
+        dearest = ranks.unfold(1, self.ngram_size, 1).amax(-1)  # (B, W)
+        windows = dearest.shape[1]
+        further = torch.nn.functional.pad(dearest, (0, text.shape[1]))
+        for shifts, _, starting in _agreements(text):
+            other = further[:, torch.arange(windows, device=text.device) + shifts[:, None]]  # (B, D, W)
+            pair = torch.maximum(dearest[:, None], other)
+            equal = starting[:, :, :windows] >= self.ngram_size
+            undone.scatter_(1, torch.where(equal, pair, 0).flatten(1), True)

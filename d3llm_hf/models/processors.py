@@ -233,6 +233,8 @@ class Processors:
                 self.steps.append(partial(PARALLEL[kind], processor))
             else:
                 self.steps.append(partial(self._by_column, processor))
+        if ngram_size > self.known_prompt.shape[1] + (prompt.shape[1] if self.infilling else 0) + tokens.shape[1]:
+            ngram_size = 0  # no text that long, so nothing to look for
         self.constraints = Constraints(
             self.known_prompt, Sequences(words, self.stop_ids, prompt.device), ngram_size, self.stop_ids
         )

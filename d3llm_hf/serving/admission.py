@@ -1,18 +1,23 @@
-"""A request becomes a job, or is refused before it waits."""
+"""A request becomes a job, or is refused before it waits: what it costs is known from here on."""
 
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..models.generation_config_d3llm import D3LLMGenerationConfig
+from ..models.generation_config_d3llm import FIELDS, D3LLMGenerationConfig
 from ..text import encode_chat, encode_text
 from .errors import ApiError
 from .jobs import Event, Job
-from .schemas import ChatRequest, CompletionRequest
+from .schemas import OPTIONS, ChatRequest, CompletionRequest
 
 
 DEFAULT_NEW_TOKENS = 128
+DEFAULT_PROMPT_TOKENS = 8192
+"""Longest prompt for a model that names no number of positions."""
+CHARACTERS = 8
+"""Of a text that are encoded at first for each position; most tokens hold fewer."""
+KINDS = {name: kinds for name, (kinds, *_) in (FIELDS | OPTIONS).items()}
 
 
 @dataclass
@@ -24,12 +29,14 @@ class Admission:
         tokenizer: encodes the prompts.
         name (`str`): of the model, which requests give.
         max_tokens (`int`): longest canvas that a request may ask for.
+        max_prompt_tokens (`int`, *optional*): longest prompt; what the model has positions for when unset.
     """
 
     model: Any
     tokenizer: Any
     name: str
     max_tokens: int
+    max_prompt_tokens: int | None = None
 
     def check_model(self, name: str) -> None:
         """Refuses requests to another model.
@@ -57,17 +64,15 @@ class Admission:
                 param="max_tokens", code="invalid_value",
             )  # fmt: skip
         settings = self._settings(request)
-        self._check_settings(settings, length)
-        prompt = self._encode(request)
-        limit = self._positions()
-        if limit is not None and len(prompt) + length > limit:
+        if isinstance(settings.get("steps"), int) and settings["steps"] > self.max_tokens:
             raise ApiError(
                 400,
-                f"The prompt and its answer must fit into the model's {limit} positions (got {len(prompt)} + "
-                f"{length}). Shorten the prompt, or lower `max_tokens`.",
-                param="messages" if isinstance(request, ChatRequest) else "prompt",
-                code="context_length_exceeded",
-            )
+                f"`d3llm.steps` must be at most {self.max_tokens} on this server: each is a forward (got "
+                f"{settings['steps']}). Leave it out for one a token.",
+                param="d3llm.steps", code="invalid_value",
+            )  # fmt: skip
+        self._check_settings(settings, length)
+        prompt = self._encode(request, length)
         return Job(
             prompt=prompt,
             max_new_tokens=length,
@@ -88,6 +93,9 @@ class Admission:
     def _settings(self, request: ChatRequest | CompletionRequest) -> dict[str, Any]:
         """Arguments of `generate`; what is not said stays the server's."""
         settings = {name: value for name, value in request.d3llm.items() if name != "drafts"}
+        for name, value in settings.items():
+            if type(value) is int and float in KINDS[name]:  # transformers takes some numbers as floats only
+                settings[name] = float(value)
         samples = bool(self.model.generation_config.do_sample)
         if request.temperature is not None:
             samples = request.temperature > 0
@@ -108,21 +116,61 @@ class Admission:
         try:
             self.model.check_settings(**settings, max_new_tokens=length)
         except (ValueError, TypeError) as error:
-            raise ApiError(400, str(error), param="d3llm", code="invalid_value") from None
+            named = [name for name in ("temperature", "top_p") if str(error).startswith(f"`{name}`")]
+            raise ApiError(400, str(error), param=(named or ["d3llm"])[0], code="invalid_value") from None
 
-    def _encode(self, request: ChatRequest | CompletionRequest) -> list[int]:
-        """Token ids; what a user writes never becomes a control token."""
+    def _encode(self, request: ChatRequest | CompletionRequest, length: int) -> list[int]:
+        """Token ids that leave room for the answer; what a user writes never becomes a control token."""
+        param = "messages" if isinstance(request, ChatRequest) else "prompt"
         try:
-            if isinstance(request, CompletionRequest):
-                param, encoded = "prompt", encode_text(self.tokenizer, request.prompt)
-            else:
-                param = "messages"
+            if isinstance(request, ChatRequest):
                 roles = {"developer": "system"}
                 turns = [{"role": roles.get(m.role, m.role), "content": m.content} for m in request.messages]
+                if len(request.messages) + sum(len(turn["content"]) for turn in turns) > self._longest():
+                    self._check_beginning(self.tokenizer.apply_chat_template(turns, tokenize=False), param, length)
                 encoded = encode_chat(self.tokenizer, turns)
+            else:
+                self._check_beginning(request.prompt, param, length)
+                encoded = encode_text(self.tokenizer, request.prompt)
+        except ApiError:
+            raise
         except Exception as error:  # templates raise what they like, for example for roles in a wrong order
             raise ApiError(400, f"`{param}` cannot be encoded: {error}", param=param, code="invalid_value") from None
-        return encoded["input_ids"][0].tolist()
+        prompt = encoded["input_ids"][0].tolist()
+        limit = self._positions()
+        if len(prompt) > self._longest() or (limit is not None and len(prompt) + length > limit):
+            raise self._too_long(param, str(len(prompt)), length)
+        return prompt
+
+    def _longest(self) -> int:
+        """Tokens that a prompt may have."""
+        limits = [limit for limit in (self.max_prompt_tokens, self._positions()) if limit is not None]
+        return min(limits, default=DEFAULT_PROMPT_TOKENS)
+
+    def _check_beginning(self, text: str, param: str, length: int) -> None:
+        """Refuses a text of which a beginning alone is too long twice over, without encoding the rest of it."""
+        longest = self._longest()
+        size = CHARACTERS * longest
+        while size < len(text):
+            count = len(self.tokenizer(text[:size], add_special_tokens=False, verbose=False)["input_ids"])
+            if count > 2 * longest:
+                raise self._too_long(param, f"more than {longest}", length)
+            size *= 2
+
+    def _too_long(self, param: str, count: str, length: int) -> ApiError:
+        limit, code = self._positions(), "context_length_exceeded"
+        if limit is None or self._longest() < limit:
+            return ApiError(
+                400,
+                f"`{param}` must have at most {self._longest()} tokens on this server (got {count}). Shorten it.",
+                param=param, code=code,
+            )  # fmt: skip
+        return ApiError(
+            400,
+            f"The prompt and its answer must fit into the model's {limit} positions (got {count} + {length}). Shorten "
+            "the prompt, or lower `max_tokens`.",
+            param=param, code=code,
+        )  # fmt: skip
 
 
 def with_settings(model, settings: dict[str, Any]) -> D3LLMGenerationConfig:

@@ -5,8 +5,8 @@ import contextlib
 import hmac
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from .admission import Admission
+from .desk import Desk
 from .errors import ApiError
 from .jobs import Answer, Event, Job, Piece
 from .metrics import Metrics
@@ -25,9 +26,15 @@ from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
-OUTCOMES = {401: "refused", 429: "queue_full", 504: "timeout"}
+OUTCOMES = {401: "refused", 408: "timeout", 429: "queue_full", 504: "timeout"}
 CLIENT_LEFT = 499
 """Status of a reply that nobody reads, as nginx logs it."""
+STOP_SECONDS = 5.0
+"""For a forward to end when the server stops."""
+TIMEOUT = 120.0
+LAST_WORD_SECONDS = 1.0
+
+Result = TypeVar("Result")
 
 
 def create_app(
@@ -38,8 +45,9 @@ def create_app(
     max_batch_size: int = 8,
     max_wait_ms: float = 5.0,
     max_queue: int = 64,
-    timeout: float = 120.0,
+    timeout: float = TIMEOUT,
     max_tokens: int = 1024,
+    max_prompt_tokens: int | None = None,
     max_body_bytes: int = 1 << 20,
     api_key: str | None = None,
     allow_origins: Sequence[str] = (),
@@ -53,8 +61,10 @@ def create_app(
         max_batch_size (`int`): requests that are decoded together.
         max_wait_ms (`float`): milliseconds that a request waits for others to be decoded with.
         max_queue (`int`): requests that may wait; more get status 429.
-        timeout (`float`): seconds from a request to the end of its reply; then status 504.
+        timeout (`float`): seconds from a request's headers to the end of its reply; then status 504, or 408 where its
+            body is not there.
         max_tokens (`int`): longest canvas that a request may ask for.
+        max_prompt_tokens (`int`, *optional*): longest prompt; what the model has positions for when unset.
         max_body_bytes (`int`): of a request; more get status 413.
         api_key (`str`, *optional*): what clients must send as `Authorization: Bearer`, everywhere but to `/health`.
         allow_origins: web pages of these origins may use the server (CORS); none by default.
@@ -64,7 +74,7 @@ def create_app(
     """
     limits = {
         "max_batch_size": max_batch_size, "max_queue": max_queue, "timeout": timeout, "max_tokens": max_tokens,
-        "max_body_bytes": max_body_bytes,
+        "max_body_bytes": max_body_bytes, "max_prompt_tokens": 1 if max_prompt_tokens is None else max_prompt_tokens,
     }  # fmt: skip
     for option, value in limits.items():
         if not value > 0:
@@ -81,13 +91,16 @@ def create_app(
         model, tokenizer, max_batch_size=max_batch_size, max_wait=max_wait_ms / 1000, max_queue=max_queue,
         metrics=metrics,
     )  # fmt: skip
-    server = _Server(Admission(model, tokenizer, name, max_tokens), worker, metrics, timeout, max_body_bytes, api_key)
+    admission, desk = Admission(model, tokenizer, name, max_tokens, max_prompt_tokens), Desk(max_queue)
+    server = _Server(admission, desk, worker, metrics, timeout, max_body_bytes, api_key)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        desk.start()
         worker.start()
         yield
-        await asyncio.to_thread(worker.close)
+        desk.close()
+        await asyncio.to_thread(worker.close, STOP_SECONDS)
 
     # Neither schema nor documentation pages: those load scripts from another host.
     app = FastAPI(title="d3llm", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
@@ -116,13 +129,14 @@ class _Server:
     def __init__(
         self,
         admission: Admission,
+        desk: Desk,
         worker: Worker,
         metrics: Metrics,
         timeout: float,
         max_body_bytes: int,
         api_key: str | None,
     ):
-        self.admission, self.worker, self.metrics = admission, worker, metrics
+        self.admission, self.desk, self.worker, self.metrics = admission, desk, worker, metrics
         self.timeout, self.max_body_bytes = timeout, max_body_bytes
         self._key = None if api_key is None else api_key.encode()
         self._created = int(time.time())
@@ -164,9 +178,11 @@ class _Server:
     # ---- text ----------------------------------------------------------------------------------------------------
 
     async def _generate(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
-        visit = _Visit(self.metrics)
+        visit, deadline = _Visit(self.metrics), time.monotonic() + self.timeout
+        left: asyncio.Future[None] | None = None
         try:
-            asked = parse(kind, await self._body(request))
+            body = await self._body(request, deadline)
+            left = asyncio.ensure_future(_departure(request))
             loop = asyncio.get_running_loop()
             events: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -174,9 +190,13 @@ class _Server:
                 with contextlib.suppress(RuntimeError):  # the loop has ended, and the reader with it
                     loop.call_soon_threadsafe(events.put_nowait, event)
 
-            job = self.admission.job(asked, tell)
+            def admit() -> tuple[ChatRequest | CompletionRequest, Job]:  # in the desk's thread
+                asked = parse(kind, body)
+                return asked, self.admission.job(asked, tell)
+
+            asked, job = await self._within(self.desk.run(len(body), admit), left, deadline)
             self.worker.submit(job)
-            reading = self._events(request, job, events)
+            reading = self._events(job, events, left, deadline)
             reply = Reply(self.admission.name, kind is ChatRequest)
             # What goes wrong before the first text has a status of its own, also of a stream.
             first = await anext(reading)
@@ -190,7 +210,10 @@ class _Server:
                 await reading.aclose()
                 visit.end(visit.outcome)
 
-            return _EventStream(self._stream(reply, first, reading, usage, visit), finish)
+            # Beyond the deadline there is time for the event that tells of it, to a client that reads.
+            seconds = deadline - time.monotonic() + LAST_WORD_SECONDS
+            stream, left = _EventStream(self._stream(reply, first, reading, usage, visit), finish, seconds), None
+            return stream
         except ApiError as error:
             visit.end(OUTCOMES.get(error.status, "refused" if error.status < 500 else "failed"))
             raise
@@ -200,20 +223,61 @@ class _Server:
         except Exception:
             visit.end("failed")
             raise
+        finally:
+            if left is not None:
+                left.cancel()
 
-    async def _body(self, request: Request) -> bytes:
+    async def _body(self, request: Request, deadline: float) -> bytes:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             # Web pages of any origin may send other types without asking, wherever they cannot read the reply.
             raise ApiError(415, "The body must be JSON. Send `Content-Type: application/json`.", code="invalid_json")
-        body = b""
+        declared = request.headers.get("content-length", "0")
+        if len(declared) > 20 or not declared.isdecimal() or int(declared) > self.max_body_bytes:
+            raise self._too_large()
+        try:
+            return await asyncio.wait_for(self._read(request), max(0.0, deadline - time.monotonic()))
+        except asyncio.TimeoutError:
+            raise ApiError(
+                408, f"The body was not complete within {self.timeout} s. Send it at once.", code="timeout"
+            ) from None
+
+    async def _read(self, request: Request) -> bytes:
+        body = bytearray()
         async for chunk in request.stream():
             body += chunk
             if len(body) > self.max_body_bytes:
-                raise ApiError(413, f"The body must have at most {self.max_body_bytes} bytes.", code="too_large")
-        return body
+                raise self._too_large()
+        return bytes(body)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413, f"The body must have at most {self.max_body_bytes} bytes. Send a shorter one.", code="too_large"
+        )
+
+    async def _within(self, work: Coroutine[Any, Any, Result], left: asyncio.Future[None], deadline: float) -> Result:
+        """The result of `work`, unless the client leaves before it is there, or the deadline passes.
+
+        Raises:
+            ApiError: 504.
+            ClientDisconnect: when the client leaves.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            seconds = max(0.0, deadline - time.monotonic())
+            waits: set[asyncio.Future[Any]] = {task, left}
+            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            if left.done():
+                raise ClientDisconnect
+            raise ApiError(
+                504, f"The answer was not complete within {self.timeout} s. Lower `max_tokens`.", code="timeout"
+            )
+        finally:
+            task.cancel()
 
     async def _events(
-        self, request: Request, job: Job, events: asyncio.Queue[Event]
+        self, job: Job, events: asyncio.Queue[Event], left: asyncio.Future[None], deadline: float
     ) -> AsyncGenerator[Piece | Answer, None]:
         """What the worker tells of a job, up to its answer.
 
@@ -221,39 +285,20 @@ class _Server:
             ApiError: the worker's, or 504.
             ClientDisconnect: when the client leaves.
         """
-        left = asyncio.ensure_future(_departure(request))
-        deadline = time.monotonic() + self.timeout
         try:
             while True:
-                event = asyncio.ensure_future(events.get())
-                try:
-                    await asyncio.wait(
-                        {event, left}, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED
+                told = await self._within(events.get(), left, deadline)
+                if isinstance(told, ApiError):
+                    raise told
+                if isinstance(told, Answer):
+                    self.metrics.add(
+                        prompt_tokens=told.prompt_tokens,
+                        completion_tokens=told.completion_tokens,
+                        forwards=told.forwards,
                     )
-                finally:
-                    if not event.done():
-                        event.cancel()
-                if event.done() and not event.cancelled():
-                    told = event.result()
-                    if isinstance(told, ApiError):
-                        raise told
-                    if isinstance(told, Answer):
-                        self.metrics.add(
-                            prompt_tokens=told.prompt_tokens,
-                            completion_tokens=told.completion_tokens,
-                            forwards=told.forwards,
-                        )
-                    yield told
-                    if isinstance(told, Answer):
-                        return
-                elif left.done():
-                    raise ClientDisconnect
-                else:
-                    raise ApiError(
-                        504,
-                        f"The answer was not complete within {self.timeout} s. Lower `max_tokens`.",
-                        code="timeout",
-                    )
+                yield told
+                if isinstance(told, Answer):
+                    return
         finally:
             left.cancel()
             job.leave()
@@ -293,17 +338,24 @@ class _Visit:
 
 
 class _EventStream(StreamingResponse):
-    """A stream whose source notices by itself that the client has left; `finish` is awaited whatever happens."""
+    """A stream whose source notices by itself that the client has left; `finish` is awaited whatever happens.
+
+    One that the client does not read is given up after so many `seconds`.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, content: AsyncGenerator[str, None], finish: Callable[[], Awaitable[None]]):
+    def __init__(
+        self, content: AsyncGenerator[str, None], finish: Callable[[], Awaitable[None]], seconds: float | None = None
+    ):
         super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._source, self._finish = content, finish
+        self._source, self._finish, self._seconds = content, finish, seconds
 
     async def __call__(self, scope, receive, send) -> None:
         try:
-            await self.stream_response(send)
+            await asyncio.wait_for(self.stream_response(send), self._seconds)
+        except asyncio.TimeoutError:
+            logger.info("a stream was not read in time")
         except OSError:  # some servers raise it when they send to a client that has left
             logger.debug("the client of a stream has left")
         finally:

@@ -3,6 +3,10 @@
 from typing import Any
 
 
+LONGEST = 1000
+"""Characters of a message, which may quote what a client sent."""
+
+
 class ApiError(Exception):
     """What a client is told instead of an answer.
 
@@ -23,6 +27,7 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
     ):
+        message = message if len(message) <= LONGEST else message[:LONGEST] + "..."
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.retry_after = retry_after

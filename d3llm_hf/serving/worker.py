@@ -58,6 +58,11 @@ class Worker:
         return self._thread.is_alive() and not self._closing
 
     @property
+    def is_stuck(self) -> bool:
+        """Whether the thread works on although it was told to end."""
+        return self._thread.is_alive() and self._closing
+
+    @property
     def waiting(self) -> int:
         """Jobs that wait for a batch."""
         with self._changed:
@@ -84,13 +89,24 @@ class Worker:
             self._pending.append(job)
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """Ends the batch at its next forward, refuses all that waits, and waits for the thread."""
+    def close(self, seconds: float | None = None) -> bool:
+        """Ends the batch at its next forward, refuses all that waits, and waits for the thread.
+
+        Args:
+            seconds (`float`, *optional*): to wait at most; a forward cannot be interrupted.
+
+        Returns:
+            whether the thread has ended.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+        if not self._thread.is_alive():
+            return True
+        logger.warning("a forward has not ended within %s s, and is left", seconds)
+        return False
 
     # ---- the thread ----------------------------------------------------------------------------------------------
 

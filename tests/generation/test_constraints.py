@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tiny import EOS, MASK, PAD, ScriptedModel, answer, changing_script, left_padded, tables, tiny_prompt, trained_like
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as lp
 
@@ -61,7 +62,7 @@ def canvases(draw):
     """A prompt, an answer with undecided positions and no forbidden span, and what is forbidden."""
     token = st.integers(0, 5)
     words = draw(st.lists(st.lists(token, min_size=1, max_size=4).map(tuple), max_size=6))
-    size = draw(st.integers(0, 4))
+    size = draw(st.integers(0, 4) | st.integers(5, 20))
     stops = draw(st.sampled_from([(), (5,), (4, 5)]))
     prompt = draw(st.lists(token | st.just(None), max_size=6))
     answer_tokens = draw(st.lists(token | st.none(), min_size=1, max_size=9))
@@ -129,6 +130,56 @@ def test_of_the_commits_that_complete_a_forbidden_span_together_the_dearest_is_u
     assert {i for i, keep in enumerate(kept) if keep} == expected
     assert not violations(prompt, text(expected), words, size, stops)
     assert expected or not chosen
+
+
+@examples(80)
+@given(canvases(), st.integers(1, 60))
+def test_a_text_is_compared_with_itself_a_part_at_a_time(case, at_once):
+    prompt, answer_tokens, words, size, stops = case
+    state, constraints = state_of(answer_tokens), constraints_of(prompt, words, size, stops)
+    columns = torch.arange(len(answer_tokens))
+    where = state.tokens, ~state.undecided, torch.zeros_like(columns), columns
+    commits, cost = state.undecided, torch.zeros(1, len(answer_tokens))
+    with pytest.MonkeyPatch.context() as patch:
+        whole = constraints.banned(*where, 7), constraints.compatible(commits, state.tokens, cost, state)
+        patch.setattr("d3llm_hf.models.constraints.AT_ONCE", at_once)
+        patch.setattr("d3llm_hf.models.constraints.SHORT", 0)
+        parts = constraints.banned(*where, 7), constraints.compatible(commits, state.tokens, cost, state)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_work_does_not_grow_with_the_size_of_the_n_grams():
+    answer_tokens = [1, 2] * 60 + [None] * 40
+    state, work = state_of(answer_tokens), {}
+    for size in (9, 30, 100):
+        constraints = constraints_of([1, 2] * 20, [], size, (5,))
+        row, columns = state.undecided.nonzero(as_tuple=True)
+        with Operations() as operations:
+            constraints.banned(state.tokens, ~state.undecided, row, columns, 6)
+            constraints.compatible(state.undecided, state.tokens, torch.zeros_like(state.tokens).float(), state)
+        work[size] = operations.count
+    assert max(work.values()) - min(work.values()) < 10, work  # (only bounds of windows differ)
+
+
+@pytest.mark.parametrize("decoding_method", METHOD_NAMES)
+def test_n_grams_longer_than_the_text_cost_nothing_and_change_nothing(decoding_method, monkeypatch):
+    model, prompt = trained_like("llada"), torch.tensor([tiny_prompt(1, 6)])
+    chosen = {"decoding_method": decoding_method, "max_new_tokens": 12} | METHODS[decoding_method]
+    expected = model.generate(prompt, **chosen)
+    monkeypatch.setattr(Constraints, "banned", None)
+    monkeypatch.setattr(Constraints, "compatible", None)
+    for size in (prompt.shape[1] + 13, 5000, 2**31, 10**30):
+        assert torch.equal(model.generate(prompt, **chosen, no_repeat_ngram_size=size), expected)
 
 
 # ---- The guarantee, end to end ------------------------------------------------------------------------------------

@@ -309,6 +309,11 @@ def test_other_models_of_transformers_are_untouched():
         ({"decoding_metod": "llada"}, "`decoding_metod`.*decoding_method"),
         ({"block_length": 0}, "`block_length`"),
         ({"decoding_method": "llada", "steps": 2, "entropy_threshold": 0.1}, "`entropy_threshold`"),
+        ({"do_sample": True, "temperature": 1e-40}, "`temperature`.*between 1e-30 and 1e.30.*got 1e-40"),
+        ({"repetition_penalty": 1e-40}, "`repetition_penalty`.*1e.30 *.*got"),
+        ({"repetition_penalty": 1e38}, "`repetition_penalty`.*1e.30 *.*got"),
+        ({"cfg_scale": 1e40}, "`cfg_scale`.*1e.30 *.*got"),
+        ({"decoding_method": "dinfer", "credit_weight": 1e39}, "`credit_weight`.*1e.30 *.*got"),
     ],
 )
 def test_settings_are_checked_without_a_prompt_as_generate_checks_them(chosen, pattern):

@@ -1,13 +1,11 @@
 """The embedded checkpoint behind the server, in this process or on loopback."""
 
 import asyncio
-import contextlib
-import socket
 import threading
-import time
 
 import pytest
 import torch
+from loopback import on_loopback
 
 
 NAME = "d3llm-llada"
@@ -82,22 +80,11 @@ def with_client(loaded):
 @pytest.fixture(scope="session")
 def address(loaded):
     """Address of a real server of the embedded checkpoint."""
-    import uvicorn
-
     from d3llm_hf.serving.app import create_app
 
     app = create_app(*loaded, NAME, max_queue=32, max_wait_ms=20)
-    with contextlib.closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(30)
+    with on_loopback(app) as port:
+        yield f"http://127.0.0.1:{port}"
     assert not app.state.worker.alive
 
 
