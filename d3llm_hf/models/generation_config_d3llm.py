@@ -64,12 +64,6 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "mask_token_id": ((int,), "a token id", lambda v: v >= 0),
 }
 
-# Settings that logits are multiplied by, or divided: with powers of ten near float32's last (38) they become inf or 0.
-SCALES = (
-    "temperature", "repetition_penalty", "encoder_repetition_penalty", "cfg_scale", "credit_exponent", "credit_weight",
-)  # fmt: skip
-SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30
-
 
 _LARGEST = 2**1023  # integers beyond have no float
 
@@ -237,13 +231,6 @@ class D3LLMGenerationConfig(GenerationConfig):
                     "`generate`."
                 )
         super().validate(*args, **kwargs)
-        for name in SCALES:
-            value = getattr(self, name, None)
-            if isinstance(value, NUMBER) and value != 0 and not SMALLEST_SCALE <= value <= LARGEST_SCALE:
-                raise ValueError(
-                    f"`{name}` must lie between {SMALLEST_SCALE} and {LARGEST_SCALE}, so that float32 holds what "
-                    f"it scales (got {value!r}). Pass one nearer to 1."
-                )
 
     # Whether new tokens follow the prompt; infilling alone appends none.
     appends = True
