@@ -13,7 +13,6 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..files import replace_file
+from ..fingerprints import model_fingerprint
 from ..models.generation_d3llm import D3LLMGenerationMixin
 from ..progress import progress_bar
 from .grids import Curve
@@ -334,22 +334,6 @@ def provenance(model: D3LLMGenerationMixin) -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def model_fingerprint(model: D3LLMGenerationMixin) -> str:
-    """SHA-256 of a model: its class, its config, its settings of decoding and its weights by name."""
-    configs = [model.config.to_dict(), model.generation_config.to_dict()]
-    # Of where a checkpoint comes from, not what it is; and a cache that the decoding does not have.
-    passing = ("transformers_version", "dtype", "auto_map", "architectures", "use_cache")
-    known = [
-        {n: v for n, v in config.items() if v is not None and n[:1] != "_" and n not in passing} for config in configs
-    ]
-    hashed = sha256(json.dumps([type(model).__name__, known], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        hashed.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    return hashed.hexdigest()
 
 
 def commit() -> str | None:
