@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from d3llm_hf.files import write_whole
 from d3llm_hf.fingerprints import tokenizer_fingerprint
+from d3llm_hf.locks import only_writer
 
 from .trajectory_records import SCHEMA, TrajectoryError
 
@@ -173,10 +174,13 @@ def open_store(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> Trajec
     wanted = {"format": "d3llm trajectories", "schema_version": SCHEMA_VERSION, **manifest}
     wanted["checksum"] = _manifest_checksum(wanted)
     path = folder / MANIFEST
-    if not path.exists():
-        if any(folder.glob("trajectories-*.parquet")):
-            raise TrajectoryError(f"`{folder}` must hold {MANIFEST} beside its shards (got none). Use another folder.")
-        write_whole(path, _canonical(wanted))  # several processes write the same bytes, each under a name of its own
+    with only_writer(path, "folder", wait=True):  # of processes that begin together one writes it, and all compare
+        if not path.exists():
+            if any(folder.glob("trajectories-*.parquet")):
+                raise TrajectoryError(
+                    f"`{folder}` must hold {MANIFEST} beside its shards (got none). Use another folder."
+                )
+            write_whole(path, _canonical(wanted))
     found = load_manifest(folder)
     old, new = _leaves(found), _leaves(json.loads(_canonical(wanted)))
     for name in sorted(old.keys() | new.keys()):

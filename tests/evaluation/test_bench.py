@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from foreign_locks import foreign_lock
 from tiny import tiny_prompt, trained_like
 
 from d3llm_hf import cli
@@ -225,6 +226,16 @@ def test_the_bench_of_decoding_writes_its_results_and_prints_their_table(run, tm
         assert row["peak_bytes"] >= row["work_bytes"] >= 0 and row["matmul_fraction"] > 0
     words = results["command"].split()
     assert words[:3] == ["d3llm", "bench", "decode"] and set(words) >= {*options, "--shape", "tiny", "results.json"}
+
+
+@pytest.mark.parametrize("suite", ["decode", "growth", "quantised", "train"])
+def test_a_results_file_that_another_process_measures_is_left_to_it(run, tmp_path, suite):
+    path = tmp_path / "results.json"
+    with foreign_lock(path):
+        shape = [] if suite == "quantised" else ["--shape", "tiny"]
+        code, _, err = run(suite, *shape, "-o", path, "--device", "cpu")
+    assert code == 2 and "`--output` must be written by one process at a time" in err
+    assert not path.exists()
 
 
 def test_a_checkpoint_answers_word_problems(run, tmp_path):
