@@ -60,13 +60,16 @@ def test_the_head_of_the_8b_like_shape_has_the_share_of_weights_that_lladas_has(
     assert SHAPES["wide-vocab"].vocab_size == 126464 and SHAPES["wide-vocab"].d_model == 512
 
 
-def test_a_random_model_is_sure_of_the_wanted_share_of_masks():
-    shape = replace(TINY, vocab_size=256, new_tokens=64, sure=0.25, settings={"entropy_threshold": 0.4})
+@pytest.mark.parametrize("seed", range(5))
+def test_a_random_model_is_sure_of_the_wanted_share_of_masks(seed):
+    settings = {"entropy_threshold": 0.4}
+    shape = replace(TINY, vocab_size=256, new_tokens=64, sure=0.25, settings=settings, seed=seed)
     with prepared(shape) as (work, scale):
         canvas, wanted = half_decided(shape, work)
         found = entropies(work.model(input_ids=canvas).logits[wanted])
-    assert 0.2 <= (found <= 0.4).double().mean() <= 0.3 and scale != 1.0
-    assert len(found) == wanted[:, 8 : 8 + 4 * 8].sum() and 8 <= len(found) <= 24
+    # Whatever weights are drawn: the share is right to the nearest mask, or to the next one if two are equally unsure.
+    assert abs((found <= 0.4).sum() - 0.25 * len(found)) <= 1.5 and scale != 1.0
+    assert len(found) == wanted[:, 8 : 8 + 4 * 8].sum() > 0
     with prepared(shape, scale) as (again, same):
         assert torch.equal(again.model.lm_head.weight, work.model.lm_head.weight) and same == scale
 

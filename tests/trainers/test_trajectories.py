@@ -475,9 +475,8 @@ def test_a_shard_that_another_process_is_at_is_refused_by_name_and_others_are_no
         ):
             extract(model, tokenizer, tmp_path)
         extract(model, tokenizer, tmp_path, process_index=0, num_processes=2)
-    lock_file(tmp_path / "trajectories-00001.parquet").write_text(
-        "1 elsewhere\n"
-    )  # as a run leaves it that was killed
+    left = lock_file(tmp_path / "trajectories-00001.parquet")
+    left.write_text("1 elsewhere\n")  # by a run that was killed
     extract(model, tokenizer, tmp_path)
     assert contents(tmp_path) == contents(unbroken)
 
