@@ -91,11 +91,11 @@ def carry_out(run: Run, words: list[str], folder: Path) -> None:
             stderr=subprocess.STDOUT,
         ).returncode
     if not report.exists():
-        run.note = f"ended with code {code}, see {output.name}"
+        run.note = f"ended with code {code}, see {stem.name}.txt"
         return
     run.passed, run.failed = read_report(report)
     if code not in (0, 1):
-        run.note = f"ended with code {code}, see {output.name}"
+        run.note = f"ended with code {code}, see {stem.name}.txt"
 
 
 def read_report(report: Path) -> tuple[int, list[str]]:
