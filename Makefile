@@ -2,7 +2,7 @@
 PYTHON ?= python
 CHECKED = d3llm_hf trainers tests
 
-.PHONY: help quality style types test test-all transformers-matrix common-tests leaderboard wheel clean
+.PHONY: help quality style types test test-all transformers-matrix portability common-tests leaderboard wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 22
@@ -26,6 +26,9 @@ test-all:  ## with the slow ones
 
 transformers-matrix:  ## models, decoding, export and training under the transformers that pyproject.toml admits
 	.ci/transformers_matrix
+
+portability:  ## the default tests under each kind of instructions, one and two threads, another base seed (hours)
+	$(PYTHON) tests/portability.py
 
 common-tests:  ## transformers' own model tests on our models (fetches transformers' source distribution)
 	$(PYTHON) tests/common/run_common_tests.py

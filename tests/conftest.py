@@ -12,7 +12,12 @@ os.environ["D3LLM_HF_NO_METRIC"] = "1"  # importing the package writes nothing i
 TESTS = Path(__file__).parent
 sys.path.append(str(TESTS))  # makes the helper modules importable, whichever import mode pytest runs in
 
+import base_seed  # noqa: E402
 import pytest  # noqa: E402
+
+
+if os.environ.get(base_seed.VARIABLE):
+    base_seed.shift(int(os.environ[base_seed.VARIABLE]))
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from foreign_locks import foreign_lock
 
 from d3llm_hf.evaluation import measure as module
 from d3llm_hf.evaluation.measure import Tally, main, measure, measure_larger, write_json
@@ -272,6 +273,15 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(argv, message, tmp_
         main([*argv, "-o", str(tmp_path / "results.json")])
     assert stop.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_another_process_measures_is_left_to_it(tmp_path):
+    with (
+        foreign_lock(tmp_path / "results.json"),
+        pytest.raises(SystemExit, match=r"error: `--output` must be written by one process .*process 1 on elsewhere"),
+    ):
+        main(["d3llm-llada", "-o", str(tmp_path / "results.json")])
     assert list(tmp_path.iterdir()) == []
 
 

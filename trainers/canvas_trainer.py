@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from d3llm_hf.locks import InUseError, only_writer
 from d3llm_hf.model_card import complete_card
 from d3llm_hf.models.modeling_common import positions_of
 from d3llm_hf.models.text_config import text_setting
@@ -137,17 +139,20 @@ class CanvasTrainer(Trainer):
 
         Raises:
             CheckpointError: If the checkpoint is damaged, or there is none where one is asked for.
+            InUseError: If another run is training into `output_dir`, whose checkpoints would mix with these.
         """
         found: list[Any] = [None]
-        if self.is_world_process_zero():  # one process reads the files, and all go on from the same checkpoint
-            try:
-                found = [checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)]
-            except CheckpointError as error:
-                found = [error]
-        broadcast_object_list(found)
-        if isinstance(found[0], CheckpointError):
-            raise found[0]
-        return super().train(found[0], *args, **kwargs)
+        with ExitStack() as held:
+            if self.is_world_process_zero():  # one process reads the files, and all go on from the same checkpoint
+                try:
+                    held.enter_context(only_writer(self.args.output_dir, "output_dir"))
+                    found = [checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)]
+                except (CheckpointError, InUseError) as error:
+                    found = [error]
+            broadcast_object_list(found)
+            if isinstance(found[0], ValueError):
+                raise found[0]
+            return super().train(found[0], *args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As the Trainer's; the list of files comes last, before older checkpoints go."""

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import d3llm_hf
+from d3llm_hf.locks import clear_left, only_writer
 from d3llm_hf.models.text_config import text_setting
 
 from .trajectory_answers import SCORERS
@@ -161,7 +162,7 @@ def extract_trajectories(
 
     Raises:
         TrajectoryError: for a folder of another run, or a damaged manifest.
-        ValueError: for columns or settings that do not fit.
+        ValueError: for columns or settings that do not fit, and for a shard that another process is at.
     """
     args = args or TrajectoryConfig()
     prompts = Prompts(dataset, tokenizer, args.prompt_column, args.response_column, args.answer_column)
@@ -177,7 +178,9 @@ def extract_trajectories(
         disable=not progress,
     ) as bar:
         for shard in todo:
-            store.write(shard, teacher.trajectories(prompts.samples(store.sample_ids(shard)), bar))
+            with only_writer(store.path(shard), "folder"):
+                store.write(shard, teacher.trajectories(prompts.samples(store.sample_ids(shard)), bar))
+    clear_left(store.folder, ".*.lock")
     logger.info("%d of %d shards by this process: %s", len(todo), store.num_shards, teacher.summary())
     return store
 

@@ -24,6 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d3llm_hf.files import write_whole
+from d3llm_hf.fingerprints import tokenizer_fingerprint
+from d3llm_hf.locks import only_writer
 
 from .trajectory_records import SCHEMA, TrajectoryError
 
@@ -172,10 +174,13 @@ def open_store(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> Trajec
     wanted = {"format": "d3llm trajectories", "schema_version": SCHEMA_VERSION, **manifest}
     wanted["checksum"] = _manifest_checksum(wanted)
     path = folder / MANIFEST
-    if not path.exists():
-        if any(folder.glob("trajectories-*.parquet")):
-            raise TrajectoryError(f"`{folder}` must hold {MANIFEST} beside its shards (got none). Use another folder.")
-        write_whole(path, _canonical(wanted))  # several processes write the same bytes, each under a name of its own
+    with only_writer(path, "folder", wait=True):  # of processes that begin together one writes it, and all compare
+        if not path.exists():
+            if any(folder.glob("trajectories-*.parquet")):
+                raise TrajectoryError(
+                    f"`{folder}` must hold {MANIFEST} beside its shards (got none). Use another folder."
+                )
+            write_whole(path, _canonical(wanted))
     found = load_manifest(folder)
     old, new = _leaves(found), _leaves(json.loads(_canonical(wanted)))
     for name in sorted(old.keys() | new.keys()):
@@ -255,22 +260,6 @@ def read_trajectories(folder: str | os.PathLike, tokenizer=None, *, partial: boo
     tables = [store.read(shard) for shard in there]
     table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
     return datasets.Dataset(datasets.table.InMemoryTable(table))
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """SHA-256 of what decides the ids of a prompt: vocabulary, rules, special tokens and chat template."""
-    rules = {}
-    if getattr(tokenizer, "backend_tokenizer", None) is not None:
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        for name in ("padding", "truncation"):  # set by calls
-            rules.pop(name, None)
-    parts = {
-        "vocabulary": tokenizer.get_vocab(),
-        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "chat_template": tokenizer.chat_template,
-        "rules": rules,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _seal(path: Path) -> Path:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from ..files import check_writable
+from ..locks import only_writer
 from . import bench_decoding
 from .common import new_parser, tell
 
@@ -62,12 +63,14 @@ def run_train(args: argparse.Namespace) -> None:
         check_writable(args.output, "--output")
     given = {name: getattr(args, name) for name in (*_TRAIN, "complementary") if getattr(args, name) is not None}
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    results = measure_training(replace(SHAPES[args.shape], **given, device=device))
-    results["command"] = _command(args, given)
-    sys.stdout.write(table(results))
-    if args.output is not None:
-        write_json(args.output, results)
-        tell(f"wrote {args.output}")
+    shape = replace(SHAPES[args.shape], **given, device=device)
+    with only_writer(args.output, "--output"):
+        results = measure_training(shape)
+        results["command"] = _command(args, given)
+        sys.stdout.write(table(results))
+        if args.output is not None:
+            write_json(args.output, results)
+            tell(f"wrote {args.output}")
 
 
 def _command(args: argparse.Namespace, given: dict) -> str:

@@ -4,10 +4,12 @@ import argparse
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable, check_writable_folder
+from ..locks import only_writer
 from .common import new_parser, tell
 from .generate import SETTINGS
 
@@ -149,7 +151,9 @@ def _bench(args: argparse.Namespace, **more: Any) -> "DecodingBench":
 def run_decode(args: argparse.Namespace) -> None:
     from ..evaluation.bench import measure_decoding
 
-    _write(args, measure_decoding(_bench(args)))
+    bench = _bench(args)
+    with only_writer(args.output, "--output"):
+        _write(args, measure_decoding(bench))
 
 
 def run_growth(args: argparse.Namespace) -> None:
@@ -160,11 +164,16 @@ def run_growth(args: argparse.Namespace) -> None:
         "new_tokens": args.answer_lengths,
         "batch_size": args.batch_sizes,
     }
-    results = measure_growth(growth_bench(_bench(args)), axes)
-    _write(args, results)
-    if args.output is None or args.no_picture:
-        return
-    picture = args.output.with_suffix(".svg")
+    bench = growth_bench(_bench(args))
+    with only_writer(args.output, "--output"):
+        results = measure_growth(bench, axes)
+        _write(args, results)
+        if args.output is not None and not args.no_picture:
+            _picture(args.output, draw, results)
+
+
+def _picture(output: Path, draw: Callable[[dict[str, Any], str], bytes], results: dict[str, Any]) -> None:
+    picture = output.with_suffix(".svg")
     try:
         picture.write_bytes(draw(results, "svg"))
     except ImportError as error:
@@ -176,7 +185,9 @@ def run_growth(args: argparse.Namespace) -> None:
 def run_quantised(args: argparse.Namespace) -> None:
     from ..evaluation.bench_quantised import measure_quantised
 
-    _write(args, measure_quantised(_bench(args)))
+    bench = _bench(args)
+    with only_writer(args.output, "--output"):
+        _write(args, measure_quantised(bench))
 
 
 def _write(args: argparse.Namespace, results: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import check_writable
+from ..locks import only_writer
 from .common import new_parser, tell
 from .generate import load, name_and_value, value_of
 
@@ -62,7 +63,11 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     models = _models(args.models)
     check_writable(args.output, "--output")
+    with only_writer(args.output, "--output"):  # also between models, which take turns in the file
+        _sweep(args, models)
 
+
+def _sweep(args: argparse.Namespace, models: dict[str, str]) -> None:
     from ..evaluation.grids import curves_of
     from ..evaluation.sweep import check_settings, describe, sweep
     from ..evaluation.tasks import load_tasks

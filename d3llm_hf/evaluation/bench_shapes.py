@@ -269,14 +269,18 @@ def half_decided(bench: DecodingBench, work: Work) -> tuple[torch.Tensor, torch.
 
 
 def decisive_scale(bench: DecodingBench, work: Work) -> float:
-    """The factor of the head's weights with which a share `sure` of the masks lies under the threshold."""
+    """The factor of the head's weights with which a share `sure` of the masks, rounded, lies under the threshold."""
     threshold = bench.decoding.get("entropy_threshold", METHODS["d3llm"]["entropy_threshold"])
     canvas, wanted = half_decided(bench, work)
     logits = work.model(input_ids=canvas, logits_to_keep=wanted, use_cache=False).logits.float()  # (n, V)
+    if len(logits) < 2:  # there is nothing between masks
+        return 1.0
+    sure = min(max(1, round(bench.sure * len(logits))), len(logits) - 1)
 
     def level(scale: float) -> float:
+        """Between the entropies of the last mask that shall be under the threshold and of the next one."""
         scaled = (logits * scale).log_softmax(-1)
-        return (-(scaled.exp() * scaled).sum(-1)).quantile(bench.sure).item()
+        return (-(scaled.exp() * scaled).sum(-1)).sort().values[sure - 1 : sure + 1].mean().item()
 
     low, high = 1e-3, 1e3
     for _ in range(24):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import check_writable_folder, replace_file
+from ..locks import only_writer
 from ..metrics.aup.curve import AUPResult, aup_score
 from .points import Point, curve_aup, curves, read_points
 from .published import published_points
@@ -322,7 +323,8 @@ def write_leaderboard(
     Raises:
         FileNotFoundError: for a results file that does not exist.
         ImportError: without matplotlib, which draws the pictures.
-        ValueError: where `output` is a file; for a line that is no point; and as [`build_board`].
+        ValueError: where `output` is a file, or another process is writing it; for a line that is no point; and as
+            [`build_board`].
     """
     from .leaderboard_document import document, markdown
     from .leaderboard_page import page
@@ -338,6 +340,7 @@ def write_leaderboard(
     files["leaderboard.md"] = markdown(blocks).encode()
     files["index.html"] = page(board.title, blocks, files).encode()
     files["leaderboard.json"] = (json.dumps(figures(board), indent=1, ensure_ascii=False) + "\n").encode()
-    for name, content in files.items():
-        replace_file(folder / name, content)
+    with only_writer(folder, "output"):  # the files speak of each other
+        for name, content in files.items():
+            replace_file(folder / name, content)
     return folder

@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from lm_eval import utils
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import TemplateLM, hash_args
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from ..likelihood import is_greedy, log_likelihood
 from ..models.text_config import text_setting
+from .answer_cache import identity, keep_apart
 from .generation_stats import GenerationRecord, totals, write_records
 from .loading import load_checkpoint
+from .points import digest
 from .processes import Processes
-from .request_settings import LENGTHS, RequestSettings, check_names, request_settings
+from .request_settings import LENGTHS, RequestSettings, check_names, draws, request_settings
 from .stops import StopInAnswer, before_stop, tokens_of
 
 
@@ -69,7 +71,8 @@ class D3LLMLM(TemplateLM):
             otherwise lm-eval is told that it would not.
         settings: settings of decoding (`decoding_method`, `block_length`, ...) and other arguments of `generate`;
             `max_gen_toks` or `max_new_tokens` is the length of an answer where the request names none. A `seed` is
-            that of the first request, each further one has the next. `cfg_scale` is the likelihood's, too.
+            that of the first request whose answer is drawn, each further one has the next. `cfg_scale` is the
+            likelihood's, too.
 
     Raises:
         ValueError, TypeError: for unknown names, with the nearest one that exists, values outside their rule, a model
@@ -124,6 +127,7 @@ class D3LLMLM(TemplateLM):
         self._rank, self._world_size = self.processes.rank, self.processes.count
         self.max_length = _positive("max_length", max_length or self._positions())
         self.records: list[GenerationRecord] = []  # of all processes, on the first
+        self._drawn: set[str] = set()  # lm-eval's names of requests whose answers are not for the cache
         request_settings({}, self.settings, self.max_gen_toks)
 
     # ---- what lm-eval asks about the model -----------------------------------------------------------------------
@@ -145,7 +149,20 @@ class D3LLMLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return self.tokenizer.name_or_path.replace("/", "__")
+        """Names lm-eval's files of prompts: with what makes them, so that an edited template finds none of before."""
+        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
+        made_by = digest([self.tokenizer.chat_template, special])[:12]
+        return f"{self.tokenizer.name_or_path.replace('/', '__')}-{made_by}"
+
+    def set_cache_hook(self, cache_hook) -> None:
+        """A cache of answers, of which those of other models and settings are none of ours; see `answer_cache.py`."""
+        super().set_cache_hook(cache_hook)
+        if cache_hook.dbdict is None:
+            return
+        names = ("max_length", "add_bos_token", "end_at_until", "num_samples", "likelihood_seed", "check_greedy")
+        decisive = {name: getattr(self, name) for name in names}
+        owner = identity(self.model, self.tokenizer, {"decoding": self.settings, **decisive})
+        keep_apart(cache_hook.dbdict, owner, self._drawn)
 
     def all_gather(self, tensor):
         return self.processes.all_gather(tensor)
@@ -206,31 +223,29 @@ class D3LLMLM(TemplateLM):
 
         What each took is added to `records` and written to `stats_path`.
         """
-        # 1. Requests with equal arguments make a group
+        # 1. Requests with equal arguments make a group; those that are drawn have seeds by their order
         groups: dict[str, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True, default=str)].append(place)
+        asked = {
+            key: request_settings(requests[places[0]].args[1], self.settings, self.max_gen_toks)
+            for key, places in groups.items()
+        }
+        drawn = sorted(place for key, places in groups.items() if draws(asked[key], self.model) for place in places)
+        self._drawn |= {hash_args("generate_until", requests[place].args) for place in drawn}
+        seeds = {place: number * self.world_size + self.rank for number, place in enumerate(drawn)}
 
         # 2. Decode them in batches, the longest first
         texts: list[str] = [""] * len(requests)
         records: list[GenerationRecord | None] = [None] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank > 0, desc="generating") as progress:
-            for places in groups.values():
-                asked = request_settings(requests[places[0]].args[1], self.settings, self.max_gen_toks)
+            for key, places in groups.items():
                 self._tell_overridden(requests[places[0]].args[1])
-                room = self.max_length - asked.max_new_tokens
-                if room < 1:
-                    raise ValueError(
-                        f"`max_gen_toks` must leave room for a prompt (got {asked.max_new_tokens} of "
-                        f"{self.max_length} positions). Choose a shorter answer."
-                    )
-                prompts = {}
-                for place in places:
-                    ids = self.tok_encode(requests[place].args[0]) or [self.prefix_token_id]
-                    prompts[place] = self._fitting(ids, room)
+                prompts = self._prompts(requests, places, asked[key].max_new_tokens)
                 places.sort(key=lambda place: -len(prompts[place]))
                 for batch in _batches(places, self.batch_size):
-                    answers = self._answer([prompts[place] for place in batch], batch, asked)
+                    rows = [prompts[place] for place in batch]
+                    answers = self._answer(rows, [seeds.get(place, 0) for place in batch], asked[key])
                     for place, (text, took) in zip(batch, answers, strict=True):
                         texts[place], records[place] = text, self._record(requests, place, took)
                         self.cache_hook.add_partial("generate_until", requests[place].args, text)
@@ -249,10 +264,23 @@ class D3LLMLM(TemplateLM):
             write_records(self.stats_path, self.records)
         return texts
 
+    def _prompts(self, requests: Sequence[Instance], places: Sequence[int], length: int) -> dict[int, list[int]]:
+        """The tokens of some requests, which leave room for an answer of `length`."""
+        room = self.max_length - length
+        if room < 1:
+            raise ValueError(
+                f"`max_gen_toks` must leave room for a prompt (got {length} of {self.max_length} positions). Choose a "
+                "shorter answer."
+            )
+        return {
+            place: self._fitting(self.tok_encode(requests[place].args[0]) or [self.prefix_token_id], room)
+            for place in places
+        }
+
     def _answer(
-        self, prompts: list[list[int]], places: list[int], asked: RequestSettings
+        self, prompts: list[list[int]], seeds: list[int], asked: RequestSettings
     ) -> list[tuple[str, dict[str, Any]]]:
-        """Decodes a batch: each row's text, and what it took."""
+        """Decodes a batch: each row's text, and what it took. `seeds` are added to the one of the settings."""
         # 1. The batch, its stops and its seeds
         inputs = self._padded(prompts, "left")
         width = inputs["input_ids"].shape[1]
@@ -263,7 +291,7 @@ class D3LLMLM(TemplateLM):
             mask = settings.get("mask_token_id") or self._mask_token_id()
             settings["stopping_criteria"] = [StopInAnswer(self._decode, asked.stops, width, mask)]
         if settings.get("seed") is not None:  # a request draws the same in any batch
-            settings["seed"] = [settings["seed"] + place * self.world_size + self.rank for place in places]
+            settings["seed"] = [settings["seed"] + own_seed for own_seed in seeds]
 
         # 2. Decode
         began = time.perf_counter()

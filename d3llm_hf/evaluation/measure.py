@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import __version__
 from ..files import check_writable, replace_file
 from ..hub import embedded_checkpoints
+from ..locks import InUseError, only_writer
 from ..models.generation_d3llm import D3LLMGenerationMixin
 from ..progress import progress_bar
 from ..text import encode_chats
@@ -288,9 +289,17 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Path]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures a suite; see the module's docstring for the command."""
+    args, folder = _parse(argv)
+    try:
+        with only_writer(args.output, "--output"):
+            _measure_suite(args, folder)
+    except InUseError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def _measure_suite(args: argparse.Namespace, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    args, folder = _parse(argv)
     suite = SUITES[args.suite]
     torch.set_num_threads(1)  # tensors this small are slower on several, many times so on a busy machine
     tokenizer = AutoTokenizer.from_pretrained(folder)

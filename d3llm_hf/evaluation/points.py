@@ -6,6 +6,7 @@ one model, method and task make a curve. `key_of` names what was measured, so th
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,10 @@ from typing import Any
 import numpy as np
 
 from ..files import replace_file
+from ..locks import only_writer
 
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 Point = dict[str, Any]
@@ -52,12 +56,12 @@ SAME = ("model_fingerprint", "task_fingerprint", "dtype", "device", "max_new_tok
 
 
 def read_points(*paths: str | os.PathLike) -> list[Point]:
-    """The points of results files, in their order.
+    """The points of results files, in their order; one that a file has twice, with equal samples, counts once.
 
     Raises:
         FileNotFoundError: for a file that does not exist.
-        ValueError: for results of another kind, a line that is no point, or one whose figures are not those of its
-            samples; the message names file and line.
+        ValueError: for results of another kind, a line that is no point, one whose figures are not those of its
+            samples, or two measurements of one point that found different samples; the message names file and line.
     """
     points = []
     for path in map(Path, paths):
@@ -71,9 +75,24 @@ def read_points(*paths: str | os.PathLike) -> list[Point]:
                 f"`paths` must name results of `d3llm sweep`, JSON lines (got {str(path)!r}, one object over many "
                 "lines, as `d3llm bench` and `d3llm_hf.evaluation.measure` write it). Choose another file."
             )
+        found: dict[str, tuple[Point, str]] = {}
         for number, line in enumerate(lines, 1):
-            points.append(_parse(line, f"{path.name}, line {number}"))
+            where = f"{path.name}, line {number}"
+            point = _parse(line, where)
+            first, earlier = found.setdefault(key_of(point), (point, where))
+            if earlier != where:
+                _check_repeated(point, first, where, earlier)
+        points += [point for point, _ in found.values()]
     return points
+
+
+def _check_repeated(point: Point, first: Point, where: str, earlier: str) -> None:
+    if any(point["samples"][name] != first["samples"][name] for name in SAMPLES):
+        raise ValueError(
+            f"{where}: a point must be measured once (got the one of {earlier}, same settings and samples, with other "
+            "answers). Delete one of the two lines."
+        )
+    logger.warning("%s repeats %s, which counts. Delete the line to be told no more.", where, earlier)
 
 
 def _parse(line: bytes, where: str) -> Point:
@@ -257,9 +276,13 @@ def append_point(path: Path, point: Point) -> None:
 
     The whole file is written anew beside the old one and takes its place, so that a reader, or a sweep that is killed
     at any moment, finds the line entirely or not at all.
+
+    Raises:
+        ValueError: for what is no point, and for a file that another process is writing.
     """
-    lines = path.read_bytes() if path.exists() else b""
-    if lines and not lines.endswith(b"\n"):
-        lines += b"\n"
     line = json.dumps(check_point(point), ensure_ascii=False, allow_nan=False)
-    replace_file(path, lines + line.encode() + b"\n")
+    with only_writer(path, "path"):
+        lines = path.read_bytes() if path.exists() else b""
+        if lines and not lines.endswith(b"\n"):
+            lines += b"\n"
+        replace_file(path, lines + line.encode() + b"\n")

@@ -97,3 +97,10 @@ def request_settings(asked: Mapping[str, Any], own: Mapping[str, Any], max_new_t
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"`max_gen_toks` must be a positive integer (got {length!r}). Pass for example 256.")
     return RequestSettings(tuple(filter(None, stops)), length, values)
+
+
+def draws(asked: RequestSettings, model: Any) -> bool:
+    """Whether the answer to a request is drawn at random: its tokens, or the order in which they are decided."""
+    config = model.check_settings(**asked.generate, max_new_tokens=asked.max_new_tokens)
+    rules = config.rules(asked.max_new_tokens, model.logit_shift)
+    return bool(config.do_sample or rules.score == "noise" or rules.alg_temp)

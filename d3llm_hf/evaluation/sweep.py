@@ -13,7 +13,6 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..files import replace_file
+from ..fingerprints import model_fingerprint
+from ..locks import only_writer
 from ..models.generation_d3llm import D3LLMGenerationMixin
 from ..progress import progress_bar
 from .grids import Curve
@@ -61,7 +62,7 @@ def sweep(
         tokenizer: its tokenizer.
         task: prompts and a judge, see `tasks.py`.
         curves: what to visit.
-        output: results file, JSON lines; it is made or added to, by one sweep at a time.
+        output: results file, JSON lines; it is made or added to, by one sweep at a time, or another one is refused.
         label: name of the model in the results.
         max_new_tokens: length of an answer; the task's own where nothing is given.
         batch_size: prompts that are decoded together.
@@ -74,7 +75,8 @@ def sweep(
 
     Raises:
         ValueError: for a batch size below 1, labels of curves that are not unique, settings that `generate` refuses
-            (naming the point), prompts that do not fit into the model, and damaged or foreign results or progress.
+            (naming the point), prompts that do not fit into the model, damaged or foreign results or progress, and
+            for results that another process is writing.
     """
     output = Path(output)
     if isinstance(batch_size, bool) or batch_size < 1:
@@ -117,26 +119,27 @@ def sweep(
             )
 
     # 2. Read the results file and the progress of a point that was interrupted
-    finished = {key_of(point): point for point in (read_points(output) if output.exists() else [])}
-    missing = [point for point in wanted if key_of(point) not in finished]
-    journal = Journal(output)
-    begun = journal.read(finished, missing)
-    missing.sort(key=lambda point: key_of(point) != begun)  # stable: the interrupted one first
+    with only_writer(output, "output"):
+        finished = {key_of(point): point for point in (read_points(output) if output.exists() else [])}
+        missing = [point for point in wanted if key_of(point) not in finished]
+        journal = Journal(output)
+        begun = journal.read(finished, missing)
+        missing.sort(key=lambda point: key_of(point) != begun)  # stable: the interrupted one first
 
-    # 3. Decode what is missing, batch by batch
-    batches = -(-len(prompts) // batch_size)
-    with progress_bar(batches * len(wanted), "batch", label, shown=progress) as bar:
-        bar.update(batches * (len(wanted) - len(missing)))
-        for point in missing:
-            bar.set_postfix_str(describe(point["method"], None, point["parameter"], point["value"]), refresh=False)
-            found = _measure(model, tokenizer, task, prompts, point, journal, bar.update)
+        # 3. Decode what is missing, batch by batch
+        batches = -(-len(prompts) // batch_size)
+        with progress_bar(batches * len(wanted), "batch", label, shown=progress) as bar:
+            bar.update(batches * (len(wanted) - len(missing)))
+            for point in missing:
+                bar.set_postfix_str(describe(point["method"], None, point["parameter"], point["value"]), refresh=False)
+                found = _measure(model, tokenizer, task, prompts, point, journal, bar.update)
 
-            # 4. Append the point to the results file
-            complete = _complete(point, found)
-            append_point(output, complete)
-            journal.clear()
-            finished[key_of(point)] = complete
-    return [finished[key_of(point)] for point in wanted]
+                # 4. Append the point to the results file
+                complete = _complete(point, found)
+                append_point(output, complete)
+                journal.clear()
+                finished[key_of(point)] = complete
+        return [finished[key_of(point)] for point in wanted]
 
 
 def check_settings(
@@ -333,22 +336,6 @@ def provenance(model: D3LLMGenerationMixin) -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def model_fingerprint(model: D3LLMGenerationMixin) -> str:
-    """SHA-256 of a model: its class, its config, its settings of decoding and its weights by name."""
-    configs = [model.config.to_dict(), model.generation_config.to_dict()]
-    # Of where a checkpoint comes from, not what it is; and a cache that the decoding does not have.
-    passing = ("transformers_version", "dtype", "auto_map", "architectures", "use_cache")
-    known = [
-        {n: v for n, v in config.items() if v is not None and n[:1] != "_" and n not in passing} for config in configs
-    ]
-    hashed = sha256(json.dumps([type(model).__name__, known], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        hashed.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    return hashed.hexdigest()
 
 
 def commit() -> str | None:

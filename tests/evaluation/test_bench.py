@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from foreign_locks import foreign_lock
 from tiny import tiny_prompt, trained_like
 
 from d3llm_hf import cli
@@ -59,13 +60,16 @@ def test_the_head_of_the_8b_like_shape_has_the_share_of_weights_that_lladas_has(
     assert SHAPES["wide-vocab"].vocab_size == 126464 and SHAPES["wide-vocab"].d_model == 512
 
 
-def test_a_random_model_is_sure_of_the_wanted_share_of_masks():
-    shape = replace(TINY, vocab_size=256, new_tokens=64, sure=0.25, settings={"entropy_threshold": 0.4})
+@pytest.mark.parametrize("seed", range(5))
+def test_a_random_model_is_sure_of_the_wanted_share_of_masks(seed):
+    settings = {"entropy_threshold": 0.4}
+    shape = replace(TINY, vocab_size=256, new_tokens=64, sure=0.25, settings=settings, seed=seed)
     with prepared(shape) as (work, scale):
         canvas, wanted = half_decided(shape, work)
         found = entropies(work.model(input_ids=canvas).logits[wanted])
-    assert 0.2 <= (found <= 0.4).double().mean() <= 0.3 and scale != 1.0
-    assert len(found) == wanted[:, 8 : 8 + 4 * 8].sum() and 8 <= len(found) <= 24
+    # Whatever weights are drawn: the share is right to the nearest mask, or to the next one if two are equally unsure.
+    assert abs((found <= 0.4).sum() - 0.25 * len(found)) <= 1.5 and scale != 1.0
+    assert len(found) == wanted[:, 8 : 8 + 4 * 8].sum() > 0
     with prepared(shape, scale) as (again, same):
         assert torch.equal(again.model.lm_head.weight, work.model.lm_head.weight) and same == scale
 
@@ -225,6 +229,16 @@ def test_the_bench_of_decoding_writes_its_results_and_prints_their_table(run, tm
         assert row["peak_bytes"] >= row["work_bytes"] >= 0 and row["matmul_fraction"] > 0
     words = results["command"].split()
     assert words[:3] == ["d3llm", "bench", "decode"] and set(words) >= {*options, "--shape", "tiny", "results.json"}
+
+
+@pytest.mark.parametrize("suite", ["decode", "growth", "quantised", "train"])
+def test_a_results_file_that_another_process_measures_is_left_to_it(run, tmp_path, suite):
+    path = tmp_path / "results.json"
+    with foreign_lock(path):
+        shape = [] if suite == "quantised" else ["--shape", "tiny"]
+        code, _, err = run(suite, *shape, "-o", path, "--device", "cpu")
+    assert code == 2 and "`--output` must be written by one process at a time" in err
+    assert not path.exists()
 
 
 def test_a_checkpoint_answers_word_problems(run, tmp_path):

@@ -7,6 +7,7 @@ from math import exp
 from pathlib import Path
 
 import pytest
+from foreign_locks import foreign_lock
 
 from d3llm_hf import cli
 from d3llm_hf.evaluation import tables
@@ -190,6 +191,22 @@ def test_the_command_writes_every_file_and_equal_input_gives_equal_bytes(tmp_pat
     assert found == figures(build_board(three_curves(), title="T"))
     first = found["tasks"][0]["entries"][0]
     assert (first["method"], first["common"]["aup"], first["own"]["aup"]) == ("bold", 309.2900, 400.0)
+
+
+def test_a_leaderboard_that_another_process_is_writing_is_left_to_it(tmp_path):
+    results, folder = write(tmp_path / "r.jsonl", three_curves()), tmp_path / "out"
+    with (
+        foreign_lock(folder),
+        pytest.raises(ValueError, match=r"`output` must be written by one process .*out', which"),
+    ):
+        write_leaderboard([results], folder)
+    assert not folder.exists()
+
+
+def test_results_to_which_two_sweeps_have_written_make_the_leaderboard_of_one(tmp_path):
+    once, twice = write(tmp_path / "a.jsonl", three_curves()), write(tmp_path / "b.jsonl", three_curves() * 2)
+    pages = [write_leaderboard([results], tmp_path / results.stem) for results in (once, twice)]
+    assert (pages[0] / "leaderboard.json").read_bytes() == (pages[1] / "leaderboard.json").read_bytes()
 
 
 def test_a_document_can_show_the_ranks_of_a_leaderboard():

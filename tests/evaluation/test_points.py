@@ -2,10 +2,12 @@
 
 import copy
 import json
+import logging
 import random
 from pathlib import Path
 
 import pytest
+from foreign_locks import foreign_lock
 
 from d3llm_hf.evaluation.points import (
     SAMPLES,
@@ -67,6 +69,26 @@ def test_points_are_read_as_they_were_appended_from_one_file_or_several(output):
     assert read_points(output) == [one, other]
     assert read_points(str(output), output) == [one, other] * 2
     assert [file.name for file in output.parent.iterdir()] == [output.name]
+
+
+def test_a_point_that_a_file_has_twice_counts_once_and_two_findings_about_one_are_refused(output, caplog):
+    one, other = point_of(0.5), point_of(1.0)
+    again = one | {"seconds": 9, "note": "of another sweep on the file"}
+    for point in (one, other, again):
+        append_point(output, point)
+    with caplog.at_level(logging.WARNING):
+        assert read_points(output) == [one, other]
+    assert "results.jsonl, line 3 repeats results.jsonl, line 1, which counts" in caplog.text
+    append_point(output, point_of(1.0, correct=(0, 1, 1, 1)))
+    with pytest.raises(ValueError, match=r"^results.jsonl, line 4: a point must be measured once .*jsonl, line 2"):
+        read_points(output)
+
+
+def test_a_file_that_another_process_is_writing_gets_no_point(output):
+    append_point(output, point_of())
+    with foreign_lock(output), pytest.raises(ValueError, match=r"`path` must be written by one process .*results.js"):
+        append_point(output, point_of(1.0))
+    assert read_points(output) == [point_of()]
 
 
 def test_a_line_appears_whole_or_not_at_all(output, monkeypatch):

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from foreign_locks import foreign_lock
 from official import tiny_tokenizer
 from tiny import tiny_model
 
@@ -132,6 +134,26 @@ def test_whatever_is_measured_otherwise_is_another_point(output, decoded, change
     decoded.clear()
     run(output, **({"curves": [CAREFUL]} | change))
     assert decoded and len(read_points(output)) == 2
+
+
+def test_two_sweeps_on_one_file_are_one_sweep_and_a_refusal_before_anything_is_decoded(output, decoded):
+    expected = r"`output` must be written by one process at a time .*results.jsonl', which process 1 on elsewhere is"
+    with foreign_lock(output), pytest.raises(ValueError, match=expected):
+        run(output)
+    assert decoded == [] and not output.exists()
+
+    def starting_another(prediction: str, reference: str) -> bool:
+        with pytest.raises(ValueError, match=f"process {os.getpid()} on"):
+            in_a_thread(run, output)
+        return prediction == reference
+
+    points = run(output, [CAREFUL], task=task_of(2, scorer=starting_another))
+    assert read_points(output) == points
+
+
+def in_a_thread(function, *args):
+    with ThreadPoolExecutor() as pool:
+        return pool.submit(function, *args).result()
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was(output, tmp_path, decoded):

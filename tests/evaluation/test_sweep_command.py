@@ -6,10 +6,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from foreign_locks import foreign_lock
 
 from d3llm_hf import cli
 from d3llm_hf.commands import sweep as command
 from d3llm_hf.evaluation.points import curves, read_points
+from d3llm_hf.locks import lock_file
 
 
 @pytest.fixture
@@ -46,6 +48,18 @@ def test_a_sweep_measures_the_embedded_checkpoint_and_does_not_repeat_it(run, tm
     assert all(re.fullmatch(line + r"[\d.]+ % \([\d.]+ to [\d.]+\), \d+ tokens/s", text) for text in lines)
     monkeypatch.setattr("d3llm_hf.evaluation.sweep._decode", None)  # nothing is decoded again
     assert run(*argv) == (0, "", err)
+
+
+def test_a_sweep_of_several_models_keeps_its_file_from_the_first_to_the_last(run, tmp_path, monkeypatch):
+    output, held = tmp_path / "results.jsonl", []
+    monkeypatch.setattr("d3llm_hf.evaluation.sweep.sweep", lambda *args, **kwargs: [])
+    monkeypatch.setattr(command, "load", lambda *args, **kwargs: held.append(lock_file(output).exists()) or (0, 0))
+    assert run("a", "b", "-o", output)[0] == 0
+    assert held == [True, True] and not lock_file(output).exists()
+    with foreign_lock(output):
+        code, _, err = run("a", "-o", output)
+    assert (code, len(held)) == (2, 2)
+    assert "`--output` must be written by one process at a time" in err and "process 1 on elsewhere" in err
 
 
 def test_arguments_reach_the_sweep(run, tmp_path, monkeypatch):

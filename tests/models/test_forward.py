@@ -365,7 +365,8 @@ def test_half_precision_stays_near_float32(family, backend, dtype):
         wide = family.tiny(backend)(ids).logits
         half = family.tiny(backend).to(dtype)(ids).logits
     assert half.dtype is dtype
-    assert largest_difference(half, wide) <= 0.05 * wide.abs().max().item()
+    # As a whole, in steps of the data type: how far one logit strays depends on the weights that are drawn.
+    assert (half.float() - wide).norm() <= 16 * torch.finfo(dtype).eps * wide.norm()
 
 
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])

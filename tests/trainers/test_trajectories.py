@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, load_dataset
+from foreign_locks import foreign_lock
 from official import tiny_tokenizer
 from recorded import GOLDEN, Recorded, checkpoint
 from replayed import DreamDraws, LLaDADraws
@@ -28,6 +30,7 @@ from tiny import tiny_model
 
 from d3llm_hf.evaluation.word_problems import generate_problems
 from d3llm_hf.hub import embedded_checkpoints
+from d3llm_hf.locks import lock_file
 from trainers import run_trajectories, trajectory_store
 from trainers.script_utils import parse_args_with_config
 from trainers.sft_collator import tokenize_conversations
@@ -461,6 +464,31 @@ def test_processes_divide_the_shards_and_their_number_changes_nothing(model, tok
         assert done == (["00001"] if index else ["00000", "00001", "00002"])
         assert len(read_trajectories(tmp_path, partial=True)) == (4 if index else 10)
     assert contents(tmp_path) == contents(unbroken)
+
+
+def test_a_shard_that_another_process_is_at_is_refused_by_name_and_others_are_not(
+    model, tokenizer, tmp_path, unbroken
+):
+    with foreign_lock(tmp_path / "trajectories-00001.parquet"):
+        with pytest.raises(
+            ValueError, match=r"`folder` must be written by one process .*00001.parquet', which process 1"
+        ):
+            extract(model, tokenizer, tmp_path)
+        extract(model, tokenizer, tmp_path, process_index=0, num_processes=2)
+    left = lock_file(tmp_path / "trajectories-00001.parquet")
+    left.write_text("1 elsewhere\n")  # by a run that was killed
+    extract(model, tokenizer, tmp_path)
+    assert contents(tmp_path) == contents(unbroken)
+
+
+def test_two_extractions_that_begin_together_in_one_folder_are_compared(model, tokenizer, tmp_path):
+    with ThreadPoolExecutor() as pool, foreign_lock(tmp_path / "manifest.json"):
+        second = pool.submit(extract, model, tokenizer, tmp_path)
+        first = extract(model, tokenizer, tmp_path / "other", chosen=RETRIES | {"seed": 1})
+        assert not wait([second], timeout=0.5).done  # until the first has written its manifest
+        shutil.copy(first / "manifest.json", tmp_path)
+    with pytest.raises(TrajectoryError, match=r"`settings.seed` must be what the extraction"):
+        second.result()
 
 
 def killing(function, call: int):

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from distillation import make_trainer, student
+from foreign_locks import foreign_lock
 from official import tiny_tokenizer
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
+from d3llm_hf.locks import InUseError, lock_file
 from trainers.loading import resumption
 from trainers.whole_checkpoints import (
     FILE_LIST,
@@ -323,3 +325,29 @@ def test_an_adapter_is_listed_as_a_model_is(tmp_path, tokenizer):
     trainer.train()
     os.truncate(tmp_path / "checkpoint-2" / "adapter_model.safetensors", 100)
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+# Two runs
+
+
+def test_a_second_run_into_a_folder_is_refused_while_the_first_one_trains(tmp_path, tokenizer):
+    folder = tmp_path / "run"
+    trainer = make_trainer(folder, tokenizer, max_steps=1)
+    with (
+        foreign_lock(folder),
+        pytest.raises(InUseError, match=r"`output_dir` must be .*run', which process 1 on else"),
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    held = []
+    trainer.add_callback(Watching(lambda: held.append(lock_file(folder).exists())))
+    trainer.train()
+    assert held == [True] and not lock_file(folder).exists()
+
+
+class Watching(TrainerCallback):
+    def __init__(self, look):
+        self.look = look
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.look()
