@@ -9,10 +9,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -20,8 +22,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from d3llm_hf.model_card import complete_card
 from d3llm_hf.models.modeling_common import positions_of
 
+from .argument_checks import check_parameters
+from .best_metric import check_best_metric
+from .resumed_arguments import compare_arguments, set_again, settings_of, write_arguments
 from .weights import load_converted_weights
-from .whole_checkpoints import CheckpointError, begin_checkpoint, checkpoint_to_resume, finish_checkpoint
+from .whole_checkpoints import begin_checkpoint, checkpoint_to_resume, finish_checkpoint
 
 
 if TYPE_CHECKING:
@@ -29,13 +34,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TRAIN, EVAL = 0, 1  # whose draws, and whose sums of metrics
+
 
 class CanvasTrainer(Trainer):
     """A Trainer over canvases: prompts padded on the left, answers of `response_length` tokens on the right.
 
     Its checkpoints list their files with checksums (see `whole_checkpoints`). `train(resume_from_checkpoint=...)`
     takes `True` for the last whole checkpoint of the output folder, `"last"` for the same or a new run where no
-    checkpoint was ever finished, or a folder; one that is damaged raises a `CheckpointError`.
+    checkpoint was ever finished, or a folder; one that is damaged raises a `CheckpointError`. A run that has all of
+    its steps takes no more, and in one that goes on the arguments given now hold (see `resumed_arguments`).
+
+    Data sets are prepared wherever they come from: the constructor, an attribute, `evaluate` or `predict`.
 
     Attributes:
         mask_token_id (`int`): Token of a hidden position.
@@ -44,6 +54,61 @@ class CanvasTrainer(Trainer):
 
     # Each micro-batch's loss is a mean, so the Trainer has to divide by the accumulation steps.
     loss_is_scaled_for_ga = False
+
+    # What an evaluation reports beside the loss.
+    metric_names: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        *,
+        args: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        prepare: Callable[[Any], Any],
+        data_collator: Callable[[list[Any]], Any],
+        **kwargs: Any,
+    ):
+        self._prepare = prepare
+        self._prepared: WeakSet[Any] = WeakSet()
+        self.args = args  # what `_ready` reads; as the Trainer sets it
+        self._metric_sums: dict[int, Any] = {}
+        train_dataset, eval_dataset = (prepare_each(each, self._ready) for each in (train_dataset, eval_dataset))
+        _check_lengths(train_dataset, args)
+        super().__init__(
+            args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator, **kwargs
+        )
+        check_best_metric(args, eval_dataset, self.metric_names)
+
+    def _check(self, args: Any, config_class: type, model: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse what a trainer cannot take; called before anything is made of its arguments."""
+        check_parameters(args, config_class, kwargs)
+        if model is None:
+            raise ValueError("`model` must be a masked diffusion language model (got None). Load one, and pass it.")
+
+    def _ready(self, dataset: Any) -> Any:
+        """A data set as the collator takes it, prepared unless that was done here."""
+        if dataset in self._prepared:
+            return dataset
+        with self.args.main_process_first(local=True, desc="preparing a data set"):
+            prepared = self._prepare(dataset)
+        self._prepared.add(prepared)
+        return prepared
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's, also over a data set that was set after the trainer was made."""
+        self.train_dataset = prepare_each(self.train_dataset, self._ready)
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As the Trainer's, over data as the constructor takes them."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            self.eval_dataset = prepare_each(self.eval_dataset, self._ready)
+            return super().get_eval_dataloader(eval_dataset)
+        return super().get_eval_dataloader(self._ready(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As the Trainer's, over data as the constructor takes them."""
+        return super().get_test_dataloader(self._ready(test_dataset))
 
     def _adopt(
         self,
@@ -97,6 +162,31 @@ class CanvasTrainer(Trainer):
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As the Trainer's, with the parts of the loss apart under the evaluation's own prefix."""
+        self._metric_sums.pop(EVAL, None)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        found = self._averages(self._metric_sums.pop(EVAL, None))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the parts of a training loss apart, averaged over all ranks since the last log."""
+        if "loss" in logs:
+            logs.update(self._averages(self._metric_sums.pop(TRAIN, None)))
+        super().log(logs, start_time)
+
+    def _averages(self, sums: Any) -> dict[str, float]:
+        """Metrics of all ranks together from what `compute_loss` kept; none where it kept nothing."""
+        raise NotImplementedError
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """As the Trainer's, called before each optimizer step: one that would spoil the weights is not taken."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -113,23 +203,58 @@ class CanvasTrainer(Trainer):
 
         Raises:
             CheckpointError: If the checkpoint is damaged, or there is none where one is asked for.
+            ValueError: If the run is asked for fewer steps than the checkpoint has, or for what cannot change in it.
         """
         found: list[Any] = [None]
         if self.is_world_process_zero():  # one process reads the files, and all go on from the same checkpoint
             try:
                 found = [checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)]
-            except CheckpointError as error:
+                if found[0] is not None:
+                    compare_arguments(self.args, found[0], deepspeed=self.is_deepspeed_enabled)
+            except ValueError as error:
                 found = [error]
         broadcast_object_list(found)
-        if isinstance(found[0], CheckpointError):
+        if isinstance(found[0], ValueError):
             raise found[0]
+        self._metric_sums.clear()
         return super().train(found[0], *args, **kwargs)
+
+    def _init_training_state(self, max_steps: int, steps: int, epochs: int, checkpoint: str | None, *rest: Any) -> Any:
+        """As the Trainer's, which trains before it asks whether it is done; a run at its end begins no epoch here."""
+        begun = super()._init_training_state(max_steps, steps, epochs, checkpoint, *rest)
+        self.state.compute_steps(self.args, max_steps)  # the intervals of the arguments, not the checkpoint's
+        done = self.state.global_step
+        if done > max_steps:
+            name, value = ("max_steps", max_steps)
+            if self.args.max_steps <= 0:
+                name, value = ("num_train_epochs", f"{self.args.num_train_epochs}, which is {max_steps} steps")
+            raise ValueError(
+                f"`{name}` must reach the checkpoint's step (got {value}, and `{checkpoint}` has {done} steps). Raise "
+                "it, or resume from an earlier checkpoint."
+            )
+        if done < max_steps:
+            return begun
+        logger.warning("All %d steps are done: no step is taken. Ask for more to go on.", done)
+        return epochs, 0
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, with the settings of the arguments; DeepSpeed restores its own."""
+        settings = settings_of(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            set_again(self.optimizer, self.lr_scheduler, settings, own_schedule=not self._created_lr_scheduler)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """As the Trainer's; a run that goes on in another type than float16 has none."""
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As the Trainer's; the list of files comes last, before older checkpoints go."""
         folder = self._checkpoint_folder(trial)
         if self.args.should_save:
             begin_checkpoint(folder)
+            write_arguments(folder, self.args)
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -176,6 +301,17 @@ def prepare_each(dataset, prepare: Callable[[Any], Any]):
     if isinstance(dataset, dict):
         return {name: prepare_each(each, prepare) for name, each in dataset.items()}
     return None if dataset is None else prepare(dataset)
+
+
+def _check_lengths(dataset: Any, args: Any) -> None:
+    """Refuse to order by lengths that are not there."""
+    by_length = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+    if by_length and isinstance(dataset, Dataset) and args.length_column_name not in dataset.column_names:
+        raise ValueError(
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` needs a column "
+            f"`{args.length_column_name}` of lengths in the training data (got {dataset.column_names}). Add it, or "
+            "name another one as `length_column_name`."
+        )
 
 
 def fill_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
