@@ -6,16 +6,14 @@ import inspect
 import logging
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -24,6 +22,7 @@ from d3llm_hf.models.modeling_common import positions_of
 
 from .argument_checks import check_parameters
 from .best_metric import check_best_metric
+from .prepared_data import PreparedDataTrainer
 from .resumed_arguments import compare_arguments, set_again, settings_of, write_arguments
 from .weights import load_converted_weights
 from .whole_checkpoints import begin_checkpoint, checkpoint_to_resume, finish_checkpoint
@@ -37,7 +36,7 @@ logger = logging.getLogger(__name__)
 TRAIN, EVAL = 0, 1  # whose draws, and whose sums of metrics
 
 
-class CanvasTrainer(Trainer):
+class CanvasTrainer(PreparedDataTrainer):
     """A Trainer over canvases: prompts padded on the left, answers of `response_length` tokens on the right.
 
     Its checkpoints list their files with checksums (see `whole_checkpoints`). `train(resume_from_checkpoint=...)`
@@ -58,57 +57,16 @@ class CanvasTrainer(Trainer):
     # What an evaluation reports beside the loss.
     metric_names: frozenset[str] = frozenset()
 
-    def __init__(
-        self,
-        *,
-        args: Any,
-        train_dataset: Any,
-        eval_dataset: Any,
-        prepare: Callable[[Any], Any],
-        data_collator: Callable[[list[Any]], Any],
-        **kwargs: Any,
-    ):
-        self._prepare = prepare
-        self._prepared: WeakSet[Any] = WeakSet()
-        self.args = args  # what `_ready` reads; as the Trainer sets it
+    def __init__(self, *, args: Any, **kwargs: Any):
         self._metric_sums: dict[int, Any] = {}
-        train_dataset, eval_dataset = (prepare_each(each, self._ready) for each in (train_dataset, eval_dataset))
-        _check_lengths(train_dataset, args)
-        super().__init__(
-            args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator, **kwargs
-        )
-        check_best_metric(args, eval_dataset, self.metric_names)
+        super().__init__(args=args, **kwargs)
+        check_best_metric(args, self.eval_dataset, self.metric_names)
 
     def _check(self, args: Any, config_class: type, model: Any, kwargs: dict[str, Any]) -> None:
         """Refuse what a trainer cannot take; called before anything is made of its arguments."""
         check_parameters(args, config_class, kwargs)
         if model is None:
             raise ValueError("`model` must be a masked diffusion language model (got None). Load one, and pass it.")
-
-    def _ready(self, dataset: Any) -> Any:
-        """A data set as the collator takes it, prepared unless that was done here."""
-        if dataset in self._prepared:
-            return dataset
-        with self.args.main_process_first(local=True, desc="preparing a data set"):
-            prepared = self._prepare(dataset)
-        self._prepared.add(prepared)
-        return prepared
-
-    def get_train_dataloader(self) -> DataLoader:
-        """As the Trainer's, also over a data set that was set after the trainer was made."""
-        self.train_dataset = prepare_each(self.train_dataset, self._ready)
-        return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As the Trainer's, over data as the constructor takes them."""
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            self.eval_dataset = prepare_each(self.eval_dataset, self._ready)
-            return super().get_eval_dataloader(eval_dataset)
-        return super().get_eval_dataloader(self._ready(eval_dataset))
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As the Trainer's, over data as the constructor takes them."""
-        return super().get_test_dataloader(self._ready(test_dataset))
 
     def _adopt(
         self,
@@ -294,24 +252,6 @@ class CanvasTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
         return load_converted_weights(model, checkpoint)
-
-
-def prepare_each(dataset, prepare: Callable[[Any], Any]):
-    """A data set prepared, each of a dictionary of them, or `None` where there is none."""
-    if isinstance(dataset, dict):
-        return {name: prepare_each(each, prepare) for name, each in dataset.items()}
-    return None if dataset is None else prepare(dataset)
-
-
-def _check_lengths(dataset: Any, args: Any) -> None:
-    """Refuse to order by lengths that are not there."""
-    by_length = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
-    if by_length and isinstance(dataset, Dataset) and args.length_column_name not in dataset.column_names:
-        raise ValueError(
-            f"`train_sampling_strategy={args.train_sampling_strategy!r}` needs a column "
-            f"`{args.length_column_name}` of lengths in the training data (got {dataset.column_names}). Add it, or "
-            "name another one as `length_column_name`."
-        )
 
 
 def fill_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -236,7 +236,7 @@ class PseudoTrajectoryDistillConfig(CarefulArguments):
         sizes = self.window_sizes if isinstance(self.window_sizes, list | tuple) else ()
         if not sizes or not all(map(_is_length, sizes)):
             raise ValueError(
-                f"`window_sizes` must hold positive window lengths, in whole tokens (got {self.window_sizes}). "
+                f"`window_sizes` must hold positive window lengths (got {self.window_sizes}). "
                 "Leave it unset for [16, 16, 24, 24, 32, 32]."
             )
 
