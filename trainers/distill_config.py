@@ -13,6 +13,7 @@ from .noisy_views import OBJECTIVES
 _DEFAULT_WINDOWS = {"trajectory": (16, 16, 24, 24, 32, 32), "random": (16, 16, 24, 24, 32, 32), "certainty": (32,)}
 _DEFAULT_LOSS_SCALES = {"trajectory": 0.25, "random": 0.25, "certainty": 1.0}
 
+_DECODED = ("tpf", "exact_match", "eval_tpf", "eval_exact_match")
 _RANGES = {
     "max_prompt_length": (1, math.inf),
     "response_length": (1, math.inf),
@@ -232,6 +233,12 @@ class PseudoTrajectoryDistillConfig(CarefulArguments):
             raise ValueError(
                 f"`eval_generate_steps` must be at least 1 (got {self.eval_generate_steps}). "
                 "Leave it unset to decode in every evaluation."
+            )
+        if self.eval_generate_steps is not None and self.metric_for_best_model in _DECODED:
+            raise ValueError(
+                "`eval_generate_steps` must be unset where every evaluation is compared by what it decodes (got "
+                f"{self.eval_generate_steps} and {self.metric_for_best_model!r}). Unset it, or choose another "
+                "`metric_for_best_model`."
             )
         sizes = self.window_sizes if isinstance(self.window_sizes, list | tuple) else ()
         if not sizes or not all(map(_is_length, sizes)):

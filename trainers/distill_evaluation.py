@@ -33,24 +33,40 @@ def check_decoding(model: PreTrainedModel, eval_dataset: Any, args: PseudoTrajec
         ValueError: For settings that `generate` refuses, or prompts and answers that do not fit the model.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(base, "check_settings"):
+        raise ValueError(
+            "`eval_generate_samples` must be 0 for a model without diffusion decoding (got "
+            f"{args.eval_generate_samples} and {type(base).__name__}). Unset it, or wrap the model with "
+            "`as_diffusion_lm`."
+        )
     settings = _settings(args)
+    length = settings["max_new_tokens"]
     try:
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise ValueError(f"`max_new_tokens` must be a positive integer (got {length!r}). Correct it.")
         for name in _GIVEN:
             if name in settings:
                 raise ValueError(f"`{name}` is given by the evaluation (got {settings[name]!r}). Leave it out.")
-        base.check_settings(**settings)
+        mode = base.check_settings(**settings).get_generation_mode()
+        if mode not in base._supported_generation_modes:
+            raise ValueError(f"they ask for {mode.value}, and diffusion decoding has no such mode. Leave it out.")
     except (TypeError, ValueError) as error:
         raise ValueError(f"`eval_generate_kwargs` must hold settings of `generate`: {error}") from error
-    sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-    for dataset in sets.values():
-        if isinstance(dataset, Dataset):
-            _check_rows(
-                list(islice(iter(dataset), args.eval_generate_samples)), base, settings["max_new_tokens"], args
-            )
+    sets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    sets = [list(islice(iter(each), args.eval_generate_samples)) for each in sets if isinstance(each, Dataset)]
+    for rows in sets:
+        _check_answers(rows, args.eval_answer_column)
+    longest = getattr(base.config, "max_position_embeddings", None)
+    width = max((len(row["prompt_ids"]) for rows in sets for row in rows), default=0)
+    if longest is not None and width + length > longest - base.position_offset:
+        raise ValueError(
+            f"Prompts and `max_new_tokens` must fit into the model's {longest - base.position_offset} positions (got "
+            f"{width} + {length} in the samples to decode). Lower `max_new_tokens` in `eval_generate_kwargs`, or "
+            "`response_length`, its default."
+        )
 
 
-def _check_rows(rows: list[dict[str, Any]], model: Any, length: int, args: PseudoTrajectoryDistillConfig) -> None:
-    column = args.eval_answer_column
+def _check_answers(rows: list[dict[str, Any]], column: str) -> None:
     if column != "answer" and column not in rows[0]:
         raise ValueError(
             f"`eval_answer_column` must be a column of the held-out samples (got {column!r}, and they have "
@@ -59,14 +75,6 @@ def _check_rows(rows: list[dict[str, Any]], model: Any, length: int, args: Pseud
     for index, row in enumerate(rows):
         if not isinstance(row.get(column, ""), str):
             raise ValueError(f"`{column}` must be text in each sample to decode (got {row[column]!r} in row {index}).")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    width = max(len(row["prompt_ids"]) for row in rows)
-    if longest is not None and width + length > longest - model.position_offset:
-        raise ValueError(
-            f"Prompts and `max_new_tokens` must fit into the model's {longest - model.position_offset} positions (got "
-            f"{width} + {length} in the samples to decode). Lower `max_new_tokens` in `eval_generate_kwargs`, or "
-            "`response_length`, its default."
-        )
 
 
 def _settings(args: PseudoTrajectoryDistillConfig) -> dict[str, Any]:

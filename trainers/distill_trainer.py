@@ -92,7 +92,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
     ```
     """
 
-    metric_names = METRICS | DECODING_METRICS
+    metric_names = METRICS
     _tag_names: ClassVar[list[str]] = ["d3llm", "distillation", "diffusion", "diffusion-language-model"]
 
     def __init__(
@@ -125,6 +125,8 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
             supervise_eos_fill=args.supervise_eos_fill,
             use_target_ids=args.use_target_ids,
         )
+        if args.eval_generate_samples:
+            self.metric_names = METRICS | DECODING_METRICS
         super().__init__(
             model=model,
             args=args,
