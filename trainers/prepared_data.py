@@ -48,7 +48,15 @@ class PreparedDataTrainer(Trainer):
         if eval_dataset is None or isinstance(eval_dataset, str):
             self.eval_dataset = prepare_each(self.eval_dataset, self._ready)
             return super().get_eval_dataloader(eval_dataset)
-        return super().get_eval_dataloader(self._ready(eval_dataset))
+        # With persistent workers, the Trainer keeps one loader for all sets that have no name, whatever is in them.
+        kept = getattr(self, "_eval_dataloaders", {})
+        of_the_trainer = kept.pop("eval", None)
+        loader = super().get_eval_dataloader(self._ready(eval_dataset))
+        kept = getattr(self, "_eval_dataloaders", {})
+        kept.pop("eval", None)
+        if of_the_trainer is not None:
+            kept["eval"] = of_the_trainer
+        return loader
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As the Trainer's, over data as the constructor takes them."""

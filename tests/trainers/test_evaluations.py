@@ -1,6 +1,7 @@
 """Evaluations of both trainers: what is reported under which name, what data is taken, what is checked first."""
 
 import pytest
+import torch
 from both_trainers import KINDS, make
 from datasets import Dataset, IterableDataset
 from distillation import rows, trajectories
@@ -102,6 +103,15 @@ def test_samples_are_numbered_and_left_out_in_an_evaluation_as_in_training(tmp_p
         make("distillation", tmp_path, response_length=1, train=trajectories(16).select([])).evaluate(held_out)
 
 
+@BOTH
+def test_workers_that_stay_do_not_evaluate_another_set_again(tmp_path, kind):
+    one, other = trajectories(4, seed=5), trajectories(4, seed=6)
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = make(kind, tmp_path, held_out=one, **workers)
+    found = [trainer.evaluate(each)["eval_loss"] for each in (None, other, one, None, other)]
+    assert found[0] == found[2] == found[3] != found[1] == found[4]
+
+
 # What is checked before a run
 
 
@@ -152,11 +162,7 @@ def test_answers_to_compare_with_are_there_and_text(tmp_path):
 def test_a_student_that_generates_in_another_way_is_refused_as_an_evaluation(tmp_path):
     trainer = make("distillation", tmp_path, eval_generate_samples=1)
     check_decoding(trainer.model, None, trainer.args)
-    with pytest.raises(
-        ValueError, match=r"`eval_generate_samples` must be 0 for a model without .* .got 1 and Linear"
-    ):
-        import torch
-
+    with pytest.raises(ValueError, match=r"`eval_generate_samples` must be 0 for a model .* .got 1 and Linear"):
         check_decoding(torch.nn.Linear(1, 1), None, trainer.args)
 
 
@@ -176,7 +182,7 @@ def test_a_metric_that_no_evaluation_reports_is_refused_before_the_run(tmp_path,
         attempt(several, **best)
     with pytest.raises(ValueError, match=r"`metric_for_best_model` must"):
         attempt(several, lr_scheduler_type="reduce_lr_on_plateau")
-    attempt(several, metric_for_best_model="eval_a_loss", **best).train()
+    attempt(several, metric_for_best_model="eval_a_loss", **best)
     attempt(one, metric_for_best_model="masked_fraction", **best).train()
     attempt(one, metric_for_best_model="accuracies")
 
