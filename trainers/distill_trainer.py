@@ -64,7 +64,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer; the model's if unset.
         peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter of this kind instead of all weights; see
             [`lora_target_modules`].
-        kwargs: Further arguments of [`~transformers.Trainer`].
+        kwargs: Further arguments of [`~transformers.Trainer`]; those that would have no effect are refused.
 
     Raises:
         ValueError: If a data set lacks a column or no example fits the canvas, or tokenizer and model disagree on the

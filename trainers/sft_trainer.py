@@ -40,7 +40,7 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
             `messages`, or ready `prompt_ids` and `response_ids`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
         peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter of this kind instead of all weights.
-        kwargs: Further arguments of [`~transformers.Trainer`].
+        kwargs: Further arguments of [`~transformers.Trainer`]; those that would have no effect are refused.
 
     Raises:
         ValueError: If tokenizer and model disagree on the mask token, or no example fits the canvas.
