@@ -76,7 +76,7 @@ def conversations(count):
 
 
 def test_text_is_evaluated_and_predicted_as_it_is_trained_on(tmp_path):
-    sizes = {"max_prompt_length": 64, "response_length": 64}
+    sizes = {"max_prompt_length": 48, "response_length": 16}
     text, other = Dataset.from_list(conversations(6)), Dataset.from_list(conversations(4))
     trainer = make("sft", tmp_path, train=text, held_out=other, **sizes)
     expected = trainer.evaluate()["eval_loss"]
@@ -100,7 +100,7 @@ def test_samples_are_numbered_and_left_out_in_an_evaluation_as_in_training(tmp_p
     with pytest.raises(ValueError, match=r"The data set must have the columns .*'step_map'"):
         trainer.evaluate(held_out.remove_columns("step_map"))
     with pytest.raises(ValueError, match=r"At least one example must fit"):
-        make("distillation", tmp_path, response_length=1, train=trajectories(16).select([])).evaluate(held_out)
+        make("distillation", tmp_path, response_length=1, given={"train_dataset": None}).evaluate(held_out)
 
 
 @BOTH

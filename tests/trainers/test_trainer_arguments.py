@@ -132,7 +132,7 @@ def test_an_order_by_length_needs_lengths_and_uses_them(tmp_path, kind):
 
 def test_text_keeps_its_lengths_when_it_is_tokenised(tmp_path):
     rows = Dataset.from_list([{"prompt": "abc", "completion": "d", "length": 3}] * 4)
-    sizes = {"max_prompt_length": 64, "response_length": 64}
+    sizes = {"max_prompt_length": 48, "response_length": 16}
     trainer = make("sft", tmp_path, train=rows, train_sampling_strategy="batch_rebalance", **sizes)
     assert set(trainer.train_dataset.column_names) == {"prompt_ids", "response_ids", "length"}
 
