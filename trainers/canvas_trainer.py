@@ -6,7 +6,6 @@ import inspect
 import logging
 import math
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,19 +13,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from d3llm_hf.locks import InUseError, only_writer
+from d3llm_hf.locks import only_writer
 from d3llm_hf.model_card import complete_card
 from d3llm_hf.models.modeling_common import positions_of
 from d3llm_hf.models.text_config import text_setting
 from d3llm_hf.models.token_ids import check_inside, vocabulary_of
 from d3llm_hf.models.wrappers import lengthened_by, moves_padded, unfit_task
 
+from .argument_checks import check_parameters
+from .best_metric import check_best_metric
+from .prepared_data import PreparedDataTrainer
+from .resumed_arguments import compare_arguments, set_again, settings_of, write_arguments
 from .weights import load_converted_weights
-from .whole_checkpoints import CheckpointError, begin_checkpoint, checkpoint_to_resume, finish_checkpoint
+from .whole_checkpoints import begin_checkpoint, checkpoint_to_resume, finish_checkpoint
 
 
 if TYPE_CHECKING:
@@ -34,13 +38,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TRAIN, EVAL = 0, 1  # whose draws, and whose sums of metrics
 
-class CanvasTrainer(Trainer):
+
+class CanvasTrainer(PreparedDataTrainer):
     """A Trainer over canvases: prompts padded on the left, answers of `response_length` tokens on the right.
 
     Its checkpoints list their files with checksums (see `whole_checkpoints`). `train(resume_from_checkpoint=...)`
     takes `True` for the last whole checkpoint of the output folder, `"last"` for the same or a new run where no
-    checkpoint was ever finished, or a folder; one that is damaged raises a `CheckpointError`.
+    checkpoint was ever finished, or a folder; one that is damaged raises a `CheckpointError`. A run that has all of
+    its steps takes no more, and in one that goes on the arguments given now hold (see `resumed_arguments`).
+
+    Data sets are prepared wherever they come from: the constructor, an attribute, `evaluate` or `predict`.
 
     Attributes:
         mask_token_id (`int`): Token of a hidden position.
@@ -49,6 +58,20 @@ class CanvasTrainer(Trainer):
 
     # Each micro-batch's loss is a mean, so the Trainer has to divide by the accumulation steps.
     loss_is_scaled_for_ga = False
+
+    # What an evaluation reports beside the loss.
+    metric_names: frozenset[str] = frozenset()
+
+    def __init__(self, *, args: Any, **kwargs: Any):
+        self._metric_sums: dict[int, Any] = {}
+        super().__init__(args=args, **kwargs)
+        check_best_metric(args, self.eval_dataset, self.metric_names)
+
+    def _check(self, args: Any, config_class: type, model: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse what a trainer cannot take; called before anything is made of its arguments."""
+        check_parameters(args, config_class, kwargs)
+        if model is None:
+            raise ValueError("`model` must be a masked diffusion language model (got None). Load one, and pass it.")
 
     def _adopt(
         self,
@@ -123,6 +146,31 @@ class CanvasTrainer(Trainer):
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As the Trainer's, with the parts of the loss apart under the evaluation's own prefix."""
+        self._metric_sums.pop(EVAL, None)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        found = self._averages(self._metric_sums.pop(EVAL, None))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the parts of a training loss apart, averaged over all ranks since the last log."""
+        if "loss" in logs:
+            logs.update(self._averages(self._metric_sums.pop(TRAIN, None)))
+        super().log(logs, start_time)
+
+    def _averages(self, sums: Any) -> dict[str, float]:
+        """Metrics of all ranks together from what `compute_loss` kept; none where it kept nothing."""
+        raise NotImplementedError
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """As the Trainer's, called before each optimizer step: one that would spoil the weights is not taken."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -140,6 +188,7 @@ class CanvasTrainer(Trainer):
         Raises:
             CheckpointError: If the checkpoint is damaged, or there is none where one is asked for.
             InUseError: If another run is training into `output_dir`, whose checkpoints would mix with these.
+            ValueError: If the run is asked for fewer steps than the checkpoint has, or for what cannot change in it.
         """
         found: list[Any] = [None]
         with ExitStack() as held:
@@ -147,18 +196,52 @@ class CanvasTrainer(Trainer):
                 try:
                     held.enter_context(only_writer(self.args.output_dir, "output_dir"))
                     found = [checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)]
-                except (CheckpointError, InUseError) as error:
+                    if found[0] is not None:
+                        compare_arguments(self.args, found[0], deepspeed=self.is_deepspeed_enabled)
+                except ValueError as error:
                     found = [error]
             broadcast_object_list(found)
             if isinstance(found[0], ValueError):
                 raise found[0]
+            self._metric_sums.clear()
             return super().train(found[0], *args, **kwargs)
+
+    def _init_training_state(self, max_steps: int, steps: int, epochs: int, checkpoint: str | None, *rest: Any) -> Any:
+        """As the Trainer's, which trains before it asks whether it is done; a run at its end begins no epoch here."""
+        begun = super()._init_training_state(max_steps, steps, epochs, checkpoint, *rest)
+        self.state.compute_steps(self.args, max_steps)  # the intervals of the arguments, not the checkpoint's
+        done = self.state.global_step
+        if done > max_steps:
+            name, value = ("max_steps", max_steps)
+            if self.args.max_steps <= 0:
+                name, value = ("num_train_epochs", f"{self.args.num_train_epochs}, which is {max_steps} steps")
+            raise ValueError(
+                f"`{name}` must reach the checkpoint's step (got {value}, and `{checkpoint}` has {done} steps). Raise "
+                "it, or resume from an earlier checkpoint."
+            )
+        if done < max_steps:
+            return begun
+        logger.warning("All %d steps are done: no step is taken. Ask for more to go on.", done)
+        return epochs, 0
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, with the settings of the arguments; DeepSpeed restores its own."""
+        settings = settings_of(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            set_again(self.optimizer, self.lr_scheduler, settings, own_schedule=not self._created_lr_scheduler)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """As the Trainer's; a run that goes on in another type than float16 has none."""
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As the Trainer's; the list of files comes last, before older checkpoints go."""
         folder = self._checkpoint_folder(trial)
         if self.args.should_save:
             begin_checkpoint(folder)
+            write_arguments(folder, self.args)
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -198,13 +281,6 @@ class CanvasTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
         return load_converted_weights(model, checkpoint)
-
-
-def prepare_each(dataset, prepare: Callable[[Any], Any]):
-    """A data set prepared, each of a dictionary of them, or `None` where there is none."""
-    if isinstance(dataset, dict):
-        return {name: prepare_each(each, prepare) for name, each in dataset.items()}
-    return None if dataset is None else prepare(dataset)
 
 
 def fill_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -1,14 +1,32 @@
 """Arguments of pseudo-trajectory distillation."""
 
+import math
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, ClassVar
 
+from .argument_checks import check_ranges
 from .arguments import CarefulArguments
 from .noisy_views import OBJECTIVES
 
 
 _DEFAULT_WINDOWS = {"trajectory": (16, 16, 24, 24, 32, 32), "random": (16, 16, 24, 24, 32, 32), "certainty": (32,)}
 _DEFAULT_LOSS_SCALES = {"trajectory": 0.25, "random": 0.25, "certainty": 1.0}
+
+_DECODED = ("tpf", "exact_match", "eval_tpf", "eval_exact_match")
+_RANGES = {
+    "max_prompt_length": (1, math.inf),
+    "response_length": (1, math.inf),
+    "loss_chunk_size": (1, math.inf),
+    "sft_suffix_window": (1, math.inf),
+    "eval_generate_samples": (0, math.inf),
+    "entropy_weight": (0, math.inf),
+    "loss_scale": (0, math.inf),
+    "sft_weight": (0, math.inf),
+    "sft_min_mask_ratio": (0, 1),
+    "sft_suffix_mask_fraction": (0, 1),
+    "noise_start": (0, 1),
+}
 
 
 @dataclass
@@ -86,9 +104,19 @@ class PseudoTrajectoryDistillConfig(CarefulArguments):
         eval_answer_column (`str`, defaults to `"answer"`): Column of the reference answers.
 
     Raises:
-        ValueError: If a value is outside its range.
+        TypeError: If a value is of another kind than its field.
+        ValueError: If a value is outside its range, or an argument would have no effect.
     """
 
+    _FREE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "loss_chunk_size",
+            "eval_generate_samples",
+            "eval_generate_steps",
+            "eval_generate_kwargs",
+            "eval_answer_column",
+        }
+    )
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *CarefulArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
@@ -196,27 +224,7 @@ class PseudoTrajectoryDistillConfig(CarefulArguments):
             )
 
     def _check_ranges(self) -> None:
-        unbounded = float("inf")
-        ranges = {
-            "max_prompt_length": (1, unbounded),
-            "response_length": (1, unbounded),
-            "loss_chunk_size": (1, unbounded),
-            "sft_suffix_window": (1, unbounded),
-            "eval_generate_samples": (0, unbounded),
-            "entropy_weight": (0, unbounded),
-            "loss_scale": (0, unbounded),
-            "sft_weight": (0, unbounded),
-            "sft_min_mask_ratio": (0, 1),
-            "sft_suffix_mask_fraction": (0, 1),
-            "noise_start": (0, 1),
-            "noise_end": (self.noise_start, 1),
-        }
-        for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                rule = f"at least {low}" if high == unbounded else f"between {low} and {high}"
-                raise ValueError(
-                    f"`{name}` must be {rule} (got {getattr(self, name)}). Set it in `PseudoTrajectoryDistillConfig`."
-                )
+        check_ranges(self, _RANGES | {"noise_end": (self.noise_start, 1)})
         if self.entropy_temperature <= 0:
             raise ValueError(
                 f"`entropy_temperature` must be positive (got {self.entropy_temperature}). The default is 0.5."
@@ -226,8 +234,19 @@ class PseudoTrajectoryDistillConfig(CarefulArguments):
                 f"`eval_generate_steps` must be at least 1 (got {self.eval_generate_steps}). "
                 "Leave it unset to decode in every evaluation."
             )
-        if not isinstance(self.window_sizes, list | tuple) or min(self.window_sizes, default=0) < 1:
+        if self.eval_generate_steps is not None and self.metric_for_best_model in _DECODED:
+            raise ValueError(
+                "`eval_generate_steps` must be unset where every evaluation is compared by what it decodes (got "
+                f"{self.eval_generate_steps} and {self.metric_for_best_model!r}). Unset it, or choose another "
+                "`metric_for_best_model`."
+            )
+        sizes = self.window_sizes if isinstance(self.window_sizes, list | tuple) else ()
+        if not sizes or not all(map(_is_length, sizes)):
             raise ValueError(
                 f"`window_sizes` must hold positive window lengths (got {self.window_sizes}). "
                 "Leave it unset for [16, 16, 24, 24, 32, 32]."
             )
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1

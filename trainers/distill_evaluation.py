@@ -7,6 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from d3llm_hf.evaluation.word_problems import extract_answer
@@ -15,6 +16,69 @@ from d3llm_hf.progress import progress_bar
 
 if TYPE_CHECKING:
     from .distill_config import PseudoTrajectoryDistillConfig
+
+DECODING_METRICS = frozenset({"tpf", "exact_match"})
+_GIVEN = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "return_dict_in_generate")
+
+
+def check_decoding(model: PreTrainedModel, eval_dataset: Any, args: PseudoTrajectoryDistillConfig) -> None:
+    """Refuse, before a run starts, what the first evaluation could not decode.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The student.
+        eval_dataset ([`~datasets.Dataset`] or `dict`, *optional*): Held-out samples; of a stream, no row is read.
+        args ([`PseudoTrajectoryDistillConfig`]): With `eval_generate_samples`.
+
+    Raises:
+        ValueError: For settings that `generate` refuses, or prompts and answers that do not fit the model.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(base, "check_settings"):
+        raise ValueError(
+            "`eval_generate_samples` must be 0 for a model without diffusion decoding (got "
+            f"{args.eval_generate_samples} and {type(base).__name__}). Unset it, or wrap the model with "
+            "`as_diffusion_lm`."
+        )
+    settings = _settings(args)
+    length = settings["max_new_tokens"]
+    try:
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise ValueError(f"`max_new_tokens` must be a positive integer (got {length!r}). Correct it.")
+        for name in _GIVEN:
+            if name in settings:
+                raise ValueError(f"`{name}` is given by the evaluation (got {settings[name]!r}). Leave it out.")
+        mode = base.check_settings(**settings).get_generation_mode()
+        if mode not in base._supported_generation_modes:
+            raise ValueError(f"they ask for {mode.value}, and diffusion decoding has no such mode. Leave it out.")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`eval_generate_kwargs` must hold settings of `generate`: {error}") from error
+    sets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    sets = [list(islice(iter(each), args.eval_generate_samples)) for each in sets if isinstance(each, Dataset)]
+    for rows in sets:
+        _check_answers(rows, args.eval_answer_column)
+    longest = getattr(base.config, "max_position_embeddings", None)
+    width = max((len(row["prompt_ids"]) for rows in sets for row in rows), default=0)
+    if longest is not None and width + length > longest - base.position_offset:
+        raise ValueError(
+            f"Prompts and `max_new_tokens` must fit into the model's {longest - base.position_offset} positions (got "
+            f"{width} + {length} in the samples to decode). Lower `max_new_tokens` in `eval_generate_kwargs`, or "
+            "`response_length`, its default."
+        )
+
+
+def _check_answers(rows: list[dict[str, Any]], column: str) -> None:
+    if column != "answer" and column not in rows[0]:
+        raise ValueError(
+            f"`eval_answer_column` must be a column of the held-out samples (got {column!r}, and they have "
+            f"{sorted(rows[0])}). Correct it."
+        )
+    for index, row in enumerate(rows):
+        if not isinstance(row.get(column, ""), str):
+            raise ValueError(f"`{column}` must be text in each sample to decode (got {row[column]!r} in row {index}).")
+
+
+def _settings(args: PseudoTrajectoryDistillConfig) -> dict[str, Any]:
+    return {"max_new_tokens": args.response_length, "do_sample": False} | args.eval_generate_kwargs
 
 
 def decode_and_score(
@@ -43,7 +107,7 @@ def decode_and_score(
             inputs = _left_padded([row["prompt_ids"] for row in batch], tokenizer, args.device)
             output = model.generate(
                 **inputs,
-                **({"max_new_tokens": args.response_length, "do_sample": False} | args.eval_generate_kwargs),
+                **_settings(args),
                 return_dict_in_generate=True,
             )
             tokens += (output.tokens_per_forward * output.num_forwards).sum().item()

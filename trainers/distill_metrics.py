@@ -22,6 +22,7 @@ _AVERAGES = {
     "noise_level": ("noise_level", "rows"),
     "sft_loss": ("sft_loss", "sft_rows"),
 }
+METRICS = frozenset(_AVERAGES)
 
 
 @torch.no_grad()

@@ -8,24 +8,23 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from .canvas_trainer import CanvasTrainer, fill_tokens, keep_fitting, prepare_each
+from .canvas_trainer import EVAL, TRAIN, CanvasTrainer, fill_tokens, keep_fitting
 from .distill_batch import COMPLEMENT, PRIMARY, SFT, BatchViews, draw_batch
 from .distill_callbacks import NoiseCurriculumCallback, WindowCurriculumCallback
 from .distill_card import render_distill_card
 from .distill_collator import PseudoTrajectoryCollator
 from .distill_config import PseudoTrajectoryDistillConfig
-from .distill_evaluation import decode_and_score
+from .distill_evaluation import DECODING_METRICS, check_decoding, decode_and_score
 from .distill_loss import TokenTerms, mean_over, token_terms
-from .distill_metrics import averages, sums_of
+from .distill_metrics import METRICS, averages, sums_of
 from .loading import load_checkpoint, with_end_of_text
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-_TRAIN, _EVAL = 0, 1
 
 
 class PseudoTrajectoryDistillTrainer(CanvasTrainer):
@@ -65,7 +64,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer; the model's if unset.
         peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter of this kind instead of all weights; see
             [`lora_target_modules`].
-        kwargs: Further arguments of [`~transformers.Trainer`].
+        kwargs: Further arguments of [`~transformers.Trainer`]; those that would have no effect are refused.
 
     Raises:
         ValueError: If a data set lacks a column or no example fits the canvas, or tokenizer and model disagree on the
@@ -93,6 +92,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
     ```
     """
 
+    metric_names = METRICS
     _tag_names: ClassVar[list[str]] = ["d3llm", "distillation", "diffusion", "diffusion-language-model"]
 
     def __init__(
@@ -108,6 +108,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         if args is None:
             name = Path(model).name if isinstance(model, str) else type(model).__name__
             args = PseudoTrajectoryDistillConfig(f"{name}-distilled")
+        self._check(args, PseudoTrajectoryDistillConfig, model, kwargs)
         set_seed(args.seed)  # before an adapter is made: its initial weights are part of the run
         model, processing_class = _load(model, processing_class, args)
         model = self._adopt(model, processing_class, args.label_shift, peft_config)
@@ -118,32 +119,31 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
             if args.entropy_on_complement is None
             else args.entropy_on_complement
         )
-        with args.main_process_first(local=True, desc="preparing the datasets"):
-            prepare = partial(_prepare_dataset, args=args)
-            train_dataset, eval_dataset = prepare_each(train_dataset, prepare), prepare_each(eval_dataset, prepare)
-
-        kwargs.setdefault(
-            "data_collator",
-            PseudoTrajectoryCollator(
-                **fill_tokens(processing_class),
-                response_length=args.response_length,
-                supervise_eos_fill=args.supervise_eos_fill,
-                use_target_ids=args.use_target_ids,
-            ),
+        collator = kwargs.pop("data_collator", None) or PseudoTrajectoryCollator(
+            **fill_tokens(processing_class),
+            response_length=args.response_length,
+            supervise_eos_fill=args.supervise_eos_fill,
+            use_target_ids=args.use_target_ids,
         )
+        if args.eval_generate_samples:
+            self.metric_names = METRICS | DECODING_METRICS
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
+            prepare=partial(_prepare_dataset, args=args),
+            data_collator=collator,
             processing_class=processing_class,
             **kwargs,
         )
+        if args.eval_generate_samples:
+            self._check_shards()
+            check_decoding(model, self.eval_dataset, args)
         self.noise_floor, self.window = args.noise_start, args.window_sizes[0]
         self.resumed_max_steps: int | None = None
         self.add_callback(NoiseCurriculumCallback(self))
         self.add_callback(WindowCurriculumCallback(self))
-        self._metric_sums: dict[int, dict[str, torch.Tensor]] = {}
 
     def compute_loss(
         self,
@@ -178,9 +178,9 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
     def _draw(self, inputs: dict[str, torch.Tensor], training: bool) -> BatchViews:
         args = self.args
         if training:
-            identity, window, floor = (_TRAIN, int(self.state.epoch or 0)), self.window, self.noise_floor
+            identity, window, floor = (TRAIN, int(self.state.epoch or 0)), self.window, self.noise_floor
         else:
-            identity, window, floor = (_EVAL, 0), args.window_sizes[-1], args.noise_start
+            identity, window, floor = (EVAL, 0), args.window_sizes[-1], args.noise_start
         return draw_batch(inputs, args, (args.seed, *identity), window, (floor, args.noise_end))
 
     def _learnt_logits(
@@ -219,41 +219,51 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         if SFT in of_kind:
             loss = loss + args.sft_weight * sft_sum / num_rows
 
-        mode = _TRAIN if training else _EVAL
+        mode = TRAIN if training else EVAL
         found = sums_of(terms, of_kind, views, sft_sum.detach())
         kept = self._metric_sums.get(mode, {})
         self._metric_sums[mode] = {name: value + kept.get(name, 0.0) for name, value in found.items()}
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with each term of the loss apart, averaged over all ranks since the last log, and the curricula."""
+        """Log, with each term of the loss apart and the curricula."""
         if "loss" in logs:
-            logs.update(averages(self._metric_sums.pop(_TRAIN, None), self.accelerator))
             logs |= {"noise_floor": round(self.noise_floor, 6), "window": self.window}
         super().log(logs, start_time)
 
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+    def _averages(self, sums: dict[str, torch.Tensor] | None) -> dict[str, float]:
+        return averages(sums, self.accelerator)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """As the Trainer's, with the terms of the loss apart and, where it is due, what `generate` gives."""
-        self._metric_sums.pop(_EVAL, None)
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        found = averages(self._metric_sums.pop(_EVAL, None), self.accelerator)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         every = self.args.eval_generate_steps
         if self.args.eval_generate_samples and (every is None or self.state.global_step % every == 0):
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    "`eval_generate_samples` must be 0 with FSDP or DeepSpeed (got "
-                    f"{self.args.eval_generate_samples}): each process decodes prompts of its own, and here it holds "
-                    "a shard of the model. Unset it, and decode the saved checkpoint."
-                )
-            found |= decode_and_score(
+            self._check_shards()
+            found = decode_and_score(
                 self.accelerator.unwrap_model(self.model),
                 self.processing_class,
                 dataloader.dataset,
                 self.args,
                 self.accelerator,
             )
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
+
+    def _check_shards(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "`eval_generate_samples` must be 0 with FSDP or DeepSpeed (got "
+                f"{self.args.eval_generate_samples}): each process decodes prompts of its own, and here it holds "
+                "a shard of the model. Unset it, and decode the saved checkpoint."
+            )
 
     def _load_callback_state(self) -> None:
         # The one moment of a resumed run at which the state is the checkpoint's and not yet the new run's.

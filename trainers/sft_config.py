@@ -1,8 +1,24 @@
 """Arguments of masked-diffusion supervised fine-tuning."""
 
+import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+from .argument_checks import check_muon_arguments, check_ranges
 from .arguments import CarefulArguments
+
+
+_RANGES = {
+    "max_prompt_length": (1, math.inf),
+    "response_length": (1, math.inf),
+    "suffix_window": (1, math.inf),
+    "min_mask_ratio": (0, 1),
+    "mask_ratio_eps": (0, 1),
+    "suffix_mask_fraction": (0, 1),
+    "muon_learning_rate": (0, math.inf),
+    "muon_momentum": (0, 1),
+    "muon_weight_decay": (0, math.inf),
+}
 
 
 @dataclass
@@ -50,8 +66,11 @@ class MaskedDiffusionSFTConfig(CarefulArguments):
         muon_weight_decay (`float`, defaults to 0.01): Decoupled weight decay of the Muon matrices.
 
     Raises:
-        ValueError: If a value is outside its range.
+        TypeError: If a value is of another kind than its field.
+        ValueError: If a value is outside its range, or an argument would have no effect.
     """
+
+    _FREE: ClassVar[frozenset[str]] = frozenset({"pad_prompt_to_max"})
 
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Whether to drop columns the model does not accept. Must stay False."}
@@ -88,17 +107,8 @@ class MaskedDiffusionSFTConfig(CarefulArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("max_prompt_length", "response_length", "suffix_window"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"`{name}` must be at least 1 (got {getattr(self, name)}). Set it in `MaskedDiffusionSFTConfig`."
-                )
-        for name in ("min_mask_ratio", "mask_ratio_eps", "suffix_mask_fraction"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(
-                    f"`{name}` must be between 0 and 1 (got {getattr(self, name)}). "
-                    "Set it in `MaskedDiffusionSFTConfig`."
-                )
+        check_ranges(self, _RANGES)
+        check_muon_arguments(self)
         if self.min_mask_ratio == 0.0 and self.mask_ratio_eps == 0.0:
             raise ValueError(
                 "`min_mask_ratio` and `mask_ratio_eps` must not both be 0 (got 0 and 0): the weight 1/p is unbounded. "

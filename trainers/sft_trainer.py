@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .canvas_trainer import CanvasTrainer, fill_tokens, keep_fitting, prepare_each
+from .canvas_trainer import EVAL, TRAIN, CanvasTrainer, fill_tokens, keep_fitting
 from .muon import MuonWithAdamW, split_parameters
 from .sft_collator import MaskedDiffusionSFTCollator, tokenize_conversations
 from .sft_config import MaskedDiffusionSFTConfig
@@ -19,8 +19,6 @@ from .sft_masking import draw_answer_mask, generator_for
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-_TRAIN, _EVAL = 0, 1
 
 
 class MaskedDiffusionSFTTrainer(CanvasTrainer):
@@ -42,7 +40,7 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
             `messages`, or ready `prompt_ids` and `response_ids`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
         peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter of this kind instead of all weights.
-        kwargs: Further arguments of [`~transformers.Trainer`].
+        kwargs: Further arguments of [`~transformers.Trainer`]; those that would have no effect are refused.
 
     Raises:
         ValueError: If tokenizer and model disagree on the mask token, or no example fits the canvas.
@@ -67,6 +65,8 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
     ```
     """
 
+    metric_names = frozenset({"uniform_loss", "suffix_loss", "masked_fraction"})
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -79,6 +79,7 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
     ):
         if args is None:
             args = MaskedDiffusionSFTConfig("masked-diffusion-sft")
+        self._check(args, MaskedDiffusionSFTConfig, model, kwargs)
         if processing_class is None:
             raise ValueError(
                 "`processing_class` must be a tokenizer (got None): prompts and answers are tokenised here. "
@@ -86,30 +87,24 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
             )
         model = self._adopt(model, processing_class, args.label_shift, peft_config)
 
-        with args.main_process_first(local=True, desc="tokenising the datasets"):
-            prepare = partial(_prepare_dataset, tokenizer=processing_class, args=args)
-            train_dataset, eval_dataset = prepare_each(train_dataset, prepare), prepare_each(eval_dataset, prepare)
-
-        kwargs.setdefault(
-            "data_collator",
-            MaskedDiffusionSFTCollator(
-                **fill_tokens(processing_class),
-                response_length=args.response_length,
-                supervise_eos_fill=args.supervise_eos_fill,
-                prompt_length=args.max_prompt_length if args.pad_prompt_to_max else None,
-            ),
+        collator = kwargs.pop("data_collator", None) or MaskedDiffusionSFTCollator(
+            **fill_tokens(processing_class),
+            response_length=args.response_length,
+            supervise_eos_fill=args.supervise_eos_fill,
+            prompt_length=args.max_prompt_length if args.pad_prompt_to_max else None,
         )
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
+            prepare=partial(_prepare_dataset, tokenizer=processing_class, args=args),
+            data_collator=collator,
             processing_class=processing_class,
             **kwargs,
         )
         self._draw_key: tuple[int, int] | None = None
         self._draws = 0
-        self._metric_sums: dict[int, torch.Tensor] = {}
 
     def compute_loss(
         self,
@@ -152,7 +147,7 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
 
     def _next_generator(self, training: bool) -> torch.Generator:
         """The generator of this forward: counts micro-steps within an optimizer step, batches within an evaluation."""
-        key = (_TRAIN, self.state.global_step) if training else (_EVAL, 0)
+        key = (TRAIN, self.state.global_step) if training else (EVAL, 0)
         if key != self._draw_key:
             self._draw_key, self._draws = key, 0
         self._draws += 1
@@ -170,26 +165,24 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
                 labels.ne(-100).sum().to(row_loss),
             ]
         )
-        mode = _TRAIN if training else _EVAL
+        mode = TRAIN if training else EVAL
         self._metric_sums[mode] = self._metric_sums[mode] + sums if mode in self._metric_sums else sums
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the uniform-mask loss, the suffix-mask loss and the masked fraction apart (all ranks together)."""
-        evaluating = any(name.startswith("eval_") for name in logs)
-        sums = self._metric_sums.pop(_EVAL if evaluating else _TRAIN, None)
-        if sums is not None:
-            uniform, uniform_rows, suffix, suffix_rows, masked, learnt = (
-                self.accelerator.gather(sums[None]).sum(0).tolist()
-            )
-            prefix = "eval_" if evaluating else ""
-            if uniform_rows:
-                logs[prefix + "uniform_loss"] = round(uniform / uniform_rows, 6)
-            if suffix_rows:
-                logs[prefix + "suffix_loss"] = round(suffix / suffix_rows, 6)
-            logs[prefix + "masked_fraction"] = round(masked / max(learnt, 1.0), 6)
-        super().log(logs, start_time)
+    def _averages(self, sums: torch.Tensor | None) -> dict[str, float]:
+        """The uniform-mask loss, the suffix-mask loss and the masked fraction apart."""
+        if sums is None:
+            return {}
+        uniform, uniform_rows, suffix, suffix_rows, masked, learnt = (
+            self.accelerator.gather(sums[None]).sum(0).tolist()
+        )
+        found = {"masked_fraction": round(masked / max(learnt, 1.0), 6)}
+        if uniform_rows:
+            found["uniform_loss"] = round(uniform / uniform_rows, 6)
+        if suffix_rows:
+            found["suffix_loss"] = round(suffix / suffix_rows, 6)
+        return found
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; every evaluation draws the same masks, so that losses can be compared over time."""
         self._draw_key = None
         return super().evaluation_loop(*args, **kwargs)
@@ -226,7 +219,8 @@ def _prepare_dataset(dataset, tokenizer: PreTrainedTokenizerBase, args: MaskedDi
     """Tokenise unless that is done, and leave out what does not fit the canvas."""
     columns = dataset.column_names or list(next(iter(dataset)))
     if not {"prompt_ids", "response_ids"} <= set(columns):
+        used = [name for name in columns if name != args.length_column_name]
         dataset = dataset.map(
-            tokenize_conversations, batched=True, fn_kwargs={"tokenizer": tokenizer}, remove_columns=columns
+            tokenize_conversations, batched=True, fn_kwargs={"tokenizer": tokenizer}, remove_columns=used
         )
     return keep_fitting(dataset, args.max_prompt_length, args.response_length)

@@ -371,7 +371,7 @@ def test_evaluations_of_the_same_model_draw_the_same_masks(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, trainer_kwargs={"eval_dataset": {"held": problem_rows(8, seed=4)}})
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_held_loss"] == second["eval_held_loss"]
-    assert "eval_uniform_loss" in trainer.state.log_history[-1]
+    assert "eval_held_uniform_loss" in trainer.state.log_history[-1]
 
 
 def test_examples_that_do_not_fit_are_left_out_with_a_warning(tmp_path, tokenizer, caplog):
