@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -26,8 +23,6 @@ from .whole_checkpoints import CheckpointError, begin_checkpoint, checkpoint_to_
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-logger = logging.getLogger(__name__)
 
 
 class CanvasTrainer(Trainer):
@@ -171,13 +166,6 @@ class CanvasTrainer(Trainer):
         return load_converted_weights(model, checkpoint)
 
 
-def prepare_each(dataset, prepare: Callable[[Any], Any]):
-    """A data set prepared, each of a dictionary of them, or `None` where there is none."""
-    if isinstance(dataset, dict):
-        return {name: prepare_each(each, prepare) for name, each in dataset.items()}
-    return None if dataset is None else prepare(dataset)
-
-
 def fill_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """What a collator fills canvases with: `pad_token_id` (the end of text where there is none) and `eos_token_id`."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -202,35 +190,3 @@ def mask_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             "Set `model.config.mask_token_id` or `tokenizer.mask_token`."
         )
     return of_tokenizer if of_model is None else of_model
-
-
-def keep_fitting(dataset, prompt_length: int, response_length: int, response_column: str = "response_ids"):
-    """Leave out the examples that do not fit the canvas, and say how many.
-
-    Raises:
-        ValueError: If none fits.
-    """
-    fitting = dataset.filter(
-        _fits,
-        input_columns=["prompt_ids", response_column],
-        fn_kwargs={"prompt_length": prompt_length, "response_length": response_length},
-    )
-    if isinstance(fitting, Dataset) and len(fitting) < len(dataset):
-        if len(fitting) == 0:
-            raise ValueError(
-                f"At least one example must fit `max_prompt_length` and `response_length` (got "
-                f"{prompt_length} and {response_length}, and none of {len(dataset)} does). Raise them."
-            )
-        logger.warning(
-            "%d of %d examples do not fit max_prompt_length=%d and response_length=%d and are left out; raise these "
-            "to keep them.",
-            len(dataset) - len(fitting),
-            len(dataset),
-            prompt_length,
-            response_length,
-        )
-    return fitting
-
-
-def _fits(prompt_ids: list[int], response_ids: list[int], prompt_length: int, response_length: int) -> bool:
-    return len(prompt_ids) <= prompt_length and len(response_ids) <= response_length

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from .canvas_trainer import CanvasTrainer, fill_tokens, keep_fitting, prepare_each
+from .canvas_trainer import CanvasTrainer, fill_tokens
 from .distill_batch import COMPLEMENT, PRIMARY, SFT, BatchViews, draw_batch
 from .distill_callbacks import NoiseCurriculumCallback, WindowCurriculumCallback
 from .distill_card import render_distill_card
@@ -19,7 +19,9 @@ from .distill_config import PseudoTrajectoryDistillConfig
 from .distill_evaluation import decode_and_score
 from .distill_loss import TokenTerms, mean_over, token_terms
 from .distill_metrics import averages, sums_of
+from .distill_rows import prepare_trajectories
 from .loading import load_checkpoint, with_end_of_text
+from .rows import canvas_of, prepare_each
 
 
 if TYPE_CHECKING:
@@ -119,8 +121,9 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
             else args.entropy_on_complement
         )
         with args.main_process_first(local=True, desc="preparing the datasets"):
-            prepare = partial(_prepare_dataset, args=args)
-            train_dataset, eval_dataset = prepare_each(train_dataset, prepare), prepare_each(eval_dataset, prepare)
+            prepare = partial(prepare_trajectories, args=args, canvas=canvas_of(model, args))
+            train_dataset = prepare_each(train_dataset, prepare, "train_dataset")
+            eval_dataset = prepare_each(eval_dataset, prepare)
 
         kwargs.setdefault(
             "data_collator",
@@ -317,30 +320,3 @@ def _load(
             "to `from_pretrained`, or the model by its name."
         )
     return model, tokenizer
-
-
-def _prepare_dataset(dataset, args: PseudoTrajectoryDistillConfig):
-    """Check the columns, number the samples, and leave out wrong answers and what does not fit the canvas."""
-    columns = dataset.column_names or list(next(iter(dataset)))
-    text = "target_ids" if args.use_target_ids else "response_ids"
-    needed = {"prompt_ids", "response_ids", "step_map", text} | ({"correct"} if args.only_correct else set())
-    if not needed <= set(columns):
-        raise ValueError(
-            f"The data set must have the columns {sorted(needed)} (got {sorted(columns)}). Extract trajectories of a "
-            "teacher first, or rename columns with `dataset.rename_column`."
-        )
-    if "sample_id" not in columns:
-        dataset = dataset.map(lambda row, index: {"sample_id": index}, with_indices=True)
-    elif not isinstance(found := next(iter(dataset))["sample_id"], int):
-        raise ValueError(
-            f"`sample_id` must be an integer (got {found!r}): it seeds the sample's draws. Remove the column, and the "
-            "row number takes its place."
-        )
-    if args.only_correct:
-        before, dataset = dataset, dataset.filter(lambda correct: correct is True, input_columns=["correct"])
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
-            raise ValueError(
-                f"`only_correct` must leave at least one sample (got none of {len(before)}). Unset it, or extract "
-                "trajectories of a better teacher."
-            )
-    return keep_fitting(dataset, args.max_prompt_length, args.response_length, text)

@@ -10,8 +10,9 @@ from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .canvas_trainer import CanvasTrainer, fill_tokens, keep_fitting, prepare_each
+from .canvas_trainer import CanvasTrainer, fill_tokens
 from .muon import MuonWithAdamW, split_parameters
+from .rows import Canvas, canvas_of, columns_of, keep_fitting, prepare_each
 from .sft_collator import MaskedDiffusionSFTCollator, tokenize_conversations
 from .sft_config import MaskedDiffusionSFTConfig
 from .sft_masking import draw_answer_mask, generator_for
@@ -87,8 +88,10 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         model = self._adopt(model, processing_class, args.label_shift, peft_config)
 
         with args.main_process_first(local=True, desc="tokenising the datasets"):
-            prepare = partial(_prepare_dataset, tokenizer=processing_class, args=args)
-            train_dataset, eval_dataset = prepare_each(train_dataset, prepare), prepare_each(eval_dataset, prepare)
+            canvas = canvas_of(model, args)
+            prepare = partial(_prepare_dataset, tokenizer=processing_class, args=args, canvas=canvas)
+            train_dataset = prepare_each(train_dataset, prepare, "train_dataset")
+            eval_dataset = prepare_each(eval_dataset, prepare)
 
         kwargs.setdefault(
             "data_collator",
@@ -222,11 +225,21 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         return self.optimizer
 
 
-def _prepare_dataset(dataset, tokenizer: PreTrainedTokenizerBase, args: MaskedDiffusionSFTConfig):
+def _prepare_dataset(
+    dataset, tokenizer: PreTrainedTokenizerBase, args: MaskedDiffusionSFTConfig, canvas: Canvas
+) -> Dataset | IterableDataset:
     """Tokenise unless that is done, and leave out what does not fit the canvas."""
-    columns = dataset.column_names or list(next(iter(dataset)))
+    columns = columns_of(dataset)
     if not {"prompt_ids", "response_ids"} <= set(columns):
         dataset = dataset.map(
-            tokenize_conversations, batched=True, fn_kwargs={"tokenizer": tokenizer}, remove_columns=columns
+            _tokenize,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={"tokenizer": tokenizer, "control_tokens_in_text": args.control_tokens_in_text},
+            remove_columns=columns,
         )
-    return keep_fitting(dataset, args.max_prompt_length, args.response_length)
+    return keep_fitting(dataset, canvas)
+
+
+def _tokenize(batch: dict[str, list[Any]], numbers: list[int], **kwargs: Any) -> dict[str, list[list[int]]]:
+    return tokenize_conversations(batch, numbers=numbers, **kwargs)
