@@ -61,11 +61,8 @@ def encode_infill(
         )
     if isinstance(parts, str):
         raise TypeError('`parts` must be a sequence of strings and integers (got str). Pass ["Paris is ", 3, "."].')
-    # Special tokens that the tokenizer puts around any text go around the whole: those around a letter show which.
-    letter = tokenizer("a", add_special_tokens=add_special_tokens, return_special_tokens_mask=True)
-    before = letter["special_tokens_mask"].index(0)
-    behind = letter["special_tokens_mask"][::-1].index(0)
-    ids, holes = letter["input_ids"][:before], [False] * before
+    before, behind = surroundings(tokenizer, add_special_tokens=add_special_tokens)
+    ids, holes = list(before), [False] * len(before)
     for part in parts:
         if isinstance(part, bool) or not isinstance(part, str | int):
             raise TypeError(f"`parts` must hold strings and integers only (got {type(part).__name__}). Take it out.")
@@ -76,9 +73,21 @@ def encode_infill(
         holes += [isinstance(part, int)] * len(piece)
     if not any(holes):
         raise ValueError("`parts` must hold at least one gap (got none). Put an integer where text is missing.")
-    encoding = _encoding(tokenizer, ids + letter["input_ids"][len(letter["input_ids"]) - behind :])
-    encoding["infill_mask"] = encoding["input_ids"].new_tensor([holes + [False] * behind]).bool()
+    encoding = _encoding(tokenizer, ids + behind)
+    encoding["infill_mask"] = encoding["input_ids"].new_tensor([holes + [False] * len(behind)]).bool()
     return encoding
+
+
+def surroundings(tokenizer, **special: bool) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and behind any text: those around a letter show which.
+
+    Args:
+        tokenizer: of transformers.
+        special: `add_special_tokens` of the call, where it is given.
+    """
+    letter = tokenizer("a", return_special_tokens_mask=True, **special)
+    inside = [place for place, is_special in enumerate(letter["special_tokens_mask"]) if not is_special]
+    return letter["input_ids"][: inside[0]], letter["input_ids"][inside[-1] + 1 :]
 
 
 def encode_chat(
