@@ -70,8 +70,10 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         kwargs: Further arguments of [`~transformers.Trainer`].
 
     Raises:
-        ValueError: If a data set lacks a column or no example fits the canvas, or tokenizer and model disagree on the
-            mask token.
+        ValueError: If a data set lacks a column or no example fits the canvas, the canvas goes beyond the model's
+            positions, or tokenizer and model disagree on the mask token; as a `RowError`, which names row and column,
+            for a row that cannot be learnt.
+        TypeError: For data that are no data set.
         FloatingPointError: While training, as soon as a loss or gradient is not finite; no step is taken with it.
 
     Example:

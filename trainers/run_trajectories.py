@@ -93,8 +93,8 @@ def extract(script_args: TrajectoryScriptArguments, args: TrajectoryConfig, stat
         dataset = load_prompts(script_args)
     if len(dataset) == 0:
         raise ValueError(
-            f"`dataset_name` must have at least one row (got none in {script_args.dataset_name!r}). Correct the file "
-            "or `dataset_split`."
+            f"`dataset_name` must have at least one row (got none in {script_args.dataset_name!r}). Correct it, "
+            "`dataset_split` or `num_problems`."
         )
     model, tokenizer = load_named(
         script_args.model_name_or_path,

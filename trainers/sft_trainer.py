@@ -40,13 +40,16 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
             answer only; one with [`D3LLMGenerationMixin`] gets the positions that decoding gives it.
         args ([`MaskedDiffusionSFTConfig`], *optional*): Training arguments.
         train_dataset, eval_dataset ([`~datasets.Dataset`]): Columns `prompt` and `completion` (text or turns), or
-            `messages`, or ready `prompt_ids` and `response_ids`.
+            `messages`, or ready `prompt_ids` and `response_ids`. A turn has a `role` and a `content`, which is text or
+            a list of parts of the type "text". Rows are checked here; those of a stream when they are drawn.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
         peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter of this kind instead of all weights.
         kwargs: Further arguments of [`~transformers.Trainer`].
 
     Raises:
-        ValueError: If tokenizer and model disagree on the mask token, or no example fits the canvas.
+        ValueError: If tokenizer and model disagree on the mask token, no example fits the canvas, or the canvas goes
+            beyond the model's positions; as a `RowError`, which names row and column, for one that cannot be learnt.
+        TypeError: For data that are no data set.
         FloatingPointError: While training, as soon as a loss is not finite.
 
     Example:

@@ -125,6 +125,17 @@ def test_bytes_that_are_no_text_are_named_with_their_place(tmp_path, streaming):
         tuned(tmp_path / "out", data)
 
 
+def test_a_trainer_takes_control_tokens_in_text_where_they_are_asked_for(tmp_path):
+    row = {"prompt": "what is <|mask|>?", "completion": "<|mask|>"}
+    for asked in (False, True):
+        trainer = tuned(tmp_path, [row], max_prompt_length=64, response_length=24, control_tokens_in_text=asked)
+        (example,) = trainer.train_dataset
+        assert (TOKENIZER.mask_token_id in example["response_ids"]) is asked
+        assert (TOKENIZER.mask_token_id in example["prompt_ids"]) is asked
+        labels = trainer.data_collator([example])["labels"]
+        assert labels.eq(TOKENIZER.mask_token_id).any().item() is asked
+
+
 # Ready ids
 
 

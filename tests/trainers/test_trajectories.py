@@ -367,11 +367,11 @@ def test_ids_that_the_teacher_does_not_have_are_refused(tokenizer, tmp_path):
 
 
 def test_a_data_set_without_rows_is_refused_by_the_script(tmp_path):
-    (tmp_path / "one.csv").write_text("prompt,completion\n1?,1\n")
-    chosen = ["--dataset_name", str(tmp_path / "one.csv"), "--dataset_split", "train[:0]", "--use_cpu"]
-    chosen += ["--output_dir", str(tmp_path / "run")]
-    with pytest.raises(ValueError, match=r"`dataset_name` must have at least one row .got none in"):
-        run_trajectories.main(["--model_name_or_path", "d3llm-llada-teacher", *chosen])
+    chosen = ["--dataset_name", "word_problems", "--num_problems", "0", "--use_cpu"]
+    with pytest.raises(ValueError, match=r"`dataset_name` must have at least one row .got none in 'word_problems'"):
+        run_trajectories.main(
+            ["--model_name_or_path", "d3llm-llada-teacher", *chosen, "--output_dir", str(tmp_path / "run")]
+        )
 
 
 def test_bytes_that_are_no_text_are_named(tokenizer, tmp_path):
