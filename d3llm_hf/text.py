@@ -27,7 +27,7 @@ def encode_text(tokenizer, text: str):
         TypeError: when `text` is no string.
         ValueError: when it encodes to nothing, or this tokenizer cannot keep the special tokens out.
     """
-    _check_text(text, "text")
+    check_text(text, "text")
     return _encoding(tokenizer, _plain_ids(tokenizer, text, add_special_tokens=True))
 
 
@@ -62,11 +62,8 @@ def encode_infill(
         )
     if isinstance(parts, str):
         raise TypeError('`parts` must be a sequence of strings and integers (got str). Pass ["Paris is ", 3, "."].')
-    # Special tokens that the tokenizer puts around any text go around the whole: those around a letter show which.
-    letter = tokenizer("a", add_special_tokens=add_special_tokens, return_special_tokens_mask=True)
-    before = letter["special_tokens_mask"].index(0)
-    behind = letter["special_tokens_mask"][::-1].index(0)
-    ids, holes = letter["input_ids"][:before], [False] * before
+    before, behind = surroundings(tokenizer, add_special_tokens=add_special_tokens)
+    ids, holes = list(before), [False] * len(before)
     for part in parts:
         if isinstance(part, bool) or not isinstance(part, str | int):
             raise TypeError(f"`parts` must hold strings and integers only (got {type(part).__name__}). Take it out.")
@@ -77,9 +74,21 @@ def encode_infill(
         holes += [isinstance(part, int)] * len(piece)
     if not any(holes):
         raise ValueError("`parts` must hold at least one gap (got none). Put an integer where text is missing.")
-    encoding = _encoding(tokenizer, ids + letter["input_ids"][len(letter["input_ids"]) - behind :])
-    encoding["infill_mask"] = encoding["input_ids"].new_tensor([holes + [False] * behind]).bool()
+    encoding = _encoding(tokenizer, ids + behind)
+    encoding["infill_mask"] = encoding["input_ids"].new_tensor([holes + [False] * len(behind)]).bool()
     return encoding
+
+
+def surroundings(tokenizer, **special: bool) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and behind any text: those around a letter show which.
+
+    Args:
+        tokenizer: of transformers.
+        special: `add_special_tokens` of the call, where it is given.
+    """
+    letter = tokenizer("a", return_special_tokens_mask=True, **special)
+    inside = [place for place, is_special in enumerate(letter["special_tokens_mask"]) if not is_special]
+    return letter["input_ids"][: inside[0]], letter["input_ids"][inside[-1] + 1 :]
 
 
 def encode_chat(
@@ -112,33 +121,68 @@ def encode_chat(
             "`tokenizer` must have a chat template (got one without). Set `tokenizer.chat_template`, or encode a "
             "plain prompt with `encode_text` (`d3llm generate` without `--chat`)."
         )
-    special = _special_tokens(tokenizer)
     for turn in messages:
-        _check_text(turn.get("role"), "role")
-        _check_text(turn.get("content"), "content")
+        check_text(turn.get("role"), "role")
+        check_text(turn.get("content"), "content")
+    special = special_tokens(tokenizer)
+    check_roles(messages, special)
+
+    def render(turns) -> str:
+        return render_chat(tokenizer, turns, add_generation_prompt=add_generation_prompt, **template_kwargs)
+
+    rendered = render(messages)
+    if not any(special.search(turn["content"]) for turn in messages):
+        return _encoding(tokenizer, tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return _encoding(tokenizer, rendered_ids(tokenizer, rendered, content_spans(messages, rendered, render)))
+
+
+def check_roles(messages: Sequence[dict[str, Any]], special: re.Pattern) -> None:
+    """Refuses a special token in a role: templates write roles between their own control tokens.
+
+    Raises:
+        ValueError: naming the role.
+    """
+    for turn in messages:
         if special.search(turn["role"]):
             raise ValueError(
                 f"`role` must not hold a special token (got {turn['role']!r}). Use 'user' or 'assistant'."
             )
 
-    def render(turns) -> str:
-        try:
-            return tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
-            )
-        except TemplateError as error:
-            raise ValueError(
-                f"`messages` must be what the chat template takes (got the roles {[turn['role'] for turn in turns]}, "
-                f"and the template says: {error}). Leave out what it refuses, often the system message."
-            ) from error
 
-    rendered = render(messages)
-    if not any(special.search(turn["content"]) for turn in messages):
-        return _encoding(tokenizer, tokenizer(rendered, add_special_tokens=False)["input_ids"])
+def render_chat(tokenizer, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool, **template_kwargs):
+    """A conversation in the tokenizer's chat template, as text.
+
+    Raises:
+        ValueError: when the template refuses the conversation.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
+        )
+    except TemplateError as error:
+        raise ValueError(
+            f"`messages` must be what the chat template takes (got the roles {[turn['role'] for turn in messages]}, "
+            f"and the template says: {error}). Leave out what it refuses, often the system message."
+        ) from error
+
+
+def rendered_ids(tokenizer, rendered: str, spans: Sequence[tuple[int, int]], start: int = 0) -> list[int]:
+    """Ids of a rendered conversation from the character `start` on.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        rendered (`str`): text in which special tokens are control tokens, but not in `spans`.
+        spans: the characters from which to which somebody wrote, see [`content_spans`].
+        start (`int`): the first character that is encoded.
+
+    Raises:
+        ValueError: when this tokenizer cannot keep the special tokens out.
+    """
     ids: list[int] = []
-    for piece, is_control in _split(rendered, _content_spans(messages, rendered, render), special):
+    behind = [(first - start, end - start) for first, end in spans]
+    for piece, is_control in _split(rendered[start:], behind, special_tokens(tokenizer)):
         ids += [tokenizer.convert_tokens_to_ids(piece)] if is_control else _plain_ids(tokenizer, piece)
-    return _encoding(tokenizer, ids)
+    return ids
 
 
 def encode_chats(tokenizer, chats: Sequence[Sequence[dict[str, str]]]):
@@ -185,12 +229,19 @@ def _check_messages(messages: Any) -> None:
             )
 
 
-def _content_spans(messages: Sequence[dict[str, str]], rendered: str, render) -> list[tuple[int, int]]:
-    """Where each content lies in the rendered conversation: rendered again with placeholders, the rest must agree."""
-    placeholders = [f"\ue000{index}\ue001" for index in range(len(messages))]  # private-use characters: in no template
+def content_spans(messages: Sequence[dict[str, Any]], rendered: str, render) -> list[tuple[int, int]]:
+    """Where each content lies in the rendered conversation: rendered again with placeholders, the rest must agree.
+
+    Raises:
+        ValueError: when the template rewrites a content, so that it cannot be followed.
+    """
+    # Private-use characters, which are in no template. What is empty stays so: a template may ask whether it is.
+    placeholders = [f"\ue000{index}\ue001" if turn["content"] else "" for index, turn in enumerate(messages)]
     outline = render([turn | {"content": mark} for turn, mark in zip(messages, placeholders, strict=True)])
     spans, read, seen = [], 0, 0
     for turn, mark in zip(messages, placeholders, strict=True):
+        if not mark:
+            continue
         at = outline.find(mark, seen)
         start = read + at - seen
         # Templates often trim a message; other changes to it cannot be followed.
@@ -225,7 +276,7 @@ def _split(text: str, spans: list[tuple[int, int]], special: re.Pattern):
         yield text[read:], False
 
 
-def _special_tokens(tokenizer) -> re.Pattern:
+def special_tokens(tokenizer) -> re.Pattern:
     """Finds every control token of the tokenizer in a text, the longest first."""
     names = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     names |= set(tokenizer.all_special_tokens)
@@ -237,7 +288,7 @@ def _plain_ids(tokenizer, text: str, *, add_special_tokens: bool = False) -> lis
     """Ids of `text` with special tokens taken as ordinary characters."""
     around = tokenizer("", add_special_tokens=add_special_tokens)["input_ids"]
     ids = tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
-    control = set(tokenizer.convert_tokens_to_ids(sorted(set(_special_tokens(tokenizer).findall(text)))))
+    control = set(tokenizer.convert_tokens_to_ids(sorted(set(special_tokens(tokenizer).findall(text)))))
     if control.intersection(ids) - set(around):
         raise ValueError(
             f"`text` must not hold special tokens with this tokenizer, which cannot split them (got {text[:80]!r}). "
@@ -253,8 +304,17 @@ def _encoding(tokenizer, ids: list[int]):
     return BatchEncoding({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}, tensor_type="pt")
 
 
-def _check_text(value: Any, name: str) -> None:
+def check_text(value: Any, name: str) -> None:
+    """Refuses what is no string, and a string that holds bytes that were no text, as Python keeps them.
+
+    Raises:
+        TypeError, ValueError: naming `name`.
+    """
     if not isinstance(value, str):
         raise TypeError(f"`{name}` must be a string (got {type(value).__name__}). Pass text only.")
-    if any("\ud800" <= character <= "\udfff" for character in value):  # bytes that were no text, as Python keeps them
-        raise ValueError(f"`{name}` must be valid Unicode (got {value[:80]!r}). Convert its source to UTF-8.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"`{name}` must be valid Unicode (got {value[:80]!r}). Convert its source to UTF-8."
+        ) from None

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -313,35 +312,3 @@ def mask_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     for name, token in {"mask_token_id": found, **fill_tokens(tokenizer)}.items():
         check_inside(f"`{name}`", token, vocabulary_of(model.config), way_out)
     return found
-
-
-def keep_fitting(dataset, prompt_length: int, response_length: int, response_column: str = "response_ids"):
-    """Leave out the examples that do not fit the canvas, and say how many.
-
-    Raises:
-        ValueError: If none fits.
-    """
-    fitting = dataset.filter(
-        _fits,
-        input_columns=["prompt_ids", response_column],
-        fn_kwargs={"prompt_length": prompt_length, "response_length": response_length},
-    )
-    if isinstance(fitting, Dataset) and len(fitting) < len(dataset):
-        if len(fitting) == 0:
-            raise ValueError(
-                f"At least one example must fit `max_prompt_length` and `response_length` (got "
-                f"{prompt_length} and {response_length}, and none of {len(dataset)} does). Raise them."
-            )
-        logger.warning(
-            "%d of %d examples do not fit max_prompt_length=%d and response_length=%d and are left out; raise these "
-            "to keep them.",
-            len(dataset) - len(fitting),
-            len(dataset),
-            prompt_length,
-            response_length,
-        )
-    return fitting
-
-
-def _fits(prompt_ids: list[int], response_ids: list[int], prompt_length: int, response_length: int) -> bool:
-    return len(prompt_ids) <= prompt_length and len(response_ids) <= response_length

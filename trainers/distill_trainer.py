@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from .canvas_trainer import EVAL, TRAIN, CanvasTrainer, fill_tokens, keep_fitting
+from .canvas_trainer import EVAL, TRAIN, CanvasTrainer, fill_tokens
 from .distill_batch import COMPLEMENT, PRIMARY, SFT, BatchViews, draw_batch
 from .distill_callbacks import NoiseCurriculumCallback, WindowCurriculumCallback
 from .distill_card import render_distill_card
@@ -20,7 +20,9 @@ from .distill_config import PseudoTrajectoryDistillConfig
 from .distill_evaluation import DECODING_METRICS, check_decoding, decode_and_score
 from .distill_loss import TokenTerms, mean_over, token_terms
 from .distill_metrics import METRICS, averages, sums_of
+from .distill_rows import prepare_trajectories
 from .loading import load_checkpoint, with_end_of_text
+from .rows import canvas_of
 
 
 if TYPE_CHECKING:
@@ -67,8 +69,10 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         kwargs: Further arguments of [`~transformers.Trainer`]; those that would have no effect are refused.
 
     Raises:
-        ValueError: If a data set lacks a column or no example fits the canvas, or tokenizer and model disagree on the
-            mask token.
+        ValueError: If a data set lacks a column or no example fits the canvas, the canvas goes beyond the model's
+            positions, or tokenizer and model disagree on the mask token; as a `RowError`, which names row and column,
+            for a row that cannot be learnt.
+        TypeError: For data that are no data set.
         FloatingPointError: While training, as soon as a loss or gradient is not finite; no step is taken with it.
 
     Example:
@@ -132,7 +136,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            prepare=partial(_prepare_dataset, args=args),
+            prepare=partial(prepare_trajectories, args=args, canvas=canvas_of(model, args)),
             data_collator=collator,
             processing_class=processing_class,
             **kwargs,
@@ -327,30 +331,3 @@ def _load(
             "to `from_pretrained`, or the model by its name."
         )
     return model, tokenizer
-
-
-def _prepare_dataset(dataset, args: PseudoTrajectoryDistillConfig):
-    """Check the columns, number the samples, and leave out wrong answers and what does not fit the canvas."""
-    columns = dataset.column_names or list(next(iter(dataset)))
-    text = "target_ids" if args.use_target_ids else "response_ids"
-    needed = {"prompt_ids", "response_ids", "step_map", text} | ({"correct"} if args.only_correct else set())
-    if not needed <= set(columns):
-        raise ValueError(
-            f"The data set must have the columns {sorted(needed)} (got {sorted(columns)}). Extract trajectories of a "
-            "teacher first, or rename columns with `dataset.rename_column`."
-        )
-    if "sample_id" not in columns:
-        dataset = dataset.map(lambda row, index: {"sample_id": index}, with_indices=True)
-    elif not isinstance(found := next(iter(dataset))["sample_id"], int):
-        raise ValueError(
-            f"`sample_id` must be an integer (got {found!r}): it seeds the sample's draws. Remove the column, and the "
-            "row number takes its place."
-        )
-    if args.only_correct:
-        before, dataset = dataset, dataset.filter(lambda correct: correct is True, input_columns=["correct"])
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
-            raise ValueError(
-                f"`only_correct` must leave at least one sample (got none of {len(before)}). Unset it, or extract "
-                "trajectories of a better teacher."
-            )
-    return keep_fitting(dataset, args.max_prompt_length, args.response_length, text)

@@ -1,5 +1,6 @@
 """What the training scripts share before a model is trained: loading it, and refusing a launch that would go wrong."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,10 +56,25 @@ def reading(name: str, argument: str) -> Iterator[None]:
     except Exception as error:  # it has errors of its own, and lets those of its formats pass
         cause = error.__cause__ or error
         said = " ".join(str(cause).split())[:250].rstrip(".") or "no rows"
+        line = _unreadable_line(Path(name))
+        said += "" if line is None else f", line {line}"
         raise ValueError(
             f"`{argument}` must name data that `datasets` reads: a .jsonl, .json or .parquet file, or a data set of "
             f"the Hub (got {name!r}: {type(cause).__name__}: {said}). Correct the name, the split or the file."
         ) from error
+
+
+def _unreadable_line(path: Path) -> int | None:
+    """Number, from 1, of the first line of a .jsonl file that is no JSON in UTF-8; `None` where there is none."""
+    if path.suffix != ".jsonl":
+        return None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                json.loads(line.decode() if line.strip() else "null")
+            except ValueError:
+                return number
+    return None
 
 
 def load_checkpoint(name: str, tokenizer: Any, *, bidirectional: bool = False, **kwargs: Any) -> Any:

@@ -10,6 +10,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from .rows import prepare_each
+
 
 class PreparedDataTrainer(Trainer):
     """Takes data in the constructor, as an attribute, in `evaluate` and in `predict` alike.
@@ -25,7 +27,8 @@ class PreparedDataTrainer(Trainer):
         self.args = args  # what `_ready` reads; the Trainer sets it again
         self._prepare = prepare
         self._prepared: WeakSet[Any] = WeakSet()
-        train_dataset, eval_dataset = (prepare_each(each, self._ready) for each in (train_dataset, eval_dataset))
+        train_dataset = prepare_each(train_dataset, self._ready, "train_dataset")
+        eval_dataset = prepare_each(eval_dataset, self._ready)
         _check_lengths(train_dataset, args)
         super().__init__(args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
@@ -40,7 +43,7 @@ class PreparedDataTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's, also over a data set that was set after the trainer was made."""
-        self.train_dataset = prepare_each(self.train_dataset, self._ready)
+        self.train_dataset = prepare_each(self.train_dataset, self._ready, "train_dataset")
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -51,7 +54,7 @@ class PreparedDataTrainer(Trainer):
         # With persistent workers, the Trainer keeps one loader for all sets that have no name, whatever is in them.
         kept = getattr(self, "_eval_dataloaders", {})
         of_the_trainer = kept.pop("eval", None)
-        loader = super().get_eval_dataloader(self._ready(eval_dataset))
+        loader = super().get_eval_dataloader(prepare_each(eval_dataset, self._ready))
         kept = getattr(self, "_eval_dataloaders", {})
         kept.pop("eval", None)
         if of_the_trainer is not None:
@@ -60,14 +63,7 @@ class PreparedDataTrainer(Trainer):
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As the Trainer's, over data as the constructor takes them."""
-        return super().get_test_dataloader(self._ready(test_dataset))
-
-
-def prepare_each(dataset, prepare: Callable[[Any], Any]):
-    """A data set prepared, each of a dictionary of them, or `None` where there is none."""
-    if isinstance(dataset, dict):
-        return {name: prepare_each(each, prepare) for name, each in dataset.items()}
-    return None if dataset is None else prepare(dataset)
+        return super().get_test_dataloader(prepare_each(test_dataset, self._ready, "test_dataset"))
 
 
 def _check_lengths(dataset: Any, args: Any) -> None:

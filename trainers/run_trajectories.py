@@ -91,6 +91,11 @@ def extract(script_args: TrajectoryScriptArguments, args: TrajectoryConfig, stat
     check_writable_folder(Path(script_args.output_dir).absolute(), "output_dir")
     with state.main_process_first():
         dataset = load_prompts(script_args)
+    if len(dataset) == 0:
+        raise ValueError(
+            f"`dataset_name` must have at least one row (got none in {script_args.dataset_name!r}). Correct it, "
+            "`dataset_split` or `num_problems`."
+        )
     model, tokenizer = load_named(
         script_args.model_name_or_path,
         script_args.tokenizer_name_or_path,

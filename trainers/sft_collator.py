@@ -1,41 +1,24 @@
 """From conversations to padded batches: tokenisation and collation for masked-diffusion fine-tuning."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from d3llm_hf.text import special_tokens
 
-def to_messages(example: dict[str, Any]) -> list[dict[str, str]]:
-    """The conversation of one example with columns `messages`, or `prompt` and `completion`.
-
-    Raises:
-        ValueError: If it has neither, or does not end with an assistant turn.
-    """
-    if "messages" in example:
-        messages = list(example["messages"])
-    elif "prompt" in example and "completion" in example:
-        messages = [*_turns(example["prompt"], "user"), *_turns(example["completion"], "assistant")]
-    else:
-        raise ValueError(
-            f"A dataset must have the columns `prompt` and `completion`, or `messages` (got {sorted(example)}). "
-            "Rename its columns with `dataset.rename_column`."
-        )
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(
-            "A conversation must have at least two turns and end with one of the role `assistant` "
-            f"(got the roles {[message['role'] for message in messages]}). Drop or cut such rows."
-        )
-    return messages
-
-
-def _turns(value: str | list[dict[str, str]], role: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
+from .conversations import encode_answer, encode_prompt, render, spells_control_tokens, to_messages
+from .rows import in_row
 
 
 def tokenize_conversations(
-    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase
+    batch: dict[str, list[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    control_tokens_in_text: bool = False,
+    numbers: Sequence[int] | None = None,
 ) -> dict[str, list[list[int]]]:
     """Tokenise a batch of a dataset (a dictionary of columns) for `Dataset.map(batched=True)`.
 
@@ -43,43 +26,40 @@ def tokenize_conversations(
     header, the answer with its end-of-turn token. Without a chat template the turns are joined by newlines and the
     answer ends with the end-of-text token.
 
+    Args:
+        batch: columns as in [`to_messages`].
+        tokenizer: of the model.
+        control_tokens_in_text (`bool`, defaults to `False`): Take text in a content that spells a special token as
+            that token. By default it is the characters it is written with, as in [`~d3llm_hf.encode_chat`].
+        numbers (*optional*): numbers of the rows, for errors; counted from 0 if unset.
+
     Returns:
         `dict` with `prompt_ids` and `response_ids`.
 
     Raises:
-        ValueError: If the chat template does not render a conversation as its prompt plus the answer.
+        ValueError: naming the row, for one that is no conversation, or if the chat template does not render it as its
+            prompt plus the answer.
     """
     columns = list(batch)
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    special = special_tokens(tokenizer)
     prompts, responses = [], []
-    for messages in map(to_messages, rows):
-        prompt, response = _render(messages, tokenizer)
+    plain: dict[int, tuple[list[int], list[int]]] = {}
+    for place, row in enumerate(rows):
+        with in_row(place if numbers is None else numbers[place]):
+            messages = to_messages(row, tokenizer.chat_template)
+            prompt, response = render(messages, tokenizer)
+            if not control_tokens_in_text and spells_control_tokens(messages, special):
+                plain[place] = encode_prompt(messages[:-1], tokenizer), encode_answer(messages, tokenizer)
+                prompt = response = ""
         prompts.append(prompt)
         responses.append(response)
-    return {
-        "prompt_ids": tokenizer(prompts, add_special_tokens=False)["input_ids"],
-        "response_ids": tokenizer(responses, add_special_tokens=False)["input_ids"],
-    }
-
-
-def render_prompt(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text before an answer: the turns in the chat template with the assistant's header, or lines without one."""
-    if tokenizer.chat_template is None:
-        return (tokenizer.bos_token or "") + "\n".join(turn["content"] for turn in turns) + "\n"
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-
-
-def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    prompt = render_prompt(messages[:-1], tokenizer)
-    if tokenizer.chat_template is None:
-        return prompt, messages[-1]["content"] + tokenizer.eos_token
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    if not whole.startswith(prompt):
-        raise ValueError(
-            "The chat template must render a conversation as its prompt, with the assistant's header, followed by the "
-            f"answer (got {whole!r}, which does not start with {prompt!r}). Set another `tokenizer.chat_template`."
-        )
-    return prompt, whole[len(prompt) :]
+    prompt_ids, response_ids = (
+        tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (prompts, responses)
+    )
+    for place, found in plain.items():
+        prompt_ids[place], response_ids[place] = found
+    return {"prompt_ids": prompt_ids, "response_ids": response_ids}
 
 
 @dataclass

@@ -42,6 +42,10 @@ class MaskedDiffusionSFTConfig(CarefulArguments):
         pad_prompt_to_max (`bool`, defaults to `False`): Pad every prompt to `max_prompt_length` instead of the
             longest one of its batch, which keeps shapes static for `torch_compile`.
 
+        control_tokens_in_text (`bool`, defaults to `False`): Take text in the data that spells a special token, such
+            as the mask, as that token. By default it is the characters it is written with, as in inference
+            ([`~d3llm_hf.encode_chat`]); the chat template's own control tokens are tokens in either case.
+
     > Parameters that control the masks:
 
         min_mask_ratio (`float`, defaults to 0.0): Smallest mask ratio t; draws below it are raised to it, which
@@ -84,6 +88,9 @@ class MaskedDiffusionSFTConfig(CarefulArguments):
     )
     pad_prompt_to_max: bool = field(
         default=False, metadata={"help": "Pad prompts to max_prompt_length (static shapes) instead of the longest."}
+    )
+    control_tokens_in_text: bool = field(
+        default=False, metadata={"help": "Take text in the data that spells a special token as that token."}
     )
 
     min_mask_ratio: float = field(default=0.0, metadata={"help": "Smallest mask ratio t; bounds the weight 1/t."})

@@ -10,8 +10,9 @@ from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .canvas_trainer import EVAL, TRAIN, CanvasTrainer, fill_tokens, keep_fitting
+from .canvas_trainer import EVAL, TRAIN, CanvasTrainer, fill_tokens
 from .muon import MuonWithAdamW, split_parameters
+from .rows import Canvas, canvas_of, columns_of, keep_fitting
 from .sft_collator import MaskedDiffusionSFTCollator, tokenize_conversations
 from .sft_config import MaskedDiffusionSFTConfig
 from .sft_masking import draw_answer_mask, generator_for
@@ -37,13 +38,16 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
             answer only; one with [`D3LLMGenerationMixin`] gets the positions that decoding gives it.
         args ([`MaskedDiffusionSFTConfig`], *optional*): Training arguments.
         train_dataset, eval_dataset ([`~datasets.Dataset`]): Columns `prompt` and `completion` (text or turns), or
-            `messages`, or ready `prompt_ids` and `response_ids`.
+            `messages`, or ready `prompt_ids` and `response_ids`. A turn has a `role` and a `content`, which is text or
+            a list of parts of the type "text". Rows are checked here; those of a stream when they are drawn.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
         peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter of this kind instead of all weights.
         kwargs: Further arguments of [`~transformers.Trainer`]; those that would have no effect are refused.
 
     Raises:
-        ValueError: If tokenizer and model disagree on the mask token, or no example fits the canvas.
+        ValueError: If tokenizer and model disagree on the mask token, no example fits the canvas, or the canvas goes
+            beyond the model's positions; as a `RowError`, which names row and column, for one that cannot be learnt.
+        TypeError: For data that are no data set.
         FloatingPointError: While training, as soon as a loss is not finite.
 
     Example:
@@ -98,7 +102,7 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            prepare=partial(_prepare_dataset, tokenizer=processing_class, args=args),
+            prepare=partial(_prepare_dataset, tokenizer=processing_class, args=args, canvas=canvas_of(model, args)),
             data_collator=collator,
             processing_class=processing_class,
             **kwargs,
@@ -215,12 +219,22 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         return self.optimizer
 
 
-def _prepare_dataset(dataset, tokenizer: PreTrainedTokenizerBase, args: MaskedDiffusionSFTConfig):
+def _prepare_dataset(
+    dataset, tokenizer: PreTrainedTokenizerBase, args: MaskedDiffusionSFTConfig, canvas: Canvas
+) -> Dataset | IterableDataset:
     """Tokenise unless that is done, and leave out what does not fit the canvas."""
-    columns = dataset.column_names or list(next(iter(dataset)))
+    columns = columns_of(dataset)
     if not {"prompt_ids", "response_ids"} <= set(columns):
         used = [name for name in columns if name != args.length_column_name]
         dataset = dataset.map(
-            tokenize_conversations, batched=True, fn_kwargs={"tokenizer": tokenizer}, remove_columns=used
+            _tokenize,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={"tokenizer": tokenizer, "control_tokens_in_text": args.control_tokens_in_text},
+            remove_columns=used,
         )
-    return keep_fitting(dataset, args.max_prompt_length, args.response_length)
+    return keep_fitting(dataset, canvas)
+
+
+def _tokenize(batch: dict[str, list[Any]], numbers: list[int], **kwargs: Any) -> dict[str, list[list[int]]]:
+    return tokenize_conversations(batch, numbers=numbers, **kwargs)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,110 +17,14 @@ import d3llm_hf
 from d3llm_hf.locks import clear_left, only_writer
 from d3llm_hf.models.text_config import text_setting
 
+from .extraction_config import TrajectoryConfig
+from .rows import in_row, position_limit, token_ids
 from .trajectory_answers import SCORERS
 from .trajectory_prompts import Prompts, Sample
 from .trajectory_store import TrajectoryStore, open_store, tokenizer_fingerprint
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TrajectoryConfig:
-    r"""How trajectories are decoded, judged and stored. All of it is part of the manifest.
-
-    > Parameters that control the decoding:
-
-        max_new_tokens (`int`, defaults to 256): Length N of the canvas.
-        block_length (`int`, defaults to 32): Positions of a block.
-        decoding_method (`str`, defaults to `"llada"`): One token a forward, unless `steps` says fewer forwards.
-        remasking (`str`, *optional*): What ranks positions; the teacher's family decides when unset, as in d3LLM:
-            `"low_confidence"`, or `"entropy"` for models with shifted logits (Dream). Methods without it get none.
-        steps (`int`, *optional*): Forwards of the answer; one for each position when unset.
-        decoding_settings (`dict` or JSON `str`, *optional*): Further settings of `generate`.
-        early_stop (`bool`, defaults to `False`): End a row at its stop token. By default the teacher also decides
-            what follows, as in d3LLM: training supervises the fill behind an answer, and so every position has its
-            place in the order. With it extraction is faster, and the step map says -1 there.
-
-    > Parameters that control the attempts:
-
-        scorer (`str`, defaults to `"none"`): `"number"` compares the integer after `####`, `"boxed"` the contents of
-            the last `\boxed{}`, `"none"` nothing.
-        temperatures (`list[float]`, defaults to `[0.0, 0.1, 0.2, 0.3, 0.4]`): One attempt at each in turn, until the
-            answer is right. Where none is, the first attempt is kept. Without a reference there is one attempt.
-        only_correct (`bool`, defaults to `False`): Leave out answers that are wrong.
-        seed (`int`, defaults to 0): With the sample's index and the attempt it determines what is drawn.
-
-    > Parameters that control the data:
-
-        prompt_column, response_column, answer_column (`str`, *optional*): See [`Prompts`].
-        max_prompt_length (`int`, *optional*): Leave out prompts with more tokens.
-        batch_size (`int`, defaults to 8): Rows that are decoded together.
-        shard_size (`int`, defaults to 256): Samples of a shard, the unit of work: a killed run loses at most the one
-            that each process was at.
-
-    Raises:
-        ValueError: If a value is outside its range.
-    """
-
-    max_new_tokens: int = field(default=256, metadata={"help": "Length of the canvas in tokens."})
-    block_length: int = field(default=32, metadata={"help": "Positions of a block."})
-    decoding_method: str = field(default="llada", metadata={"help": "The teacher's decoding method."})
-    remasking: str | None = field(
-        default=None, metadata={"help": "What ranks positions; low_confidence, or entropy for Dream, when unset."}
-    )
-    steps: int | None = field(
-        default=None, metadata={"help": "Forwards of an answer; one for each position if unset."}
-    )
-    decoding_settings: str | None = field(  # a mapping when it comes from a recipe
-        default=None, metadata={"help": "Further settings of `generate`, as JSON or as a section of the recipe."}
-    )
-    early_stop: bool = field(default=False, metadata={"help": "Decide nothing behind the stop token."})
-
-    scorer: str = field(default="none", metadata={"help": f"How answers are judged: one of {sorted(SCORERS)}."})
-    temperatures: list[float] = field(
-        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4],
-        metadata={"help": "Temperatures of the attempts at an answer, in turn until it is right."},
-    )
-    only_correct: bool = field(default=False, metadata={"help": "Leave out answers that are wrong."})
-    seed: int = field(default=0, metadata={"help": "Determines, with sample and attempt, what is drawn."})
-
-    prompt_column: str | None = field(
-        default=None, metadata={"help": "Prompt, text or turns; `messages` or `prompt` when unset."}
-    )
-    response_column: str | None = field(
-        default=None, metadata={"help": "The data's own response, kept as `target_ids`; `completion` when unset."}
-    )
-    answer_column: str | None = field(
-        default=None, metadata={"help": "Reference answer for the scorer; the response when unset."}
-    )
-    max_prompt_length: int | None = field(default=None, metadata={"help": "Leave out prompts with more tokens."})
-    batch_size: int = field(default=8, metadata={"help": "Rows that are decoded together."})
-    shard_size: int = field(default=256, metadata={"help": "Samples of a shard; a killed run loses the open ones."})
-
-    def __post_init__(self):
-        for name in ("max_new_tokens", "block_length", "batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1 (got {getattr(self, name)}). Raise it.")
-        if self.scorer not in SCORERS:
-            raise ValueError(f"`scorer` must be one of {sorted(SCORERS)} (got {self.scorer!r}). Pass one of them.")
-        if not self.temperatures or min(self.temperatures) < 0:
-            raise ValueError(
-                f"`temperatures` must hold at least one, none below 0 (got {self.temperatures}). Pass 0.0 for the "
-                "most probable tokens."
-            )
-        if self.only_correct and self.scorer == "none":
-            raise ValueError(
-                "`only_correct` needs a `scorer` (got 'none'): without one no answer is known to be right. Pass "
-                f"one of {sorted(set(SCORERS) - {'none'})}."
-            )
-        if isinstance(self.decoding_settings, str):
-            self.decoding_settings = json.loads(self.decoding_settings)
-        if not isinstance(self.decoding_settings, dict | None):
-            raise ValueError(
-                f"`decoding_settings` must map names to values (got {self.decoding_settings!r}). Write for example "
-                "'{\"cfg_scale\": 0.5}'."
-            )
 
 
 def extract_trajectories(
@@ -163,11 +67,22 @@ def extract_trajectories(
     Raises:
         TrajectoryError: for a folder of another run, or a damaged manifest.
         ValueError: for columns or settings that do not fit, and for a shard that another process is at.
+        RowError: naming the row, for one that is no prompt, or a reference that the scorer of `args` cannot read.
+        ValueError: for columns or settings that do not fit, or if no prompt does.
     """
     args = args or TrajectoryConfig()
-    prompts = Prompts(dataset, tokenizer, args.prompt_column, args.response_column, args.answer_column)
-    store = open_store(folder, _manifest(model, tokenizer, prompts, args, score, dataset_name))
+    prompts = Prompts(
+        dataset,
+        tokenizer,
+        args.prompt_column,
+        args.response_column,
+        args.answer_column,
+        args.control_tokens_in_text,
+    )
     teacher = Teacher(model.eval(), tokenizer, args, score or SCORERS[args.scorer])
+    manifest = _manifest(model, tokenizer, prompts, args, score, dataset_name)  # reads every row
+    _check_prompts(prompts, teacher, score is None)
+    store = open_store(folder, manifest)
     own = range(process_index, store.num_shards, num_processes)
     todo = [shard for shard in own if not store.is_complete(shard)]
     with tqdm(
@@ -205,16 +120,28 @@ class Teacher:
         ends = tokenizer.eos_token_id if ends is None else ends
         self.stop_ids = [ends] if isinstance(ends, int) else list(ends)
         self.settings = _decoding_settings(model, args)
-        self.counts = dict.fromkeys(("samples", "correct", "judged", "tokens", "forwards", "positions"), 0)
+        self.longest_prompt = _longest_prompt(model, args, self.settings["max_new_tokens"])
+        self.counts = dict.fromkeys(("samples", "correct", "judged", "tokens", "forwards", "positions", "left_out"), 0)
+
+    def takes(self, sample: Sample) -> bool:
+        """Whether a prompt has a length that can be decoded.
+
+        Raises:
+            RowError: for ids that the model does not have.
+        """
+        with in_row(sample.sample_id):
+            token_ids(sample.prompt_ids, "prompt_ids", _vocab_size(self.model))
+        return 0 < len(sample.prompt_ids) <= (self.longest_prompt or len(sample.prompt_ids))
 
     def trajectories(self, samples: Iterator[Sample], bar: tqdm) -> list[dict[str, Any]]:
         """The records of some samples, in their order; prompts that are too long and, if so asked, wrong answers
         are left out.
         """
-        longest = self.args.max_prompt_length
-        everything = list(samples)
-        pending = [sample for sample in everything if longest is None or len(sample.prompt_ids) <= longest]
-        bar.update(len(everything) - len(pending))
+        pending, left_out = [], []
+        for sample in samples:
+            (pending if self.takes(sample) else left_out).append(sample)
+        self._leave_out(left_out)
+        bar.update(len(left_out))
         pending.sort(key=lambda sample: -len(sample.prompt_ids))  # rows of a batch with little padding
         found: dict[int, dict[str, Any]] = {}
         for attempt in range(len(self.args.temperatures)):
@@ -232,6 +159,16 @@ class Teacher:
             pending = wrong
         records = [found[sample_id] for sample_id in sorted(found)]
         return [record for record in records if record["correct"] is not False or not self.args.only_correct]
+
+    def _leave_out(self, samples: Sequence[Sample]) -> None:
+        self.counts["left_out"] += len(samples)
+        if samples:
+            logger.warning(
+                "Rows %s are left out: their prompts are empty, or longer than the %s tokens for which "
+                "`max_prompt_length` and the model's positions beside `max_new_tokens` leave room.",
+                [sample.sample_id for sample in samples],
+                self.longest_prompt,
+            )
 
     def decode(self, batch: Sequence[Sample], attempt: int) -> list[dict[str, Any]]:
         """One attempt at each sample of a batch, as records."""
@@ -295,6 +232,8 @@ class Teacher:
         counts = self.counts
         parts = [f"accuracy {100 * counts['correct'] / counts['judged']:.1f} %"] if counts["judged"] else []
         parts.append(f"{counts['tokens'] / max(1, counts['forwards']):.2f} tokens/forward")
+        if counts["left_out"]:
+            parts.append(f"{counts['left_out']} left out")
         return ", ".join([*parts, f"{counts['forwards']} forwards", f"{counts['positions']} positions"])
 
 
@@ -317,6 +256,30 @@ def _vocab_size(model: PreTrainedModel) -> int:
     return model.get_input_embeddings().weight.shape[0]
 
 
+def _longest_prompt(model: PreTrainedModel, args: TrajectoryConfig, max_new_tokens: int) -> int | None:
+    """Tokens that a prompt may have: `max_prompt_length`, and what the canvas leaves of the model's positions."""
+    limit = position_limit(model)
+    room = None if limit is None else limit - max_new_tokens
+    if room is not None and room < 1:
+        raise ValueError(
+            f"`max_new_tokens` must leave room for a prompt in the model's {limit} positions (got {max_new_tokens}). "
+            "Lower it."
+        )
+    return min((length for length in (args.max_prompt_length, room) if length is not None), default=None)
+
+
+def _check_prompts(prompts: Prompts, teacher: Teacher, score_is_ours: bool) -> None:
+    """What would end an extraction on its way is refused before it begins."""
+    if teacher.score is not None and score_is_ours:
+        prompts.check_answers(teacher.score)
+    if len(prompts) and not any(map(teacher.takes, prompts.samples(range(len(prompts))))):
+        raise ValueError(
+            f"At least one prompt must fit (got {len(prompts)}, of which all are empty or longer than the "
+            f"{teacher.longest_prompt} tokens for which `max_prompt_length` and the model's positions beside "
+            "`max_new_tokens` leave room). Raise the first, or lower the last."
+        )
+
+
 def _decoding_settings(model: PreTrainedModel, args: TrajectoryConfig) -> dict[str, Any]:
     """Arguments of `generate` that are the same for every sample."""
     settings = {name: getattr(args, name) for name in ("max_new_tokens", "block_length", "decoding_method", "steps")}
@@ -330,6 +293,8 @@ def _decoding_settings(model: PreTrainedModel, args: TrajectoryConfig) -> dict[s
 def _manifest(model, tokenizer, prompts: Prompts, args: TrajectoryConfig, score, dataset_name) -> dict[str, Any]:
     """What [`open_store`] compares when a run is resumed."""
     settings = asdict(args) | {"decoding": _decoding_settings(model, args)}
+    if not args.control_tokens_in_text:  # as in folders from before there was a choice
+        del settings["control_tokens_in_text"]
     if score is not None:
         settings["scorer"] = f"{score.__module__}.{score.__qualname__}"
     mask_token_id = text_setting(model.config, "mask_token_id")

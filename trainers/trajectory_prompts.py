@@ -2,13 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .sft_collator import render_prompt, tokenize_conversations
+from d3llm_hf.text import special_tokens
+
+from .conversations import Turns, as_turns, encode_prompt, render_prompt, spells_control_tokens
+from .rows import RowError, in_row, undecodable
+from .sft_collator import tokenize_conversations
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,10 @@ class Prompts:
         prompt_column: text or turns; `messages` is used where unset and there, else `prompt`.
         response_column: text or turns; `completion` is used where unset and there.
         answer_column: reference answer; the response where unset.
+        control_tokens_in_text: see [`tokenize_conversations`].
+
+    Raises:
+        RowError: naming the row, for one that is no prompt.
     """
 
     dataset: Sequence[dict[str, Any]]
@@ -45,6 +53,7 @@ class Prompts:
     prompt_column: str | None = None
     response_column: str | None = None
     answer_column: str | None = None
+    control_tokens_in_text: bool = False
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -61,38 +70,65 @@ class Prompts:
         for index in indices:
             turns, response, answer = self._row(index)
             if response is None:
-                text = render_prompt(turns, self.tokenizer)
-                prompt, target = self.tokenizer(text, add_special_tokens=False)["input_ids"], None
+                with in_row(index):
+                    prompt, target = self._encode(turns), None
             else:
-                ids = tokenize_conversations({"messages": [[*turns, *response]]}, self.tokenizer)
+                ids = tokenize_conversations(
+                    {"messages": [[*turns, *response]]},
+                    self.tokenizer,
+                    control_tokens_in_text=self.control_tokens_in_text,
+                    numbers=[index],
+                )
                 prompt, target = ids["prompt_ids"][0], ids["response_ids"][0]
             yield Sample(index, prompt, target, answer)
 
-    def _row(self, index: int) -> tuple[list[dict[str, str]], list[dict[str, str]] | None, str | None]:
+    def check_answers(self, score: Callable[[str, str], bool]) -> None:
+        """Lets a scorer see every reference answer.
+
+        Raises:
+            RowError: for one that it refuses.
+        """
+        for index in range(len(self)):
+            answer = self._row(index)[2]
+            if answer is not None:
+                with in_row(index):
+                    score("", answer)
+
+    def _encode(self, turns: Turns) -> list[int]:
+        if not self.control_tokens_in_text and spells_control_tokens(turns, special_tokens(self.tokenizer)):
+            return encode_prompt(turns, self.tokenizer)
+        return self.tokenizer(render_prompt(turns, self.tokenizer), add_special_tokens=False)["input_ids"]
+
+    def _row(self, index: int) -> tuple[Turns, Turns | None, str | None]:
         """Turns of the prompt, those of the response, and the reference answer."""
-        row = self.dataset[index]
+        try:
+            row = self.dataset[index]
+        except UnicodeDecodeError as error:
+            raise RowError(undecodable(self.dataset, [index], error)) from None
+        with in_row(index):
+            return self._read(row)
+
+    def _read(self, row: dict[str, Any]) -> tuple[Turns, Turns | None, str | None]:
         for name in ("prompt_column", "response_column", "answer_column"):
             column = getattr(self, name)
             if column is not None and column not in row:
                 raise ValueError(f"`{name}` must be a column of the data set (got {column!r} of {sorted(row)}).")
         turns, response = self._turns(row)
         if not turns:
-            raise ValueError(f"A prompt must hold at least one turn (got none in row {index}). Leave such rows out.")
+            raise ValueError("A prompt must hold at least one turn (got none). Leave such rows out.")
         answer = row[self.answer_column] if self.answer_column else response and response[-1]["content"]
         return turns, response, None if answer in (None, "") else str(answer)
 
-    def _turns(self, row: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]] | None]:
+    def _turns(self, row: dict[str, Any]) -> tuple[Turns, Turns | None]:
         column = self.prompt_column or ("messages" if "messages" in row else "prompt")
         if column not in row:
             raise ValueError(
                 f"A data set must have the column `messages` or `prompt` (got {sorted(row)}). Set `prompt_column`."
             )
-        turns = _as_turns(row[column], "user")
+        template = self.tokenizer.chat_template
+        turns = as_turns(row[column], column, "user", template)
         if turns and turns[-1]["role"] == "assistant":  # the conversation with its answer
             return turns[:-1], turns[-1:]
-        response = row.get(self.response_column or "completion")
-        return turns, None if response is None else _as_turns(response, "assistant")
-
-
-def _as_turns(value: str | list[dict[str, str]], role: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else [dict(turn) for turn in value]
+        column = self.response_column or "completion"
+        response = row.get(column)
+        return turns, None if response is None else as_turns(response, column, "assistant", template)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .contexts import Contexts
+
 
 DEFAULT_NEW_TOKENS = 256  # the harness's, where a task says nothing
 FEWSHOT_SEED = 1234  # the harness's, so that its examples are these
@@ -68,14 +70,7 @@ class LMEvalTask:
         return json.loads(json.dumps(about, default=lambda value: getattr(value, "__name__", str(value))))
 
     def encode(self, tokenizer: Any, chat: bool) -> list[list[int]]:
-        def render(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-
+        known = Contexts(tokenizer)
         self.task.set_fewshot_seed(FEWSHOT_SEED)
         contexts, self.instances = [], []
         for index, doc in self.task.doc_iterator(limit=self.num_samples):
@@ -84,7 +79,7 @@ class LMEvalTask:
                 num_fewshot=self.task.config.num_fewshot or 0,
                 apply_chat_template=chat,
                 fewshot_as_multiturn=chat,
-                chat_template=render if chat else None,
+                chat_template=known.write if chat else None,
                 gen_prefix=self.task.doc_to_prefix(doc),
             )
             metadata = (self.name, index, self.task.config.repeats)
@@ -93,11 +88,11 @@ class LMEvalTask:
                 ctx=context,
                 metadata=metadata,
                 apply_chat_template=chat,
-                chat_template=render if chat else None,
+                chat_template=known.write if chat else None,
             )
             contexts.append(instance.args[0])
             self.instances.append(instance)
-        return [tokenizer(context, add_special_tokens=not chat)["input_ids"] for context in contexts]
+        return [known.encode(context, add_special_tokens=not chat) for context in contexts]
 
     def judge(self, index: int, text: str) -> bool:
         for stop in self.stop_strings:

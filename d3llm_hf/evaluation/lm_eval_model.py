@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..likelihood import is_greedy, log_likelihood
 from ..models.text_config import text_setting
 from .answer_cache import identity, keep_apart
+from .contexts import Contexts
 from .generation_stats import GenerationRecord, totals, write_records
 from .loading import load_checkpoint
 from .points import digest
@@ -122,6 +123,7 @@ class D3LLMLM(TemplateLM):
             peft=peft,
             device=self.processes.device or device,
         )
+        self.contexts = Contexts(self.tokenizer)
         self.name, self.revision, self.peft = str(getattr(self.model.config, "_name_or_path", "")), revision, peft
         self._device = self.model.device
         self._rank, self._world_size = self.processes.rank, self.processes.count
@@ -192,12 +194,7 @@ class D3LLMLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as a text; without `add_generation_prompt` its last message is the answer's beginning."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        return self.contexts.write(chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         bos = self.tokenizer.bos_token
@@ -205,7 +202,7 @@ class D3LLMLM(TemplateLM):
             begun = bool(bos) and string.startswith(bos)  # by the chat template
             add_special_tokens = False if begun else self.add_bos_token
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer(string, **special)["input_ids"]
+        return self.contexts.encode(string, **special)
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

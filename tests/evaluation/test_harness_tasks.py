@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).parent))
 
 from sweeping import ANSWER, CAREFUL, sure_model
 
+from d3llm_hf import encode_chat, encode_text
 from d3llm_hf.evaluation.sweep import sweep
 from d3llm_hf.evaluation.tasks import load_tasks
 
@@ -115,6 +116,22 @@ def test_prompts_go_through_the_chat_template_with_examples_as_turns(folder):
     assert (task.max_new_tokens, task.stop_strings) == (256, ["x"])
     (none,) = load_tasks("toy_plain", include_path=folder, num_fewshot=0)
     assert tokenizer.decode(none.encode(tokenizer, False)[0]) == "q00"
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_document_that_spells_a_control_token_has_characters_in_a_sweep_too(folder, chat):
+    tokenizer = tiny_tokenizer()
+    (task,) = load_tasks("toy_plain", include_path=folder, num_fewshot=0)
+    task.task.fewshot_context = lambda doc, chat_template, **kwargs: (
+        chat_template([{"role": "user", "content": "a<|mask|>"}]) if chat_template else "a<|mask|>"
+    )
+    ids = task.encode(tokenizer, chat)[0]
+    plain = (
+        encode_chat(tokenizer, [{"role": "user", "content": "a<|mask|>"}])
+        if chat
+        else encode_text(tokenizer, "a<|mask|>")
+    )
+    assert ids == plain["input_ids"][0].tolist() and tokenizer.mask_token_id not in ids
 
 
 def test_a_group_is_all_of_its_tasks(folder):

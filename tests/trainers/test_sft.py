@@ -631,6 +631,14 @@ def test_a_data_set_or_a_split_that_is_not_there_is_named(tmp_path):
         run_sft.load_datasets(arguments, evaluate=False)
 
 
+@pytest.mark.parametrize("bad", [b'{"prompt": "a"', b'{"prompt": "\xff", "\xff": 1}', b"\x00"])
+def test_a_line_of_a_file_that_cannot_be_read_is_named(tmp_path, bad):
+    good = b'{"prompt": "a", "completion": "b"}\n'
+    (tmp_path / "rows.jsonl").write_bytes(good + b"\n" + bad + b"\n" + good)
+    with pytest.raises(ValueError, match=r"`dataset_name` must name data .*rows.jsonl': .*, line 3.. Correct"):
+        run_sft.load_datasets(run_sft.SFTScriptArguments(dataset_name=str(tmp_path / "rows.jsonl")), evaluate=False)
+
+
 def test_the_embedded_checkpoint_can_be_trained_on(tokenizer):
     arguments = run_sft.SFTScriptArguments(model_name_or_path="d3llm-llada")
     own = run_sft.load_tokenizer(arguments)

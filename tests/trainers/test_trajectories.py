@@ -28,10 +28,12 @@ from replayed import DreamDraws, LLaDADraws
 from safetensors.numpy import load_file
 from tiny import tiny_model
 
+from d3llm_hf import encode_chat
 from d3llm_hf.evaluation.word_problems import generate_problems
 from d3llm_hf.hub import embedded_checkpoints
 from d3llm_hf.locks import lock_file
 from trainers import run_trajectories, trajectory_store
+from trainers.rows import RowError
 from trainers.script_utils import parse_args_with_config
 from trainers.sft_collator import tokenize_conversations
 from trainers.trajectories import Teacher, TrajectoryConfig, extract_trajectories, seed_of
@@ -328,6 +330,78 @@ def test_prompts_that_are_too_long_are_left_out(model, tokenizer, tmp_path):
     assert data["sample_id"] == [i for i, length in enumerate(lengths) if length <= limit]
 
 
+def test_a_prompt_beyond_the_positions_is_left_out_and_said_and_the_run_goes_on(model, tokenizer, tmp_path, caplog):
+    short = tiny_model("llada", vocab_size=512, layers=1)
+    short.config.max_position_embeddings = 64
+    data = rows()
+    data[6]["prompt"] = "word " * 40
+    chosen = SMALL | {"scorer": "none"}
+    found = read_trajectories(extract(short, tokenizer, tmp_path, dataset=data, score=None, chosen=chosen))
+    assert found["sample_id"] == [0, 1, 2, 3, 4, 5, 7, 8, 9]
+    assert "Rows [6] are left out" in caplog.text and "the 56 tokens for which" in caplog.text
+    short.config.max_position_embeddings = None
+    whole = extract(short, tokenizer, tmp_path / "whole", dataset=data, score=None, chosen=chosen)
+    assert len(read_trajectories(whole)) == 10
+
+
+def test_an_extraction_for_which_there_is_no_room_is_refused_before_it_begins(tokenizer, tmp_path):
+    short = tiny_model("llada", vocab_size=512, layers=1)
+    short.config.max_position_embeddings = 8
+    with pytest.raises(ValueError, match=r"`max_new_tokens` must leave room for a prompt in the model's 8 positions"):
+        extract(short, tokenizer, tmp_path / "run", score=None, chosen=SMALL)
+    short.config.max_position_embeddings = 12
+    with pytest.raises(ValueError, match=r"At least one prompt must fit .got 10, of which all .* longer than the 4"):
+        extract(short, tokenizer, tmp_path / "run", score=None, chosen=SMALL)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_scorer_cannot_read_is_refused_before_the_extraction_begins(model, tokenizer, tmp_path):
+    data = rows()
+    data[7]["completion"] = "seven"
+    with pytest.raises(RowError, match=r"^Row 7: `answer` must hold an integer for the scorer `number`"):
+        extract(model, tokenizer, tmp_path / "run", dataset=data, score=None, chosen=SMALL | {"scorer": "number"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_ids_that_the_teacher_does_not_have_are_refused(tokenizer, tmp_path):
+    small = tiny_model("llada", vocab_size=64, layers=1)
+    with pytest.raises(RowError, match=r"^Row 0: `prompt_ids` must hold ids of the model's vocabulary of 64"):
+        extract(small, tokenizer, tmp_path / "run", score=None, chosen=SMALL)
+
+
+def test_a_data_set_without_rows_is_refused_by_the_script(tmp_path):
+    chosen = ["--dataset_name", "word_problems", "--num_problems", "0", "--use_cpu"]
+    with pytest.raises(ValueError, match=r"`dataset_name` must have at least one row .got none in 'word_problems'"):
+        run_trajectories.main(
+            ["--model_name_or_path", "d3llm-llada-teacher", *chosen, "--output_dir", str(tmp_path / "run")]
+        )
+
+
+def test_bytes_that_are_no_text_are_named(tokenizer, tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    data = load_dataset("json", data_files=str(tmp_path / "bad.jsonl"), split="train", cache_dir=str(tmp_path / "c"))
+    with pytest.raises(RowError, match=r"^Row 1, `prompt`: text must be UTF-8"):
+        Prompts(data, tokenizer).fingerprint()
+
+
+def test_text_that_spells_a_control_token_is_characters_for_the_teacher_too(model, tokenizer, tmp_path):
+    data = [{"prompt": "a <|mask|>", "completion": "b <|end|> c"}, {"prompt": "a <|mask|>"}]
+    expected = encode_chat(tokenizer, [{"role": "user", "content": "a <|mask|>"}])["input_ids"][0].tolist()
+    for sample in Prompts(data, tokenizer).samples(range(2)):
+        assert sample.prompt_ids == expected
+        assert sample.target_ids is None or tokenizer.eos_token_id not in sample.target_ids
+    for sample in Prompts(data, tokenizer, control_tokens_in_text=True).samples(range(2)):
+        assert tokenizer.mask_token_id in sample.prompt_ids
+        assert sample.target_ids is None or tokenizer.eos_token_id in sample.target_ids
+
+
+def test_folders_from_before_there_was_a_choice_of_control_tokens_are_gone_on_with(model, tokenizer, tmp_path):
+    folder = extract(model, tokenizer, tmp_path, chosen=RETRIES)
+    assert "control_tokens_in_text" not in load_manifest(folder)["settings"]
+    with pytest.raises(TrajectoryError, match=r"`settings.control_tokens_in_text` must be what"):
+        extract(model, tokenizer, folder, chosen=RETRIES | {"control_tokens_in_text": True})
+
+
 @pytest.mark.parametrize(
     ("prediction", "reference", "same"),
     [
@@ -413,7 +487,11 @@ def test_columns_may_have_other_names_and_the_answer_one_of_its_own(tokenizer):
     [
         ({"text": "1"}, {}, r"must have the column `messages` or `prompt` \(got \['text'\]\)"),
         ({"prompt": "1"}, {"answer_column": "gt"}, r"`answer_column` must be a column .*'gt' of \['prompt'\]"),
-        ({"messages": []}, {}, "at least one turn"),
+        ({"messages": []}, {}, "Row 0: A prompt must hold at least one turn"),
+        ({"prompt": None}, {}, "Row 0: `prompt` must be text, or a list of turns .* .got None"),
+        ({"q": 3}, {"prompt_column": "q"}, "Row 0: `q` must be text, or a list of turns .* .got 3"),
+        ({"prompt": "a", "completion": 3}, {}, "Row 0: `completion` must be text.* .got 3"),
+        ({"messages": [{"from": "human", "value": "a"}]}, {}, "Row 0: A turn must have `role` and `content`"),
     ],
 )
 def test_data_of_another_form_is_refused(row, columns, message, tokenizer):
