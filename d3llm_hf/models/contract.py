@@ -113,7 +113,7 @@ class CanvasContract(Module):
         if inputs.get("attention_mask") is not None:  # numbers, as tokenizers make them: some forwards compute with it
             inputs["attention_mask"] = inputs["attention_mask"].long()
         if cache is not None:
-            inputs[self.cache_name] = cache
+            inputs[self.cache_name or CACHE] = cache
         return marked_logits(self, self.accepted(inputs), wanted)
 
     def accepted(self, inputs: dict[str, Any]) -> dict[str, Any]:

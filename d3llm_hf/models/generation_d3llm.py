@@ -317,7 +317,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         if not generation_config.return_dict_in_generate:
             return sequences
         return D3LLMGenerationOutput(
-            sequences=sequences,
+            sequences=sequences,  # type: ignore[arg-type]  # transformers' annotation is a type that nothing has
             tokens_per_forward=lengths.float() / ledger.forwards.clamp_min(1),
             num_forwards=ledger.forwards,
             num_forwards_reference=ledger.reference,

@@ -1,7 +1,7 @@
 """What all masked diffusion language models of this package share: backbone pass, head, loss, saving with the code."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
@@ -181,7 +181,8 @@ class BidirectionalBackboneMixin(PreTrainedModel):
             )
         if kept_positions is not None and not narrow:
             hidden_states = at_positions(hidden_states, kept_positions)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+        kept: dict[str, Any] = {CACHE: cache}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **kept)
 
 
 @dataclass
