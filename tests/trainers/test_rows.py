@@ -163,7 +163,7 @@ def test_ids_that_are_no_list_of_integers_are_refused(tmp_path, wrong):
 
 def test_ids_of_a_tokenizer_with_more_tokens_than_the_model_are_refused(tmp_path):
     small = student(TOKENIZER, vocab_size=100, mask_token_id=TOKENIZER.mask_token_id)
-    with pytest.raises(RowError, match="must hold ids of the model's vocabulary of 100"):
+    with pytest.raises(ValueError, match="`mask_token_id` must lie inside the vocabulary of 100 tokens"):
         tuned(tmp_path, [GOOD], model=small)
 
 
