@@ -182,13 +182,13 @@ def _cached(model, row: "_MultiBlock | _BlockByBlock", chosen: dict[str, Any]) -
         start, ids = kept, row.canvas[None]
         if newest is not None:
             output = model(input_ids=ids[:, kept:], **{CACHE: past}, use_cache=True)
-            past, kept = output[CACHE], newest
+            past, kept = getattr(output, CACHE), newest
         elif past is not None and not waiting and not (every and now % every == 0):
             output = model(input_ids=ids[:, kept:], **{CACHE: past}, use_cache=True)
         else:
             start = 0
             output = model(input_ids=ids, use_cache=past is not None)
-            past = output[CACHE]
+            past = getattr(output, CACHE)
         if past is not None:
             past.crop(kept - length)  # how many to remove, as a negative number
         # 3. Logits of the whole canvas, -inf where nothing was forwarded

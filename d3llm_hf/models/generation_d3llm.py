@@ -137,6 +137,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         prompt, name, model_kwargs = super()._prepare_model_inputs(*args, **kwargs)
         width = getattr(self.get_input_embeddings(), "embedding_dim", None)
         check_shapes(name, prompt, model_kwargs, width)
+        check_positions(model_kwargs.get("position_ids"), model_kwargs.get("attention_mask"), self.position_offset)
         return prompt, name, model_kwargs
 
     def _check_processors(self, config: D3LLMGenerationConfig, rules: Rules) -> None:
@@ -166,7 +167,6 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         for name, reason in NO_INPUTS.items():
             if model_kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` has no effect on diffusion decoding: {reason}. Leave it out.")
-        check_positions(model_kwargs.get("position_ids"), model_kwargs.get("attention_mask"), self.position_offset)
         try:
             super()._validate_model_kwargs({n: v for n, v in model_kwargs.items() if n != "infill_mask"})
         except ValueError as error:
