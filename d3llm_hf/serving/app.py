@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import hmac
 import logging
 import time
@@ -96,11 +97,14 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # A full collection looks at all that was imported, half a million objects, and nobody is answered meanwhile.
+        gc.freeze()
         desk.start()
         worker.start()
         yield
         desk.close()
         await asyncio.to_thread(worker.close, STOP_SECONDS)
+        gc.unfreeze()
 
     # Neither schema nor documentation pages: those load scripts from another host.
     app = FastAPI(title="d3llm", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)

@@ -9,12 +9,13 @@ from .errors import ApiError
 
 
 MAX_DEPTH = 64
+MAX_VALUES = 100_000  # in all objects and lists together: more than a conversation has
 MAX_DIGITS = 309  # of an integer that float64 can hold; Python's own time grows with their square
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body: valid Unicode in all names and values, finite numbers, and nested so deep at most.
+    """The JSON object in a body: valid Unicode in all names and values, finite numbers, so many and so deep at most.
 
     Raises:
         ApiError: 400, naming the parameter at fault.
@@ -47,8 +48,12 @@ def _integer(digits: str) -> int | float:
 
 def _look_through(values: dict[str, Any]) -> None:
     waiting: list[tuple[str, int, dict[str, Any] | list[Any]]] = [("", 1, values)]
+    count = 0
     while waiting:
         path, depth, container = waiting.pop()
+        count += len(container)
+        if count > MAX_VALUES:
+            raise _refused(f"The body must hold at most {MAX_VALUES} values (got more). Send less.")
         if depth > MAX_DEPTH:
             name = path.partition(".")[0]
             raise _refused(f"`{name}` must not be nested deeper than {MAX_DEPTH} levels. Send less.", name)

@@ -6,6 +6,8 @@ is never finished, a body that nobody reads any more and a client that does not 
 
 import asyncio
 import json
+import time
+from collections import deque
 from typing import Any
 
 import h11
@@ -17,8 +19,11 @@ from .errors import ApiError
 HEAD_SECONDS = 10.0
 """For the first line and the headers of a request, at most."""
 
-PIECE = 1 << 13
+PIECE = 1 << 9
 """Bytes that are parsed before other connections get their turn: a body may come in very many very small chunks."""
+
+TURN_SECONDS = 0.005
+"""For what is left of all connections together, before the loop goes on with everything else."""
 
 
 def bounded_protocol(timeout: float) -> type[H11Protocol]:
@@ -28,7 +33,35 @@ def bounded_protocol(timeout: float) -> type[H11Protocol]:
         timeout (`float`): seconds after which a client that does not read its reply is left; for the headers of a
             request it has no longer either.
     """
-    return type("BoundedProtocol", (_Bounded,), {"head_seconds": min(HEAD_SECONDS, timeout), "stall_seconds": timeout})
+    settings = {"head_seconds": min(HEAD_SECONDS, timeout), "stall_seconds": timeout, "turns": _Turns()}
+    return type("BoundedProtocol", (_Bounded,), settings)
+
+
+class _Turns:
+    """Lets connections parse what they have left, a piece of each in turn, for a short time in each round of the loop.
+
+    Were each to parse a piece in every round, a round would take longer the more of them there are.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[_Bounded] = deque()
+
+    def wait(self, connection: "_Bounded") -> None:
+        """Calls the connection's `parse` later on."""
+        self._waiting.append(connection)
+        if len(self._waiting) == 1:
+            connection.loop.call_soon(self._go_on, connection.loop)
+
+    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        end = time.monotonic() + TURN_SECONDS
+        try:
+            while self._waiting and time.monotonic() < end:
+                connection = self._waiting.popleft()
+                if connection.parse():
+                    self._waiting.append(connection)
+        finally:
+            if self._waiting:
+                loop.call_soon(self._go_on, loop)
 
 
 class _Lingering:
@@ -60,6 +93,7 @@ class _Lingering:
 class _Bounded(H11Protocol):
     head_seconds: float
     stall_seconds: float
+    turns: _Turns
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(_Lingering(transport, self))  # type: ignore[arg-type]
@@ -78,13 +112,17 @@ class _Bounded(H11Protocol):
     # ---- a request's head ----------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if not self.transport.is_closing():
-            self._unread += data
-            self._parse()
-
-    def _parse(self) -> None:
-        if not self._unread:
+        if self.transport.is_closing():
             return
+        waits = bool(self._unread)
+        self._unread += data
+        if not waits and self.parse():
+            self.turns.wait(self)
+
+    def parse(self) -> bool:
+        """Parses a piece of what has arrived, and says whether there is more."""
+        if not self._unread:
+            return False
         piece = bytes(self._unread[:PIECE])
         del self._unread[:PIECE]
         super().data_received(piece)
@@ -92,10 +130,10 @@ class _Bounded(H11Protocol):
         if self.transport.is_closing():
             self._unread.clear()
         elif self._unread:
-            self.transport.pause_reading()
-            self.loop.call_soon(self._parse)
+            self.transport.pause_reading()  # also where what was parsed has just resumed it
         elif not self.flow.read_paused:
             self.transport.resume_reading()
+        return bool(self._unread)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

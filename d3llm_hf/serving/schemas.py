@@ -4,12 +4,12 @@ import difflib
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
 from ..models.generation_config_d3llm import FIELDS
 from .bodies import read_object
 from .errors import ApiError
-from .unsupported import IN_MESSAGE, IN_STREAM_OPTIONS, PARAMETERS, without_unsupported
+from .unsupported import IN_MESSAGE, IN_STREAM_OPTIONS, PARAMETERS, Table, without_unsupported
 from .wording import in_our_words, shown
 
 
@@ -58,6 +58,8 @@ Given = TypeVar("Given", bound="GenerationRequest")
 
 
 class _Strict(BaseModel):
+    """Lists of it end at their first error: pydantic makes an object of each, and lets nobody else work meanwhile."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
@@ -95,6 +97,7 @@ class GenerationRequest(_Strict):
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: Annotated[
         list[Annotated[str, Field(max_length=256)]],
+        FailFast(),
         BeforeValidator(_stops),
         Field(max_length=16),
     ] = []
@@ -109,7 +112,7 @@ class GenerationRequest(_Strict):
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
 
 
 class CompletionRequest(GenerationRequest):
@@ -133,9 +136,7 @@ def parse(kind: type[Given], body: bytes) -> Given:
         values["d3llm"] = {name: value for name, value in values["d3llm"].items() if value is not None}
     options = values.get("stream_options")
     if isinstance(options, dict):
-        values["stream_options"] = without_unsupported(
-            options, IN_STREAM_OPTIONS, StreamOptions.model_fields, "stream_options."
-        )
+        values["stream_options"] = _fields(options, IN_STREAM_OPTIONS, StreamOptions, "stream_options.")
     try:
         request = kind.model_validate(values)
     except ValidationError as error:
@@ -151,12 +152,27 @@ def _read_messages(values: dict[str, Any]) -> None:
     if not isinstance(messages, list):
         return
     values["messages"] = [
-        ({"content": ""} if "content" in message else {})
-        | without_unsupported(message, IN_MESSAGE, Message.model_fields, f"messages.{index}.")
+        ({"content": ""} if "content" in message else {}) | _fields(message, IN_MESSAGE, Message, f"messages.{index}.")
         if isinstance(message, dict)
         else message
         for index, message in enumerate(messages)
     ]
+
+
+def _fields(values: dict[str, Any], table: Table, kind: type[_Strict], path: str) -> dict[str, Any]:
+    """The fields of `kind` that an object within a request sets.
+
+    Raises:
+        ApiError: 400, for the first that is unsupported or unknown.
+    """
+    fields = without_unsupported(values, table, kind.model_fields, path)
+    for name in fields:
+        if name not in kind.model_fields:
+            param = f"{path}{name[:80]}"
+            raise ApiError(
+                400, f"`{param}` is no field that is known here. Leave it out.", param=param, code="invalid_value"
+            )
+    return fields
 
 
 def _check_together(request: GenerationRequest) -> None:

@@ -41,8 +41,6 @@ def in_our_words(error: ValidationError) -> tuple[str, str]:
     kind, context, place = first["type"], first.get("ctx", {}), first["loc"]
     name = ".".join(map(str, place))[:200]
     field = next((part for part in reversed(place) if isinstance(part, str)), "")
-    if kind == "extra_forbidden":
-        return name, f"`{name}` is no field that is known here. Leave it out."
     if kind in KINDS:
         article = "an" if KINDS[kind][0] in "aeiou" else "a"
         rule = f"must be {article} valid {KINDS[kind]}"

@@ -1,6 +1,7 @@
 """A client that wants to stop the server for all: `/health` stays quick, and everyone else is answered."""
 
 import contextlib
+import gc
 import json
 import signal
 import socket
@@ -14,8 +15,10 @@ import urllib.request
 import pytest
 from loopback import on_loopback
 
+from d3llm_hf.serving import schemas
 from d3llm_hf.serving.admission import Admission
 from d3llm_hf.serving.app import create_app
+from d3llm_hf.serving.bodies import MAX_VALUES, read_object
 from d3llm_hf.serving.connection import bounded_protocol
 from d3llm_hf.serving.errors import ApiError
 from d3llm_hf.serving.schemas import ChatRequest, CompletionRequest, parse
@@ -117,6 +120,22 @@ def huge_bodies(port, count, size):
                 assert b" 413 " in client.recv(100)
 
 
+def many_values(port, count):
+    """Bodies of very many values, most of them wrong, and one in very many chunks."""
+    turns = [b"1", b"{}", b'{"a":1}', b'{"role":1}', b'{"role":"user","content":""}']
+    for turn in turns:
+        assert post(port, b'{"model":"d3llm-llada","messages":[' + b",".join([turn] * count) + b"]}")[0] == 400
+    assert post(port, chat(stop=[1] * count))[0] == 400
+    assert post(port, chat(messages=[{str(name): 1 for name in range(count // 4)}]))[0] == 400
+    assert post(port, chat(metadata=[[]] * count))[0] == 400
+    body = json.dumps(chat(user="u" * count)).encode()
+    with contextlib.closing(socket.create_connection(("127.0.0.1", port))) as client:
+        client.settimeout(60)
+        client.sendall(head("Transfer-Encoding: chunked") + b"".join(b"1\r\n%c\r\n" % byte for byte in body))
+        client.sendall(b"0\r\n\r\n")
+        assert b" 200 " in client.recv(100)
+
+
 def costly_options(port, count):
     options = [
         {"d3llm": {"no_repeat_ngram_size": 5000}},
@@ -168,7 +187,7 @@ def attack(port, size, leaving, seconds):
 
     parts = [
         part(slow_bodies, 30, seconds), part(huge_bodies, 5, size), part(huge_bodies, 5, size),
-        part(costly_options, 11), part(bad_unicode, 12), part(leavers, leaving),
+        part(many_values, size // 40), part(costly_options, 11), part(bad_unicode, 12), part(leavers, leaving),
     ]  # fmt: skip
     return parts, errors
 
@@ -224,6 +243,51 @@ def test_a_hostile_client_harms_no_server_of_the_command_which_ends_when_it_is_t
     finally:
         server.kill()
         server.wait()
+
+
+# ---- what bounds the reading of a request ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"messages": [1, 2, 3]}, "messages.0"),
+        ({"messages": [{}, {}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": 1}, {"role": 2}]}, "messages.1.role"),
+        ({"messages": [{"role": "user", "content": "a", "b": 1, "c": 2}]}, "messages.0.b"),
+        ({"stream": True, "stream_options": {"b": 1, "c": 2}}, "stream_options.b"),
+        ({"stop": [1, 2, 3]}, "stop.0"),
+    ],
+)
+def test_of_very_many_mistakes_the_first_elements_alone_are_looked_at(change, name, monkeypatch):
+    found = []
+
+    def in_our_words(error):
+        found.append(error.error_count())
+        return words(error)
+
+    words = schemas.in_our_words
+    monkeypatch.setattr(schemas, "in_our_words", in_our_words)
+    with pytest.raises(ApiError) as refused:
+        parse(ChatRequest, json.dumps(chat(**change)).encode())
+    assert refused.value.param == name
+    assert sum(found) <= 2  # of one element
+
+
+def test_a_body_holds_so_many_values_at_most():
+    values = b'{"model": "m", "metadata": [%b]}'
+    for inside in (b",".join([b"1"] * (MAX_VALUES + 1)), b",".join([b"[]"] * (MAX_VALUES + 1))):
+        with pytest.raises(ApiError, match="must hold at most 100000 values"):
+            read_object(values % inside)
+    assert len(read_object(values % b",".join([b"1"] * (MAX_VALUES - 2)))["metadata"]) == MAX_VALUES - 2
+
+
+def test_while_a_server_runs_no_collection_looks_at_what_was_there_before_it(with_client):
+    async def use(client):
+        return gc.get_freeze_count()
+
+    assert with_client(use) > 10_000
+    assert gc.get_freeze_count() < 10_000
 
 
 # ---- what bounds a prompt ----------------------------------------------------------------------------------------

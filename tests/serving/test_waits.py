@@ -1,6 +1,8 @@
 """Every wait for a client, and for a thread, has an end."""
 
 import asyncio
+import contextlib
+import itertools
 import json
 import os
 import socket
@@ -13,7 +15,7 @@ from loopback import on_loopback
 
 from d3llm_hf import cli
 from d3llm_hf.serving.app import _EventStream, create_app
-from d3llm_hf.serving.connection import bounded_protocol
+from d3llm_hf.serving.connection import TURN_SECONDS, _Turns, bounded_protocol
 from d3llm_hf.serving.desk import Desk
 from d3llm_hf.serving.errors import ApiError
 from d3llm_hf.serving.jobs import Job
@@ -110,6 +112,38 @@ def test_many_small_chunks_are_parsed_in_turns_and_whole(loaded):
     with on_loopback(app, http=bounded_protocol(60), ws="none") as port:
         reply = talk(port, HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks, b"")
     assert reply.startswith(b"HTTP/1.1 200"), reply[:300]
+
+
+def test_connections_with_much_to_parse_take_turns_and_a_round_of_the_loop_is_short_however_many_they_are(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("d3llm_hf.serving.connection.time.monotonic", lambda: now)
+
+    class Connection:
+        def __init__(self, name):
+            self.name, self.left, self.loop = name, 3, self
+
+        def call_soon(self, callback, *arguments):
+            rounds.append(lambda: callback(*arguments))
+
+        def parse(self):
+            nonlocal now
+            now += TURN_SECONDS / 4
+            parsed.append(self.name)
+            self.left -= 1
+            if self.name == "b" and self.left == 1:
+                raise ZeroDivisionError
+            return self.left > 0
+
+    turns, rounds, parsed, sizes = _Turns(), [], [], []
+    for name in "abc":
+        turns.wait(Connection(name))
+    while rounds:
+        assert len(rounds) == 1
+        with contextlib.suppress(ZeroDivisionError):
+            rounds.pop()()
+        sizes.append(len(parsed))
+    assert "".join(parsed) == "abcabcac"
+    assert max(b - a for a, b in itertools.pairwise([0, *sizes])) <= 4
 
 
 def test_a_reply_that_is_not_read_is_left():
