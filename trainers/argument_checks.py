@@ -15,6 +15,8 @@ from .argument_table import REFUSED, REFUSED_PARAMETERS
 
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # of the same states and steps
+# Of which transformers reads neither of these; the optimizers of others read `optim_args` at least.
+_WITHOUT_OPTIONS = (*ADAMW, "adafactor")
 _UNBOUNDED = math.inf
 _RANGES = {  # of transformers' arguments, which it leaves to whatever fails later
     "per_device_train_batch_size": (1, _UNBOUNDED),
@@ -133,6 +135,7 @@ def check_inherited(args: Any) -> None:
                 f"`{name}` has no effect here and must be left at {default!r} (got {getattr(args, name)!r}): "
                 f"{REFUSED[name]}."
             )
+    _check_optimizer_options(args)
     if args.label_names not in (None, ["labels"]):
         raise ValueError(
             f"`label_names` must be ['labels'] or unset (got {args.label_names!r}): batches have no other. Unset it."
@@ -143,6 +146,18 @@ def check_inherited(args: Any) -> None:
             f"`parallelism_config` must not split texts along their positions (got {split}): the answer is the last "
             "part of a canvas. Use data or tensor parallelism."
         )
+
+
+def _check_optimizer_options(args: Any) -> None:
+    optim = str(getattr(args.optim, "value", args.optim))
+    if getattr(args, "use_muon", False) or optim not in _WITHOUT_OPTIONS:
+        return
+    for name in ("optim_args", "optim_target_modules"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"`{name}` is not read with `optim={optim!r}` (got {getattr(args, name)!r}). Set `learning_rate`, "
+                "`weight_decay` and `adam_*`, or choose an optimizer that reads it."
+            )
 
 
 def check_parameters(args: Any, config_class: type, parameters: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ Turns = list[dict[str, Any]]
 _ROLES = ("system", "user", "assistant")
 _FOREIGN_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _CALLS = ("tool_calls", "function_call")
+_OF_TEMPLATES = ("tools", "chat_template_kwargs")  # columns that other trainers hand to the chat template
 
 
 def to_messages(example: Mapping[str, Any], chat_template: str | None = None) -> Turns:
@@ -27,6 +28,7 @@ def to_messages(example: Mapping[str, Any], chat_template: str | None = None) ->
     Raises:
         ValueError: If it has neither, holds something else than turns of text, or does not end with an assistant turn.
     """
+    check_template_columns(example)
     if "messages" in example:
         messages = as_turns(example["messages"], "messages", chat_template=chat_template)
     elif "prompt" in example and "completion" in example:
@@ -45,6 +47,30 @@ def to_messages(example: Mapping[str, Any], chat_template: str | None = None) ->
             f"(got the roles {[message['role'] for message in messages]}). Drop or cut such rows."
         )
     return messages
+
+
+def check_template_columns(example: Mapping[str, Any]) -> None:
+    """Refuse what would be left out of a conversation that is written with it elsewhere.
+
+    Raises:
+        ValueError: naming the column of a conversation in turns.
+    """
+    if all(isinstance(example.get(name), str | None) for name in ("messages", "prompt")):
+        return
+    for name in _OF_TEMPLATES:
+        value = example.get(name)
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if value not in (None, "", "[]", "{}", [], {}) and not _is_unset(value):
+            raise ValueError(
+                f"`{name}` must be unset (got {_short(value)}): the chat template is not given it. Write it as text "
+                "into a system turn, or remove the column."
+            )
+
+
+def _is_unset(value: Any) -> bool:
+    """Whether a mapping holds nothing, as where only other rows have its keys."""
+    return isinstance(value, Mapping) and all(each is None for each in value.values())
 
 
 def as_turns(value: Any, column: str, role: str | None = None, chat_template: str | None = None) -> Turns:

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from d3llm_hf.evaluation.word_problems import extract_answer
 from d3llm_hf.progress import progress_bar
 
+from .rows import position_limit
+
 
 if TYPE_CHECKING:
     from .distill_config import PseudoTrajectoryDistillConfig
@@ -54,11 +56,11 @@ def check_decoding(model: PreTrainedModel, eval_dataset: Any, args: PseudoTrajec
     sets = [list(islice(iter(each), args.eval_generate_samples)) for each in sets if isinstance(each, Dataset)]
     for rows in sets:
         _check_answers(rows, args.eval_answer_column)
-    longest = getattr(base.config, "max_position_embeddings", None)
+    longest = position_limit(model)
     width = max((len(row["prompt_ids"]) for rows in sets for row in rows), default=0)
-    if longest is not None and width + length > longest - base.position_offset:
+    if longest is not None and width + length > longest:
         raise ValueError(
-            f"Prompts and `max_new_tokens` must fit into the model's {longest - base.position_offset} positions (got "
+            f"Prompts and `max_new_tokens` must fit into the model's {longest} positions (got "
             f"{width} + {length} in the samples to decode). Lower `max_new_tokens` in `eval_generate_kwargs`, or "
             "`response_length`, its default."
         )

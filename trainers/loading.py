@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # of `datasets`, for files
 
 
 def check_processes(world_size: int) -> None:
@@ -46,7 +50,7 @@ def reading(name: str, argument: str) -> Iterator[None]:
         FileNotFoundError: For the name of a file that does not exist.
         ValueError: For what `datasets` cannot read.
     """
-    if Path(name).suffix in (".json", ".jsonl", ".csv", ".parquet") and not Path(name).is_file():
+    if Path(name).suffix.lower() in BUILDERS and not Path(name).is_file():
         raise FileNotFoundError(
             f"`{argument}` must name a file that exists, or a data set of the Hub (got {name!r}, seen from "
             f"{str(Path.cwd())!r}). Correct the path."
@@ -59,9 +63,38 @@ def reading(name: str, argument: str) -> Iterator[None]:
         line = _unreadable_line(Path(name))
         said += "" if line is None else f", line {line}"
         raise ValueError(
-            f"`{argument}` must name data that `datasets` reads: a .jsonl, .json or .parquet file, or a data set of "
-            f"the Hub (got {name!r}: {type(cause).__name__}: {said}). Correct the name, the split or the file."
+            f"`{argument}` must name data that `datasets` reads: a .jsonl, .json, .csv or .parquet file, or a data "
+            f"set of the Hub (got {name!r}: {type(cause).__name__}: {said}). Correct the name, the split or the file."
         ) from error
+
+
+def split_of(chosen: str) -> str:
+    """The split that a slice such as `train[:1000]` is cut from."""
+    found = re.match(r"[\w.]+", chosen)
+    return chosen if found is None else found[0]
+
+
+def load_rows(name: str, split: str, argument: str, config: str | None = None, files: list[str] | None = None) -> Any:
+    """A split of a file or of a data set of the Hub.
+
+    Args:
+        name (`str`): Of the file or the data set.
+        split (`str`): Its split, or a slice of one.
+        argument (`str`): That gave the name.
+        config (`str`, *optional*): Configuration of a data set of the Hub.
+        files (`list[str]`, *optional*): .parquet files that make up the data set, in a folder of that name.
+
+    Raises:
+        FileNotFoundError: For the name of a file that does not exist.
+        ValueError: For what `datasets` cannot read.
+    """
+    from datasets import load_dataset
+
+    builder = "parquet" if files else BUILDERS.get(Path(name).suffix.lower())
+    with reading(name, argument):
+        if builder is None:
+            return load_dataset(name, config, split=split)
+        return load_dataset(builder, data_files={split_of(split): files or [name]}, split=split)
 
 
 def _unreadable_line(path: Path) -> int | None:

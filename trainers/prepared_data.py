@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from .rows import prepare_each
+from .rows import check_named, in_rows, prepare_each
 
 
 class PreparedDataTrainer(Trainer):
@@ -37,7 +37,7 @@ class PreparedDataTrainer(Trainer):
         if dataset in self._prepared:
             return dataset
         with self.args.main_process_first(local=True, desc="preparing a data set"):
-            prepared = self._prepare(dataset)
+            prepared = self._prepare(in_rows(dataset))
         self._prepared.add(prepared)
         return prepared
 
@@ -50,6 +50,7 @@ class PreparedDataTrainer(Trainer):
         """As the Trainer's, over data as the constructor takes them."""
         if eval_dataset is None or isinstance(eval_dataset, str):
             self.eval_dataset = prepare_each(self.eval_dataset, self._ready)
+            _check_name(eval_dataset, self.eval_dataset)
             return super().get_eval_dataloader(eval_dataset)
         # With persistent workers, the Trainer keeps one loader for all sets that have no name, whatever is in them.
         kept = getattr(self, "_eval_dataloaders", {})
@@ -61,9 +62,25 @@ class PreparedDataTrainer(Trainer):
             kept["eval"] = of_the_trainer
         return loader
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's, which takes None in a dictionary for its own data."""
+        if isinstance(eval_dataset, dict):
+            check_named(eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As the Trainer's, over data as the constructor takes them."""
         return super().get_test_dataloader(prepare_each(test_dataset, self._ready, "test_dataset"))
+
+
+def _check_name(name: str | None, datasets: Any) -> None:
+    """Refuse the name of a held-out data set that the trainer does not have."""
+    named = isinstance(datasets, dict)
+    if name is not None and (not named or name not in datasets):
+        raise ValueError(
+            f"`eval_dataset` must be one of the names of the trainer's held-out data, "
+            f"{sorted(datasets) if named else 'which has none'} (got {name!r}). Correct it, or pass a data set."
+        )
 
 
 def _check_lengths(dataset: Any, args: Any) -> None:

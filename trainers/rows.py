@@ -103,7 +103,8 @@ def prepare_each(dataset: Any, prepare: Callable[[Any], Any], name: str = "eval_
     """
     if dataset is None:
         return None
-    if isinstance(dataset, dict) and name != "train_dataset":
+    if isinstance(dataset, dict) and name.startswith("eval_dataset"):
+        check_named(dataset, name)
         return {key: prepare_each(each, prepare, f"{name}[{key!r}]") for key, each in dataset.items()}
     if not isinstance(dataset, Dataset | IterableDataset):
         splits = f" with the splits {sorted(dataset)}" if isinstance(dataset, dict) else ""
@@ -121,6 +122,27 @@ def prepare_each(dataset: Any, prepare: Callable[[Any], Any], name: str = "eval_
     except UnicodeDecodeError as error:
         numbers = range(len(dataset)) if isinstance(dataset, Dataset) else ()
         raise RowError(f"`{name}`: {undecodable(dataset, numbers, error)}") from None
+
+
+def check_named(datasets: dict[str, Any], name: str = "eval_dataset") -> None:
+    """Refuse no data sets, and one that is missing: these would be evaluated as nothing, or as other data.
+
+    Raises:
+        ValueError: naming it.
+    """
+    missing = [key for key, each in datasets.items() if each is None]
+    if missing or not datasets:
+        raise ValueError(
+            f"`{name}` must map names to data sets (got {f'None as {missing[0]!r}' if missing else 'no names'}). Add "
+            "the data, or leave it out."
+        )
+
+
+def in_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The data set with all of its columns, and rows of Python's own values; a transform of the user's is kept."""
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        return dataset
+    return dataset.with_format(None)
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> list[str]:

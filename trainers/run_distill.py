@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainers.loading import check_processes, float_dtype, load_named, reading, resumption
+from trainers.loading import check_processes, float_dtype, load_named, load_rows, resumption
 
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ class DistillScriptArguments:
             "unless it has a `model_name_or_path`."
         },
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_split: str = field(
+        default="train", metadata={"help": "Split to train on, also a slice such as `train[:1000]`."}
+    )
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Held-out trajectories. If unset, part of the training data is held out."}
     )
@@ -189,24 +191,14 @@ def load_trajectories(script_args: DistillScriptArguments, seed: int, evaluate: 
 
 
 def _load(name: str, split: str, argument: str):
-    from datasets import load_dataset
-
-    path = Path(name)
-    files = [name]
-    if path.is_dir():
-        files = sorted(str(file) for file in path.rglob("*.parquet"))
+    files = None
+    if Path(name).is_dir():
+        files = sorted(str(file) for file in Path(name).rglob("*.parquet"))
         if not files:
             raise ValueError(
                 f"A folder of trajectories must hold .parquet files (got none in {name}). Name another folder."
             )
-    builders = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    builder = "parquet" if path.is_dir() else builders.get(path.suffix)
-    with reading(name, argument):
-        return (
-            load_dataset(builder, data_files={split: files}, split=split)
-            if builder
-            else load_dataset(name, split=split)
-        )
+    return load_rows(name, split, argument, files=files)
 
 
 def _hub_id(name: str) -> str | None:

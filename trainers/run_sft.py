@@ -28,7 +28,17 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainers.loading import check_processes, float_dtype, load_checkpoint, named_tokenizer, reading, resumption
+from trainers.loading import (
+    BUILDERS,
+    check_processes,
+    float_dtype,
+    load_checkpoint,
+    load_rows,
+    named_tokenizer,
+    reading,
+    resumption,
+    split_of,
+)
 
 
 @dataclass
@@ -63,9 +73,11 @@ class SFTScriptArguments:
     torch_dtype: str = field(default="float32", metadata={"help": "Data type of the weights while training."})
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "A .json, .jsonl or .parquet file, or a data set of the Hub. Word problems if unset."},
+        metadata={"help": "A .json, .jsonl, .csv or .parquet file, or a data set of the Hub. Word problems if unset."},
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_split: str = field(
+        default="train", metadata={"help": "Split to train on, also a slice such as `train[:1000]`."}
+    )
     num_problems: int = field(default=10_000, metadata={"help": "Generated word problems to train on."})
     num_eval_problems: int = field(default=256, metadata={"help": "Generated held-out problems to evaluate on."})
     problem_seed: int = field(default=0, metadata={"help": "Seed of the generated problems."})
@@ -190,42 +202,60 @@ def _model_shape(value: str | dict) -> dict:
 
 def load_datasets(script_args: SFTScriptArguments, evaluate: bool):
     """`(train, eval)` datasets; for a data set of your own the second is its `test` split, if it has one."""
-    from datasets import Dataset, load_dataset
-
-    name = script_args.dataset_name
+    name, split = script_args.dataset_name, script_args.dataset_split
     if name is None:
-        sizes = {"train": script_args.num_problems, "test": script_args.num_eval_problems}
-        train, test = (
-            Dataset.from_generator(
-                word_problem_rows,
-                gen_kwargs={
-                    "count": count,
-                    "problem_split": split,
-                    "seed": script_args.problem_seed,
-                    "min_steps": script_args.min_problem_steps,
-                    "max_steps": script_args.max_problem_steps,
-                },
-            )
-            for split, count in sizes.items()
-        )
-        return train, test if evaluate else None
-    suffix = Path(name).suffix.removeprefix(".")
-    builders = {"json": "json", "jsonl": "json", "parquet": "parquet"}
-    with reading(name, "dataset_name"):
-        if suffix in builders:
-            splits = load_dataset(builders[suffix], data_files={script_args.dataset_split: name})
-        else:
-            splits = load_dataset(name)
-    if script_args.dataset_split not in splits:
+        return _word_problems(script_args, "train"), _word_problems(script_args, "test") if evaluate else None
+    whole = split_of(split)
+    if Path(name).suffix.lower() in BUILDERS:
+        splits = {whole: load_rows(name, whole, "dataset_name")}
+    else:
+        splits = _all_splits(name)
+    if whole not in splits:
         raise ValueError(
-            f"`dataset_split` must be a split of the data set, one of {sorted(splits)} (got "
-            f"{script_args.dataset_split!r}). Correct it."
+            f"`dataset_split` must be a split of the data set, one of {sorted(splits)} (got {split!r}). Correct it."
         )
     if evaluate and "test" not in splits:
         raise ValueError(
             f"`eval_strategy` must be `no` for a data set without a `test` split (got {sorted(splits)}). Unset it."
         )
-    return splits[script_args.dataset_split], splits["test"] if evaluate else None
+    train = splits[whole] if split == whole else load_rows(name, split, "dataset_name")
+    return train, splits["test"] if evaluate else None
+
+
+def _all_splits(name: str):
+    from datasets import load_dataset
+
+    with reading(name, "dataset_name"):
+        return load_dataset(name)
+
+
+def _word_problems(script_args: SFTScriptArguments, split: str):
+    """Generated problems to train on, or held out of these.
+
+    Raises:
+        ValueError: For none of them, or a split of what has none.
+    """
+    from datasets import Dataset
+
+    argument = "num_problems" if split == "train" else "num_eval_problems"
+    count = getattr(script_args, argument)
+    if count < 1:
+        raise ValueError(f"`{argument}` must be at least 1 (got {count}). Raise it, or name a `dataset_name`.")
+    if script_args.dataset_split != "train":
+        raise ValueError(
+            f"`dataset_split` must be train for generated problems (got {script_args.dataset_split!r}). Set "
+            "`num_problems` for fewer of them."
+        )
+    return Dataset.from_generator(
+        word_problem_rows,
+        gen_kwargs={
+            "count": count,
+            "problem_split": split,
+            "seed": script_args.problem_seed,
+            "min_steps": script_args.min_problem_steps,
+            "max_steps": script_args.max_problem_steps,
+        },
+    )
 
 
 def word_problem_rows(count: int, problem_split: str, seed: int, min_steps: int, max_steps: int):

@@ -119,9 +119,9 @@ def extract(script_args: TrajectoryScriptArguments, args: TrajectoryConfig, stat
 
 def load_prompts(script_args: TrajectoryScriptArguments):
     """The data set: generated word problems, a file, or one of the Hub."""
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset
 
-    from trainers.loading import reading
+    from trainers.loading import load_rows
     from trainers.run_sft import word_problem_rows
 
     name, split = script_args.dataset_name, script_args.dataset_split
@@ -139,12 +139,7 @@ def load_prompts(script_args: TrajectoryScriptArguments):
             script_args.max_problem_steps,
         )
         return Dataset.from_list(list(rows))
-    builders = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-    builder = builders.get(Path(name).suffix)
-    with reading(name, "dataset_name"):
-        if builder is None:
-            return load_dataset(name, script_args.dataset_config, split=split)
-        return load_dataset(builder, data_files={split.split("[")[0]: name}, split=split)
+    return load_rows(name, split, "dataset_name", script_args.dataset_config)
 
 
 if __name__ == "__main__":

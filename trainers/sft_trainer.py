@@ -232,7 +232,7 @@ def _prepare_dataset(
             with_indices=True,
             fn_kwargs={"tokenizer": tokenizer, "control_tokens_in_text": args.control_tokens_in_text},
             remove_columns=used,
-        )
+        ).with_format(None)  # a transform has made text of the columns, and is not for ids
     return keep_fitting(dataset, canvas)
 
 

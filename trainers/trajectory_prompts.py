@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from d3llm_hf.text import special_tokens
 
-from .conversations import Turns, as_turns, encode_prompt, render_prompt, spells_control_tokens
+from .conversations import Turns, as_turns, check_template_columns, encode_prompt, render_prompt, spells_control_tokens
 from .rows import RowError, in_row, undecodable
 from .sft_collator import tokenize_conversations
 
@@ -125,6 +125,7 @@ class Prompts:
             raise ValueError(
                 f"A data set must have the column `messages` or `prompt` (got {sorted(row)}). Set `prompt_column`."
             )
+        check_template_columns(row)
         template = self.tokenizer.chat_template
         turns = as_turns(row[column], column, "user", template)
         if turns and turns[-1]["role"] == "assistant":  # the conversation with its answer

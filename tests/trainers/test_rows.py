@@ -2,46 +2,16 @@
 
 import json
 
-import distillation
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from data_trainers import GOOD, MAKERS, TOKENIZER, distilled, stream, tuned
+from datasets import Dataset, DatasetDict, load_dataset
 from distillation import student, trajectories
-from official import tiny_tokenizer
 
 from trainers.rows import RowError, position_limit
-from trainers.sft_config import MaskedDiffusionSFTConfig
-from trainers.sft_trainer import MaskedDiffusionSFTTrainer
 
 
-TOKENIZER = tiny_tokenizer()
-GOOD = {"prompt": "1+1?", "completion": "2"}
 READY = {"prompt_ids": [5, 6], "response_ids": [7]}
-
-
-def stream(rows):
-    return IterableDataset.from_generator(lambda: iter(rows))
-
-
-def tuned(folder, train, evaluation=None, model=None, **arguments):
-    """A trainer of fine-tuning; lists of rows become data sets."""
-    defaults = {"max_prompt_length": 40, "response_length": 16, "max_steps": 1, "report_to": "none", "use_cpu": True}
-    return MaskedDiffusionSFTTrainer(
-        model=student(TOKENIZER) if model is None else model,
-        args=MaskedDiffusionSFTConfig(
-            str(folder), save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, **(defaults | arguments)
-        ),
-        train_dataset=Dataset.from_list(train) if isinstance(train, list) else train,
-        eval_dataset=evaluation,
-        processing_class=TOKENIZER,
-    )
-
-
-def distilled(folder, train, evaluation=None, **arguments):
-    return distillation.make_trainer(folder, TOKENIZER, None, train, {"eval_dataset": evaluation}, **arguments)
-
-
-MAKERS = pytest.mark.parametrize("make", [tuned, distilled])
 
 
 # The data set itself

@@ -45,6 +45,15 @@ def test_every_parameter_of_the_trainer_has_one_decision():
 
 
 @BOTH
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor"])
+@pytest.mark.parametrize("name", ["optim_args", "optim_target_modules"])
+def test_options_that_an_optimizer_does_not_read_are_refused(tmp_path, kind, optim, name):
+    with pytest.raises(ValueError, match=rf"`{name}` is not read with `optim='{optim}'` .got 'lr=1'"):
+        make_args(kind, tmp_path, optim=optim, **{name: "lr=1"})
+    assert make_args(kind, tmp_path, optim="sgd", optim_args="momentum=0.9").optim_args == "momentum=0.9"
+
+
+@BOTH
 @pytest.mark.parametrize(
     ("name", "value"),
     [
