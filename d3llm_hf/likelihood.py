@@ -15,7 +15,7 @@ from .models.contract import CanvasContract
 from .models.half_precision import fast_products
 from .models.modeling_common import positions_of
 from .models.plain_values import plain
-from .models.prompt_checks import check_tokens
+from .models.prompt_checks import check_mask, check_tokens
 from .models.scoring import CHUNK_ELEMENTS, Sampler, confidence_cost, statistics
 from .models.stock_settings import MOST
 from .models.text_config import text_setting
@@ -259,6 +259,7 @@ class _Texts:
             attention_mask = torch.ones_like(completion_mask) if isinstance(completion_mask, torch.Tensor) else None
         _check_tables(input_ids, completion_mask, attention_mask)
         check_tokens(input_ids, vocabulary_of(model.config))
+        check_mask(attention_mask)
         ids, completion, seen = input_ids.cpu(), completion_mask.cpu(), attention_mask.cpu().bool()
         texts = cls(model, ids, completion, seen, mask_token_id, float(cfg_scale))
         texts._check_rows()

@@ -33,6 +33,22 @@ def refusing() -> Iterator[None]:
 
 _SCALED = "scores or states that are scaled"  # by 1, they are not
 
+# What both families have, though a switch may be off, or a word speak of another kind: names of keys, words refused.
+_SWITCHES = re.compile(r"^(use_)?(rope|rotary\w*|rms_?norm|swiglu|glu|gated_mlp|bidirectional(_attention)?)$", re.I)
+_WORDS = {
+    "another norm than RMS": (r"^(layer_?)?norm(ali[sz]ation)?(_(type|layer|class|function))?$", r"^(?!.*rms)"),
+    "other positions than rotary ones": (
+        r"^(pos|position|positional)_?(emb(edding)?s?|encodings?)(_type)?$",
+        r"^(?!.*(rope|rotary))",
+    ),
+    "attention that does not see everything": (
+        r"^(attn|attention)_(type|mode|direction)$",
+        r"(?<!non)(?<!non[_-])causal|unidirect|autoregress|slid|window|local|chunk|sparse|linear",
+    ),
+}
+_OTHER_BASES = ("rope_base", "rope_freq_base", "rotary_base", "rotary_emb_base", "rotary_embedding_base")
+_PARTS_TURNED = re.compile(r"^(partial_rotary_factor|(rotary|rope)(_emb)?_(pct|percent(age)?|fraction))$")
+
 # What a key describes, unless its value says that there is none of it.
 _FOREIGN = {
     "a mixture of experts": r"(^|_)(moe|experts?|routers?|routed)(_|$)|^(dense_intermediate_size|decoder_sparse_step"
@@ -40,17 +56,26 @@ _FOREIGN = {
     "norms of queries and keys": r"(^|_)(q_?k|q|k|query|key|query_key)_?(layer_?)?norm(alization)?(_|$)",
     "norms at other places": r"(^|_)((pre|post)_?(attn|attention|ffn?|ffw|feedforward|mlp)_?(layer_?)?norm"
     r"|(sandwich|peri|post|after)_norm|norm_after|norm_reorder|parallel_(residual|attn|attention|block))$",
-    "attention that does not see everything": LOCAL,
+    "norms around another centre": r"(^|_)norm_(\w*offset|1p)$|zero_centered",
+    "attention that does not see everything": rf"{LOCAL}|^((is|use)_)?causal(_mask|_attention)?$"
+    r"|^is_(encoder_)?decoder$|(^|_)block_(attn|attention)(_mask)?$",
     "layers that are not attention": RECURRENT,
-    "latent or crossed attention": r"(^|_)((q|kv)_lora_rank|cross_attention|attention_sinks?|index_topk|kv_shared"
-    r"_layers)(_|$)",
-    _SCALED: r"(^|_)(logits?_scal(e|ing)|(embedding|residual|attention|lm_head)_multiplier"
-    r"|scale_(emb|depth)|softcap(ping)?|clip_qkv|query_pre_attn_scalar|mup)(_|$)|_softcapping$",
-    "other positions": r"^(use_)?alibi$|(^|_)(mrope\w*|rotary_dim|rope_local_base_freq|no_rope_layers?|nope_layers?"
-    r"|no_rope_layer_interval|rope_interleaved?|relative_attention\w*)$",
-    "images, video or sound": r"(^|_)(vision|visual|images?|videos?|audio|speech|mm|vq)(_|$)",
-    "a time that the model is told": r"(^|_)(time_?steps?|time_embed\w*|adaln|sigma_embed\w*)(_|$)",
+    "layers that run several times": r"^((num|n|total)_)?(loops?|loop_(count|steps)|(ut|recurrence)_steps|hc_mult"
+    r"|hyper_connections?)$",
+    "latent or crossed attention": r"(^|_)((q|kv)_lora_rank|mla|cross_attention|(attention|attn|use)_sinks?"
+    r"|index_topk|kv_shared_layers)(_|$)",
+    "attention with gates": r"(^|_)(gated_(attention|attn)|(attention|attn)_(output_)?gates?|value_residual"
+    r"|diff(erential)?_(attention|attn))$",
+    _SCALED: r"(^|_)(logits?_scal(e|ing)|(embed(ding)?s?|residual|attention|attn|softmax|lm_head)_(multiplier"
+    r"|scal(e|ing))|scale_(emb|embed|embeddings?|depth|residual|attn_by\w*)|normali[sz]e_embeddings?|soft_?cap(ping)?"
+    r"|logits?_(soft_?)?cap|clip_qkv|swiglu_limit|query_pre_attn_scalar|mup)(_|$)|_softcapping$",
+    "other positions": r"^(use_)?alibi$|(^|_)(mrope\w*|rotary_n?dims?|rope_local_base_freq|no_rope_layers?"
+    r"|nope_layers?|no_rope_layer_interval|rope_interleaved?|relative_attention\w*|rope_ratio)$",
+    "images, video or sound": r"(^|_)(vision|visual|images?|videos?|audio|speech|mm|vq|codebook)(_|$)",
+    "a time that the model is told": r"(^|_)(time_?steps?|time_embed\w*|adaln|sigma_embed\w*"
+    r"|(time|sigma|noise|self)_condition(ing|ed)?)(_|$)",
     "further heads": r"(^|_)(num_nextn_predict_layers|mtp|medusa|value_head)(_|$)",
+    "parts with configs of their own": r"^(text|llm|language(_model)?|encoder|decoder|attn|attention|ffn|mlp)_config$",
 }
 _COMPILED = {what: re.compile(pattern, re.IGNORECASE) for what, pattern in _FOREIGN.items()}
 
@@ -85,6 +110,11 @@ def refuse_another_architecture(family: str, keys: Mapping[str, Any], activation
         what = None if own or asks_for_nothing(value) else _described(name, value, keys)
         if what is not None:
             _refuse(family, name, value, f"describes {what}", keys)
+        if _SWITCHES.search(name) and value is False:
+            _refuse(family, name, value, "switches off what belongs to the architecture", keys)
+        for what, (names, words) in _WORDS.items():
+            if isinstance(value, str) and re.search(names, name, re.I) and re.search(words, value, re.I):
+                _refuse(family, name, value, f"describes {what}", keys)
     for name in _ACTIVATIONS:
         wanted = activation if activation is not None else keys.get("hidden_act")
         value = keys.get(name)
@@ -100,7 +130,7 @@ def _described(name: str, value: Any, keys: Mapping[str, Any]) -> str | None:
     if name == "sliding_window" and keys.get("use_sliding_window") is False:
         return None  # Qwen2's keys, which Dream has: a window that is switched off
     found = next((what for what, pattern in _COMPILED.items() if pattern.search(name)), None)
-    return None if found == _SCALED and value == 1 else found
+    return None if found == _SCALED and value == 1 and value is not True else found
 
 
 def _check_rope(family: str, keys: Mapping[str, Any]) -> None:
@@ -111,9 +141,13 @@ def _check_rope(family: str, keys: Mapping[str, Any]) -> None:
             f"`rope_scaling` (or `rope_parameters`) must have one `rope_type` of {list(ROPE_TYPES)} (got "
             f"{parameters!r}). {family} has no other positions; correct config.json."
         )
-    for name, value in (parameters | {"rotary_pct": keys.get("rotary_pct")}).items():
-        if name in ("partial_rotary_factor", "rotary_pct") and value not in (None, 1):
+    base = parameters.get("rope_theta")
+    for name, value in (dict(keys) | parameters).items():
+        if _PARTS_TURNED.search(name) and value not in (None, 1):
             _refuse(family, name, value, "describes heads that are turned in part", keys)
+        if name in _OTHER_BASES and value not in (None, base):
+            _refuse(family, name, value, f"describes another base than {base}, that of `rope_theta`", keys)
+    for name, value in parameters.items():
         if name.startswith("mrope") and value:
             _refuse(family, name, value, "describes positions of several kinds", keys)
 

@@ -24,7 +24,7 @@ from .methods import (
 )
 from .plain_values import plain
 from .stock_settings import FLOATS, IDLE, MOST, NUMBER, REFUSED, check_numbers
-from .token_ids import NAMING_TOKENS, check_inside, check_kind
+from .token_ids import BANNING, NAMING_TOKENS, check_inside, check_kind
 
 
 logger = logging.get_logger(__name__)
@@ -179,6 +179,8 @@ class D3LLMGenerationConfig(GenerationConfig):
             value = plain(value)
             if name in FLOATS and type(value) is int and abs(value) < _LARGEST:
                 value = float(value)
+            if name in BANNING and type(value) is int:
+                value = [value]
         super().__setattr__(name, value)
 
     @classmethod
@@ -214,7 +216,7 @@ class D3LLMGenerationConfig(GenerationConfig):
 
     def validate(self, *args, **kwargs):
         """Checks every field that is set, alone; `rules` checks them together."""
-        for name in NAMING_TOKENS:
+        for name in (*NAMING_TOKENS, *BANNING):
             if name not in FIELDS and getattr(self, name, None) is not None:
                 check_kind(name, getattr(self, name))
         for name, (types, rule, holds) in FIELDS.items():
@@ -295,7 +297,7 @@ class D3LLMGenerationConfig(GenerationConfig):
             value = getattr(self, name, None)
             if not value or (name in IDLE and name in self._inherited):
                 continue
-            if (name in IDLE or name == "num_beam_groups") and value == neutral.get(name):
+            if (name in IDLE or name.startswith("num_beam")) and value == neutral.get(name):
                 continue
             raise ValueError(
                 f"{self.named(name)[0]} does not apply to diffusion decoding: {reason} (got {value!r}). Leave it "

@@ -83,6 +83,12 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 f"`{given[0]}` cannot be continued: in a bidirectional model the keys of the prompt depend on the "
                 f"answer (got {type(given[1]).__name__}). Pass the whole text as `input_ids`."
             )
+        config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        if not isinstance(config, GenerationConfig | None):
+            raise TypeError(
+                f"`generation_config` must be a `GenerationConfig` (got {type(config).__name__}). Pass settings as "
+                "`generate(..., **settings)`, or make a `D3LLMGenerationConfig` of them."
+            )
         with hooks_of_a_call(self):
             if kwargs.get("streamer") is None:
                 return super().generate(*args, **kwargs)

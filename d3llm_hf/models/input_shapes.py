@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .prompt_checks import check_mask
+
 
 BESIDE = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 """Arguments with an entry for each token of the prompt. (`infill_mask` has one too; see `canvas.holes_of`.)"""
@@ -20,8 +22,8 @@ def check_shapes(name: str, prompt: torch.Tensor, others: Mapping[str, Any], wid
         width: D of the model's embeddings, where known.
 
     Raises:
-        TypeError: for what is no tensor.
-        ValueError: naming both shapes.
+        TypeError: for what is no tensor, or embeddings that are none.
+        ValueError: naming both shapes, and for a mask of anything but zeros and ones.
     """
     if not isinstance(prompt, torch.Tensor):
         raise TypeError(f"`{name}` must be a tensor (got {type(prompt).__name__}). Pass `torch.tensor([...])`.")
@@ -29,6 +31,11 @@ def check_shapes(name: str, prompt: torch.Tensor, others: Mapping[str, Any], wid
     if len(shape) != (3 if name == "inputs_embeds" else 2):
         form = "(B, P, D)" if name == "inputs_embeds" else "(B, P)"
         raise ValueError(f"`{name}` must have the shape {form} (got {shape}). Pass a single prompt as one row.")
+    if name == "inputs_embeds" and not prompt.is_floating_point():
+        raise TypeError(
+            f"`inputs_embeds` must hold floating-point numbers (got a tensor of {prompt.dtype}). Pass token ids as "
+            "`input_ids`."
+        )
     if name == "inputs_embeds" and width is not None and shape[2] != width:
         raise ValueError(
             f"`inputs_embeds` must be as wide as the model's embeddings, {width} (got {shape}). Take them from "
@@ -48,3 +55,5 @@ def check_shapes(name: str, prompt: torch.Tensor, others: Mapping[str, Any], wid
                 f"`{beside}` must have the shape (B, P) of `{name}`, {shape[:2]} (got {tuple(value.shape)}). Pass one "
                 "entry per token of the prompt; the answer's are added."
             )
+        if beside == "attention_mask":
+            check_mask(value)

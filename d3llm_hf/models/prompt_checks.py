@@ -8,7 +8,17 @@ from .modeling_common import positions_of
 
 
 def check_tokens(input_ids: torch.Tensor, vocab_size: int | None) -> None:
-    """Raises a ValueError for tokens of a text that the model does not know; padding has to be some token as well."""
+    """Refuses what is no token of the model, in a text or its padding.
+
+    Raises:
+        TypeError: for numbers that are no integers.
+        ValueError: for tokens outside the vocabulary.
+    """
+    if input_ids.dtype == torch.bool or input_ids.is_floating_point():
+        raise TypeError(
+            f"`input_ids` must hold integers (got a tensor of {input_ids.dtype}). Pass token ids, and other inputs by "
+            "their own names."
+        )
     if vocab_size is None or not input_ids.numel():
         return
     least, largest = torch.stack(input_ids.aminmax()).tolist()  # a host sync
@@ -17,6 +27,15 @@ def check_tokens(input_ids: torch.Tensor, vocab_size: int | None) -> None:
             f"`input_ids` must lie inside the vocabulary of {vocab_size} tokens (got "
             f"{least if least < 0 else largest}). Encode the text with the model's own tokenizer, and hide padding by "
             "`attention_mask`."
+        )
+
+
+def check_mask(attention_mask: torch.Tensor) -> None:
+    """Raises a ValueError for other numbers than zeros and ones, which would be taken for ones."""
+    if ((attention_mask != 0) & (attention_mask != 1)).any():  # a host sync
+        raise ValueError(
+            "`attention_mask` must hold ones for tokens and zeros for padding (got other numbers). Pass what the "
+            "tokenizer returns; packed texts and masks that are added to scores have no meaning here."
         )
 
 
@@ -39,4 +58,4 @@ def check_positions(position_ids: Any, attention_mask: torch.Tensor | None, offs
         )
 
 
-__all__ = ["check_positions", "check_tokens"]
+__all__ = ["check_mask", "check_positions", "check_tokens"]

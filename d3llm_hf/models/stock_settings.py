@@ -32,7 +32,6 @@ NUMBERS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "max_length": ((int,), "a positive integer", lambda v: v > 0),
     "max_new_tokens": ((int,), "a positive integer", lambda v: v > 0),
     "num_return_sequences": ((int,), "a positive integer", lambda v: v > 0),
-    "num_beams": ((int,), "a positive integer", lambda v: v > 0),
     "max_time": (NUMBER, "a number of seconds, at least 0", lambda v: v >= 0),
 }
 
@@ -70,6 +69,7 @@ REFUSED = {
     "dola_layers": "its contrast of layers is defined for the next token",
     "constraints": "they need beam search; `prefix_allowed_tokens_fn` works left to right, with `block_length=1`",
     "force_words_ids": "it needs beam search; put the words into the prompt",
+    "num_beams": "there are no beams; `num_return_sequences` with `do_sample=True` gives several answers",
     "num_beam_groups": "there are no beams; `num_return_sequences` with `do_sample=True` gives several answers",
     "diversity_penalty": "there are no beams; `num_return_sequences` with `do_sample=True` gives several answers",
     "token_healing": "it rewrites the prompt's end left to right; heal the prompt with `tokenizer` before the call",

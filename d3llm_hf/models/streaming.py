@@ -29,6 +29,11 @@ class Stream:
     """
 
     def __init__(self, streamer):
+        if not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise TypeError(
+                f"`streamer` must have the methods `put` and `end` (got {type(streamer).__name__}). Pass one of "
+                "transformers' or of this package's streamers."
+            )
         self._streamer = streamer
         self._by_row = bool(getattr(streamer, "supports_batch", False))
         self._depth = 0

@@ -14,11 +14,13 @@ NAMING_TOKENS = {
     "forced_bos_token_id": False,
     "forced_eos_token_id": True,
 }
+BANNING = ("suppress_tokens", "begin_suppress_tokens")
+"""Lists of tokens that are not written; as in transformers, those that do not exist change nothing."""
 
 
 def check_kind(name: str, value: Any) -> None:
     """Raises a TypeError for what is no token id, nor a list of them where `name` may have several."""
-    several = NAMING_TOKENS[name]
+    several = NAMING_TOKENS.get(name, True)
     ids = value if several and isinstance(value, list | tuple) else [value]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
         rule = "a token id or a list of them" if several else "a token id"
@@ -46,4 +48,4 @@ def vocabulary_of(config: Any) -> int | None:
     return text_setting(config, "vocab_size")
 
 
-__all__ = ["NAMING_TOKENS", "check_inside", "check_kind", "vocabulary_of"]
+__all__ = ["BANNING", "NAMING_TOKENS", "check_inside", "check_kind", "vocabulary_of"]

@@ -74,7 +74,7 @@ def unfit_task(config: Any) -> ValueError:
     kind, task = _kind(config), _word(config.task_type)
     return ValueError(
         f'`task_type` of the {kind} adapter must be "CAUSAL_LM" for `generate` (got {task}): with any other '
-        " PEFT does not decode as it forwards. Set it in the adapter's config."
+        "PEFT does not decode as it forwards. Set it in the adapter's config."
     )
 
 
@@ -167,8 +167,7 @@ def _check_learnt_prompt(
             f"`compile_config` does not go together with a {kind} adapter, which changes the forward's inputs. Leave "
             "it unset."
         )
-    longest = getattr(model.config, "max_position_embeddings", None)
-    longest = None if longest is None else longest - model.position_offset
+    longest = model.max_positions
     if longest is not None and canvas.length + size > longest:
         raise ValueError(
             f"Prompt and `max_new_tokens` must fit into the model's {longest} positions behind the {size} virtual "

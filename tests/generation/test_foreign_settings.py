@@ -106,6 +106,7 @@ def test_what_has_no_counterpart_is_left_to_be_reported():
         ({"remasking": "topk_margin"}, r"`remasking` of the model's generation config must be one of"),
         ({"repetition_penalty": 1e-40}, r"`repetition_penalty` of the model's generation config must be"),
         ({"guidance_scale": 2.0}, r"`guidance_scale` of the model's generation config does not apply"),
+        ({"num_beams": 4}, r"`num_beams` of the model's generation config does not apply .*there are no beams"),
     ],
     ids=str,
 )

@@ -82,3 +82,53 @@ def test_likelihoods_name_both_shapes(score):
             given = {"completion_mask": completion, "attention_mask": torch.ones(2, 3), name: table}
             with pytest.raises(ValueError, match=rf"`{name}` must have the shape .*got .* with `input_ids` of .2, 3."):
                 score(MODEL, IDS, **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.float16], ids=str)
+def test_a_prompt_is_of_integers(dtype):
+    with pytest.raises(TypeError, match=rf"`input_ids` must hold integers .got a tensor of {dtype}"):
+        MODEL.generate(IDS.to(dtype), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+def test_integers_of_any_width_are_tokens(dtype):
+    expected = MODEL.generate(IDS, max_new_tokens=4)
+    assert torch.equal(MODEL.generate(IDS.to(dtype), max_new_tokens=4), expected)
+
+
+def test_embeddings_are_of_floating_point():
+    with pytest.raises(
+        TypeError, match=r"`inputs_embeds` must hold floating-point numbers .got a tensor of torch.int64"
+    ):
+        MODEL.generate(inputs_embeds=torch.ones(1, 3, 16, dtype=torch.long), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("row", [[0, -1, 1], [0.5, 1, 1], [float("nan"), 1, 1], [1, 1, 2], [0, -1e9, 0]], ids=str)
+def test_a_mask_holds_zeros_and_ones(row):
+    with pytest.raises(ValueError, match="`attention_mask` must hold ones for tokens and zeros for padding"):
+        MODEL.generate(IDS[:1], max_new_tokens=4, attention_mask=torch.tensor([row]))
+    for ask in (log_likelihood, is_greedy):
+        with pytest.raises(ValueError, match="`attention_mask` must hold ones for tokens"):
+            ask(MODEL, IDS[:1], torch.tensor([[False, True, False]]), attention_mask=torch.tensor([row]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32], ids=str)
+def test_a_mask_may_be_of_any_type(dtype):
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    expected = MODEL.generate(IDS, max_new_tokens=4, attention_mask=mask)
+    assert torch.equal(MODEL.generate(IDS, max_new_tokens=4, attention_mask=mask.to(dtype)), expected)
+
+
+@pytest.mark.parametrize("config", [{}, {"max_new_tokens": 4}, "generation_config.json"], ids=str)
+def test_a_generation_config_is_one(config):
+    for given in ({"generation_config": config}, {"generation_config": config, "decoding_method": "llada"}):
+        with pytest.raises(TypeError, match=r"`generation_config` must be a `GenerationConfig` .got (dict|str)"):
+            MODEL.generate(IDS, **given)
+    with pytest.raises(TypeError, match="`generation_config` must be a `GenerationConfig`"):
+        MODEL.generate(IDS, config)
+
+
+@pytest.mark.parametrize("streamer", [5, print, [1]], ids=["number", "function", "list"])
+def test_a_streamer_can_be_told_something(streamer):
+    with pytest.raises(TypeError, match="`streamer` must have the methods `put` and `end`"):
+        MODEL.generate(IDS[:1], max_new_tokens=4, streamer=streamer)

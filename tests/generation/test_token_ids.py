@@ -163,3 +163,20 @@ def test_export_refuses_a_generation_config_that_does(tmp_path):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [510, 600]}))
     with pytest.raises(ValueError, match=r"`eos_token_id` of the model's generation config .* 512 tokens \(got 600\)"):
         export_checkpoint(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [3, [3], (3,), torch.tensor([3]), torch.tensor(3)], ids=repr)
+def test_one_token_may_be_suppressed_in_every_form(value):
+    chosen = {"suppress_tokens": value, "decoding_method": "llada", "early_stop": False}
+    model = trained_like("llada")
+    assert torch.equal(
+        answer(model, [1, 2], **chosen).sequences,
+        answer(model, [1, 2], **(chosen | {"suppress_tokens": [3]})).sequences,
+    )
+
+
+@pytest.mark.parametrize("value", [[3.5], "3", {3}, [[3]], [True]], ids=repr)
+@pytest.mark.parametrize("name", ["suppress_tokens", "begin_suppress_tokens"])
+def test_what_is_suppressed_are_token_ids(name, value, scripted):
+    with pytest.raises(TypeError, match=f"`{name}` must be a token id or a list of them"):
+        answer(scripted, [1, 2], **{name: value})

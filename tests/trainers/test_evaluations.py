@@ -120,7 +120,7 @@ def test_workers_that_stay_do_not_evaluate_another_set_again(tmp_path, kind):
     [
         ({"decoding_method": "nope"}, r"`eval_generate_kwargs` must hold settings of `generate`: `decoding_method`"),
         ({"stepz": 3}, r"`eval_generate_kwargs` .*: `stepz` is not a generation setting"),
-        ({"num_beams": 4}, r"`eval_generate_kwargs` .*but got generation mode .*BEAM_SEARCH"),
+        ({"num_beams": 4}, r"`eval_generate_kwargs` .*`num_beams` .*there are no beams"),
         ({"block_length": "16"}, r"`eval_generate_kwargs` .*`block_length` must be"),
         (
             {"return_dict_in_generate": True},
