@@ -55,7 +55,8 @@ class CanvasTrainer(PreparedDataTrainer):
         label_shift (`int`): 0 if logits row i predicts token i, 1 if row i - 1 does.
     """
 
-    # Each micro-batch's loss is a mean, so the Trainer has to divide by the accumulation steps.
+    # Each micro-batch's loss is a mean, so the Trainer has to divide by the accumulation steps. Before transformers
+    # 5.19 it asks `model_accepts_loss_kwargs` for that.
     loss_is_scaled_for_ga = False
 
     # What an evaluation reports beside the loss.
@@ -64,6 +65,7 @@ class CanvasTrainer(PreparedDataTrainer):
     def __init__(self, *, args: Any, **kwargs: Any):
         self._metric_sums: dict[int, Any] = {}
         super().__init__(args=args, **kwargs)
+        self.model_accepts_loss_kwargs = False
         check_best_metric(args, self.eval_dataset, self.metric_names)
 
     def _check(self, args: Any, config_class: type, model: Any, kwargs: dict[str, Any]) -> None:

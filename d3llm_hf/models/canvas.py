@@ -115,6 +115,8 @@ class Canvas:
                 "`attention_mask` must be left-padded: the answer continues the last column (got zeros at the end of "
                 'a row that has a prompt). Tokenize with `padding_side="left"`.'
             )
+        if mask is not None and bool(seen.all()):  # a host sync, for a mask would cost one in every forward
+            mask = None
         holes = holes_of(input_ids, seen, mask_token_id, generation_config, model_kwargs)
         if holes is not None and generation_config.suffix_length is not None:
             raise ValueError(
