@@ -42,8 +42,7 @@ def in_our_words(error: ValidationError) -> tuple[str, str]:
     name = ".".join(map(str, place))[:200]
     field = next((part for part in reversed(place) if isinstance(part, str)), "")
     if kind in KINDS:
-        article = "an" if KINDS[kind][0] in "aeiou" else "a"
-        rule = f"must be {article} valid {KINDS[kind]}"
+        rule = f"must be a valid {KINDS[kind]}"
     elif kind in RULES:
         rule = RULES[kind].format(**context)
     else:  # a rule of ours, in its own words
