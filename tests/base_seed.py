@@ -5,6 +5,7 @@ themselves give `random` and numpy; what is never seeded starts from N. The pack
 stay, since they name data: the word problems of a results file.
 """
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -15,6 +16,11 @@ import torch
 
 VARIABLE = "D3LLM_TEST_SEED"
 _TESTS = str(Path(__file__).parent)
+
+
+def of_a_recording(seed: int) -> int:
+    """A seed that names recorded draws: whatever base is added to it, the draws are those of the recording."""
+    return seed - int(os.environ.get(VARIABLE, 0))
 
 
 def shift(base: int) -> None:

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import torch
+from base_seed import of_a_recording
 from recorded import Recorded
 
 from d3llm_hf.models.scoring import Sampler
@@ -14,7 +15,7 @@ class LLaDADraws(Sampler):
     def __init__(self, case: Recorded):
         super().__init__(case.torch_seed)
         self.case, self.step = case, -1
-        self.generator = torch.Generator().manual_seed(case.torch_seed)
+        self.generator = torch.Generator().manual_seed(of_a_recording(case.torch_seed))
 
     def draw(self, steps: torch.Tensor, *shape: int, dtype=torch.float32) -> torch.Tensor:
         """The numbers of a forward, drawn once."""

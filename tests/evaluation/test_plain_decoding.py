@@ -72,8 +72,14 @@ def test_statistics_are_taken_in_float64_at_every_position_of_the_canvas(monkeyp
 def test_without_a_pad_token_the_stop_token_fills_what_follows_it():
     model = trained_like("llada")
     inputs = left_padded(PROMPTS[:1]) | {"max_new_tokens": 8} | D3LLM
-    endless = plain_generate(model, **inputs).sequences[0].tolist()
-    assert plain_generate(model, **inputs, eos_token_id=endless[5]).sequences[0, 5:].tolist() == [endless[5]] * 8
+    length = inputs["input_ids"].shape[1]
+    stopped = 0
+    for stop in set(plain_generate(model, **inputs).sequences[0, length:].tolist()):
+        answer = plain_generate(model, **inputs, eos_token_id=stop).sequences[0, length:].tolist()
+        if stop in answer:  # a stop token that comes early may change what is decided later
+            stopped += 1
+            assert set(answer[answer.index(stop) :]) == {stop}
+    assert stopped  # what the first forward decides stays
 
 
 @pytest.mark.parametrize(
