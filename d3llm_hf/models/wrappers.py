@@ -2,15 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-
-if TYPE_CHECKING:
-    from .canvas import Canvas
-    from .contract import CanvasContract
-    from .decoding import Rules
 
 # Kinds of PEFT that put keys in front of a text. The other kinds of learnt prompts put embeddings there, so that the
 # wrapper's logits begin with theirs, and drop `position_ids`.
@@ -47,7 +42,7 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def wrapper_of(model: "CanvasContract") -> Any | None:
+def wrapper_of(model: Any) -> Any | None:
     """PEFT's wrapper with a learnt prompt whose `generate` is running, which is known by the hook that it leaves.
 
     Raises:
@@ -79,7 +74,7 @@ def unfit_task(config: Any) -> ValueError:
 
 
 @contextmanager
-def hooks_of_a_call(model: "CanvasContract") -> Iterator[None]:
+def hooks_of_a_call(model: Any) -> Iterator[None]:
     """Takes PEFT's hooks of a call off where it raises; PEFT leaves them on, and later calls would decode by them."""
     try:
         yield
@@ -112,8 +107,14 @@ def _weighs_positions(model: Any) -> bool:
     return running or (config is not None and config.peft_type == "XLORA")
 
 
-def check_wrapping(model: "CanvasContract", canvas: "Canvas", rules: "Rules", compiled: bool) -> None:
+def check_wrapping(model: Any, canvas: Any, rules: Any, compiled: bool) -> None:
     """Refuses what would not get through a wrapper as a forward of it does.
+
+    Args:
+        model: a `CanvasContract` (of which this file knows nothing more, for it is built upon this one).
+        canvas: a `Canvas`.
+        rules: a `Rules`.
+        compiled (`bool`): whether forwards are compiled.
 
     Raises:
         ValueError: with a learnt prompt for a cache, compiled forwards, a text that does not fit behind it or padding
@@ -153,9 +154,7 @@ def refuse_homeless(names: Any, source: str, model: Any) -> None:
         )
 
 
-def _check_learnt_prompt(
-    model: "CanvasContract", wrapper: Any, canvas: "Canvas", rules: "Rules", compiled: bool
-) -> None:
+def _check_learnt_prompt(model: Any, wrapper: Any, canvas: Any, rules: Any, compiled: bool) -> None:
     kind, size = _kind(learnt_prompt(wrapper)), virtual_tokens(wrapper)
     if rules.kv_cache != "none":
         raise ValueError(
@@ -186,7 +185,7 @@ def _check_learnt_prompt(
         )
 
 
-def _hooks(model: "CanvasContract") -> set[str]:
+def _hooks(model: Any) -> set[str]:
     """What PEFT's hooks hand to the layers of a model in this call."""
     found: set[str] = set()
     for module in model.modules():
