@@ -163,7 +163,7 @@ class D3LLMLM(TemplateLM):
         self._name_answers()
 
     def _name_answers(self) -> None:
-        """Names what the cache is given from now on: a hook stays when its evaluation ends, and the model may change."""
+        """Names what the cache is given from now on: a hook outlives its evaluation, and the model may change."""
         if self.cache_hook.dbdict is None:
             return
         names = ("max_length", "add_bos_token", "end_at_until", "num_samples", "likelihood_seed", "check_greedy")

@@ -182,6 +182,10 @@ def twice_adapted(model):
     return wrapped
 
 
+def layers_of(wrapped):
+    return [module for module in wrapped.modules() if hasattr(module, "set_scale")]
+
+
 ADAPTERS = {
     "none": lambda wrapped: wrapped.disable_adapter_layers(),
     "another one": lambda wrapped: wrapped.set_adapter("second"),
