@@ -28,6 +28,7 @@ def identity(model: Any, tokenizer: Any, settings: Mapping[str, Any]) -> str:
         "logit_shift": model.logit_shift,
         "attention": getattr(model.config, "_attn_implementation", None),
         "device": model.device.type,
+        "training": model.training,
         "tokenizer": [type(tokenizer).__name__, tokenizer_fingerprint(tokenizer)],
         "spaces": getattr(tokenizer, "clean_up_tokenization_spaces", None),
         "settings": settings,

@@ -64,5 +64,6 @@ class Contexts:
         for length in sorted(self._lengths, reverse=True):
             if text[:length] in self._written:
                 return [*self._written[text[:length]], (length, len(text))]
-        # A control token at the very beginning is that of a template which was applied elsewhere.
-        return [] if self._written or self._special.match(text) else [(0, len(text))]
+        # A control token at the very beginning is that of a template which was applied elsewhere. Whatever was written
+        # here for an evaluation before says nothing about this text.
+        return [] if self._special.match(text) else [(0, len(text))]

@@ -159,12 +159,17 @@ class D3LLMLM(TemplateLM):
     def set_cache_hook(self, cache_hook) -> None:
         """A cache of answers, of which those of other models and settings are none of ours; see `answer_cache.py`."""
         super().set_cache_hook(cache_hook)
-        if cache_hook.dbdict is None:
+        self._drawn.clear()
+        self._name_answers()
+
+    def _name_answers(self) -> None:
+        """Names what the cache is given from now on: a hook outlives its evaluation, and the model may change."""
+        if self.cache_hook.dbdict is None:
             return
         names = ("max_length", "add_bos_token", "end_at_until", "num_samples", "likelihood_seed", "check_greedy")
         decisive = {name: getattr(self, name) for name in names}
         owner = identity(self.model, self.tokenizer, {"decoding": self.settings, **decisive})
-        keep_apart(cache_hook.dbdict, owner, self._drawn)
+        keep_apart(self.cache_hook.dbdict, owner, self._drawn)
 
     def all_gather(self, tensor):
         return self.processes.all_gather(tensor)
@@ -220,6 +225,7 @@ class D3LLMLM(TemplateLM):
 
         What each took is added to `records` and written to `stats_path`.
         """
+        self._name_answers()
         # 1. Requests with equal arguments make a group; those that are drawn have seeds by their order
         groups: dict[str, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
@@ -368,6 +374,7 @@ class D3LLMLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         """Estimates of the bound, in nats, and greedy agreement; `requests` hold the texts and their token ids."""
+        self._name_answers()
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         pairs = [(condition, completion) for _, condition, completion in requests]
         for place, answer in self._estimates(pairs, greedy=self.check_greedy, disable_tqdm=disable_tqdm):
@@ -377,6 +384,7 @@ class D3LLMLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Estimates of the bound of whole texts, cut where the model's positions end; each part by itself."""
+        self._name_answers()
         windows: list[tuple[int, Pair]] = []
         for place, request in enumerate(requests):
             parts = utils.get_rolling_token_windows(

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from d3llm_hf.evaluation.answer_cache import identity, keep_apart
 from d3llm_hf.evaluation.lm_eval_model import D3LLMLM
+from d3llm_hf.fingerprints import model_fingerprint
 from d3llm_hf.hub import embedded_checkpoints
 
 
@@ -30,6 +31,9 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model():
     return tiny_model("llada", vocab_size=745)
+
+
+KINDS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 
 
 def requests_of(kind: str = "generate_until", repeats: int = 1, **asked) -> list[Instance]:
@@ -111,8 +115,7 @@ def named(change: dict) -> dict:
 def filled(model, tokenizer, tmp_path_factory):
     """A file that a model has filled, with its requests."""
     file, lm = tmp_path_factory.mktemp("cache") / "answers.db", lm_of(model, tokenizer)
-    kinds = ("generate_until", "loglikelihood", "loglikelihood_rolling")
-    return file, {kind: ask(lm, file, requests_of(kind))[0] for kind in kinds}
+    return file, {kind: ask(lm, file, requests_of(kind))[0] for kind in KINDS}
 
 
 @pytest.mark.parametrize("change", SAME.values(), ids=SAME)
@@ -143,6 +146,91 @@ def test_weights_that_change_between_two_evaluations_count_as_they_are(model, to
     assert ask(lm, tmp_path / "answers.db", requests_of())[1] == 3
     lm.settings["entropy_threshold"] = 0.01
     assert ask(lm, tmp_path / "answers.db", requests_of())[1] == 3
+
+
+def test_an_evaluation_without_a_cache_leaves_no_answers_of_a_changed_model_in_that_of_the_last_one(
+    model, tokenizer, tmp_path
+):
+    lm = lm_of(copy.deepcopy(model), tokenizer)
+    first = {kind: ask(lm, tmp_path / "answers.db", requests_of(kind)) for kind in KINDS}
+    cached = CachingLM(lm, str(tmp_path / "answers.db"))  # as an evaluation leaves it behind
+    with torch.no_grad():
+        lm.model.lm_head.weight.mul_(-1)
+    for kind in KINDS:
+        getattr(lm, kind)(requests_of(kind), disable_tqdm=True)
+    with torch.no_grad():
+        lm.model.lm_head.weight.mul_(-1)
+    cached.dbdict.close()
+    for kind in KINDS:
+        assert ask(lm, tmp_path / "answers.db", requests_of(kind)) == (first[kind][0], 0)
+
+
+def adapted(model, **own):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, **own)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return get_peft_model(copy.deepcopy(model), config)
+
+
+def twice_adapted(model):
+    wrapped = adapted(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        wrapped.add_adapter("second", copy.deepcopy(wrapped.peft_config["default"]))
+    return wrapped
+
+
+def layers_of(wrapped):
+    return [module for module in wrapped.modules() if hasattr(module, "set_scale")]
+
+
+ADAPTERS = {
+    "none": lambda wrapped: wrapped.disable_adapter_layers(),
+    "another one": lambda wrapped: wrapped.set_adapter("second"),
+    "a weaker one": lambda wrapped: [
+        m.set_scale("default", 0.5) for m in wrapped.modules() if hasattr(m, "set_scale")
+    ],
+}
+
+
+@pytest.mark.parametrize("change", ADAPTERS.values(), ids=ADAPTERS)
+def test_the_adapters_that_act_decide_which_answers_are_given_back(change, model, tokenizer, tmp_path):
+    pytest.importorskip("peft")
+    wrapped = twice_adapted(model)
+    file, lm = tmp_path / "answers.db", lm_of(wrapped, tokenizer)
+    first = ask(lm, file, requests_of())
+    change(wrapped)
+    assert ask(lm, file, requests_of())[1] == 3
+    assert ask(lm_of(twice_adapted(model), tokenizer), file, requests_of()) == (first[0], 0)
+
+
+@pytest.mark.parametrize("other", [{"lora_alpha": 64}, {"use_rslora": True}])
+def test_adapters_of_equal_weights_and_another_config_are_other_models(other, model):
+    pytest.importorskip("peft")
+    mine, same, theirs = adapted(model), adapted(model), adapted(model, **other)
+    assert all(map(torch.equal, mine.state_dict().values(), theirs.state_dict().values()))
+    assert model_fingerprint(mine) == model_fingerprint(same) != model_fingerprint(theirs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_weights_count_as_they_are(model):
+    def quantised(own):
+        return torch.ao.quantization.quantize_dynamic(own, {torch.nn.Linear})
+
+    if not torch.backends.quantized.supported_engines or torch.backends.quantized.engine == "none":
+        pytest.skip("torch has no quantised layers here")
+    assert model_fingerprint(quantised(model)) == model_fingerprint(quantised(copy.deepcopy(model)))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(-1)
+    assert model_fingerprint(quantised(model)) != model_fingerprint(quantised(other))
+
+
+def test_weights_that_are_elsewhere_are_never_taken_for_the_same(model):
+    away = copy.deepcopy(model).to("meta")
+    assert model_fingerprint(away) != model_fingerprint(away)
 
 
 def test_answers_that_another_model_of_lm_eval_left_are_none_of_ours(model, tokenizer, tmp_path):

@@ -40,14 +40,17 @@ def test_two_seeds_give_different_answers():
 
 @pytest.mark.parametrize("chosen", [SAMPLING, {"decoding_method": "llada", "remasking": "random"}])
 def test_with_a_seed_for_each_row_a_row_draws_what_it_draws_alone(chosen):
-    model, prompts, seeds = trained_like("llada"), [[1, 2, 3], [4, 5], [1, 2, 3], [1, 2, 3]], [7, 2**64 + 8, 9, 7]
+    model, seeds = trained_like("llada"), [7, 2**64 + 8, 9, 10, 11, 12, 7]
+    prompts = [[1, 2, 3], [4, 5], *[[1, 2, 3]] * 5]
     settings = chosen | {"max_new_tokens": 16, "pad_token_id": PAD, "return_dict_in_generate": True}
     batch = model.generate(**left_padded(prompts), seed=seeds, **settings)
     for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         alone = answer(model, prompt, seed=seed, **chosen)
         assert torch.equal(batch.sequences[row, -16:], alone.sequences[0, -16:])
         assert torch.equal(batch.step_map[row], alone.step_map[0])
-    assert not torch.equal(batch.step_map[0], batch.step_map[2]) and torch.equal(batch.step_map[0], batch.step_map[3])
+    drawn = [(ids[-16:].tolist(), steps.tolist()) for ids, steps in zip(batch.sequences, batch.step_map, strict=True)]
+    assert drawn[0] == drawn[6]
+    assert any(drawn[0] != other for other in drawn[2:6])  # two of a few answers may happen to be equal
 
 
 def test_seeds_that_are_not_one_for_each_row_are_refused():
@@ -58,10 +61,11 @@ def test_seeds_that_are_not_one_for_each_row_are_refused():
 def test_without_a_seed_the_global_generator_decides():
     model = trained_like("llada")
     answers = []
-    for seed in (1, 1, 2):
+    for seed in (1, 1, 2, 3, 4, 5):
         torch.manual_seed(seed)
         answers.append(answer(model, [1, 2, 3], **SAMPLING).sequences)
-    assert torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2])
+    assert torch.equal(answers[0], answers[1])
+    assert any(not torch.equal(answers[0], other) for other in answers[2:])
 
 
 @pytest.mark.parametrize("decoding_method", ["d3llm", "dparallel", "llada", "dream"])
