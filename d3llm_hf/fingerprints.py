@@ -50,7 +50,7 @@ def _canonical(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
-def _parts(name: str, value: Any) -> Iterator[bytes]:
+def _parts(name: str, value: Any) -> Iterator[bytes | memoryview]:
     """The bytes of an entry of a state: of a tensor, or of what quantised layers keep in place of one."""
     if isinstance(value, (list, tuple)):
         for place, each in enumerate(value):

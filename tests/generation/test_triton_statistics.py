@@ -90,6 +90,8 @@ def interpreted(tmp_path_factory):
     script = Path(__file__).parent.parent / "interpreted_kernel.py"
     command = [sys.executable, script, HERE, folder / "cases.pt", folder / "sums.pt"]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
+        pytest.skip("the interpreter of this older Triton cannot run beside numpy 2.4 and later")
     assert done.returncode == 0, done.stderr
     return torch.load(folder / "sums.pt")
 
@@ -137,7 +139,7 @@ def test_rows_with_nan_with_inf_or_with_nothing_but_the_mask_token_are_not_finit
 def test_the_kernel_compiles_for_a_cuda_device_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # its default, which it warns about
-    import triton
+    triton = pytest.importorskip("triton", minversion="3.4", reason="older ones take types in another form")
     from triton.backends.compiler import GPUTarget
 
     numbers = dict.fromkeys(("row_stride", "vocabulary", "mask_token_id", "count"), "i32")
