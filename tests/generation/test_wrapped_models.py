@@ -22,7 +22,7 @@ PROMPTS = {
     "MultitaskPromptTuningConfig": {"num_virtual_tokens": 4, "num_tasks": 3},
     "CPTConfig": {"cpt_token_ids": [1, 2, 3], "cpt_mask": [1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3]},
 }
-LEFT_TO_RIGHT = {"decoding_method": "llada", "block_length": 1, "eos_token_id": None, "max_new_tokens": 6}
+LEFT_TO_RIGHT = {"decoding_method": "llada", "block_length": 1, "eos_token_id": [], "max_new_tokens": 6}
 QUERIES = {"target_modules": ["q_proj", "v_proj"]}
 
 
@@ -69,7 +69,7 @@ def test_a_learnt_prompt_is_decoded_as_the_wrapper_forwards(family, kind):
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_behind_a_learnt_prompt_padding_moves_no_text(family, kind):
     model, prompts = wrapped(family, kind), [tiny_prompt(0, 5), tiny_prompt(1, 3)]
-    chosen = {"max_new_tokens": 8, "block_length": 4, "eos_token_id": None}
+    chosen = {"max_new_tokens": 8, "block_length": 4, "eos_token_id": []}
     together = model.generate(**left_padded(prompts), **chosen, **task(kind, 2))
     alone = [answer(model, prompt, **chosen, **task(kind)).sequences[0, -8:] for prompt in prompts]
     assert torch.equal(together[:, -8:], torch.stack(alone))
