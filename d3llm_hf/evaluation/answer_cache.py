@@ -53,7 +53,7 @@ def keep_apart(answers: Any, owner: str, drawn: Collection[str]) -> None:
         ImportError: where sqlitedict is too old to have its names changed.
     """
     if not hasattr(answers, "encode_key"):
-        raise ImportError("`use_cache` needs sqlitedict 2.0 (got an older one). `pip install -U sqlitedict`.")
+        raise ImportError("`use_cache` needs sqlitedict 2.1 (got an older one). `pip install -U sqlitedict`.")
 
     def name_of(key: str) -> str:
         return f"{owner}:{uuid.uuid4().hex if key in drawn else key}"

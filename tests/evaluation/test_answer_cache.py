@@ -290,7 +290,7 @@ def test_a_setting_without_a_canonical_form_is_never_found_again(model, tokenize
 
 
 def test_a_sqlitedict_whose_names_cannot_be_changed_is_refused():
-    with pytest.raises(ImportError, match=r"`use_cache` needs sqlitedict 2\.0"):
+    with pytest.raises(ImportError, match=r"`use_cache` needs sqlitedict 2\.1"):
         keep_apart({}, "owner", ())
 
 
