@@ -22,7 +22,7 @@ from d3llm_hf.model_card import complete_card
 from d3llm_hf.models.modeling_common import positions_of
 from d3llm_hf.models.text_config import text_setting
 from d3llm_hf.models.token_ids import check_inside, vocabulary_of
-from d3llm_hf.models.wrappers import lengthened_by, moves_padded, unfit_task
+from d3llm_hf.models.wrappers import base_of, lengthened_by, moves_padded, unfit_task
 
 from .argument_checks import check_parameters
 from .best_metric import check_best_metric
@@ -84,7 +84,7 @@ class CanvasTrainer(PreparedDataTrainer):
         """Read off the model what the canvases need, and give it its adapter; called before the Trainer is set up."""
         self.mask_token_id = mask_token_id(model, tokenizer)
         self.label_shift = getattr(model, "logit_shift", 0) if label_shift is None else label_shift
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         self._forward_takes = frozenset(inspect.signature(type(base).forward).parameters)
         self._position_offset = getattr(base, "position_offset", None)
         self._ignores_padding = getattr(base, "supports_padding", None) is False

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from d3llm_hf.evaluation.word_problems import extract_answer
+from d3llm_hf.models.wrappers import base_of
 from d3llm_hf.progress import progress_bar
 
 from .rows import position_limit
@@ -34,7 +35,7 @@ def check_decoding(model: PreTrainedModel, eval_dataset: Any, args: PseudoTrajec
     Raises:
         ValueError: For settings that `generate` refuses, or prompts and answers that do not fit the model.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if not hasattr(base, "check_settings"):
         raise ValueError(
             "`eval_generate_samples` must be 0 for a model without diffusion decoding (got "
