@@ -28,7 +28,7 @@ transformers-matrix:  ## models, decoding, export and training under the transfo
 	.ci/transformers_matrix
 
 portability:  ## the default tests under each kind of instructions, one and two threads, another base seed (hours)
-	$(PYTHON) tests/portability.py
+	$(PYTHON) tests/support/portability.py
 
 common-tests:  ## transformers' own model tests on our models (fetches transformers' source distribution)
 	$(PYTHON) tests/common/run_common_tests.py

@@ -13,17 +13,17 @@ with the Auto classes when transformers loads these, and the names below are imp
 import importlib
 from typing import TYPE_CHECKING
 
-from ._registration import register_families
 from .metrics.registration import register_metric
+from .registration.families import register_families
 
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "BatchTextStreamer": "streamers",
-    "CanvasIterator": "streamers",
-    "CanvasUpdate": "streamers",
-    "Chat": "chat",
+    "BatchTextStreamer": "watch.streamers",
+    "CanvasIterator": "watch.streamers",
+    "CanvasUpdate": "watch.streamers",
+    "Chat": "watch.chat",
     "D3LLMGenerationConfig": "models.generation_config_d3llm",
     "D3LLMGenerationMixin": "models.generation_d3llm",
     "D3LLMGenerationOutput": "models.generation_d3llm",
@@ -40,12 +40,12 @@ _MODULE_OF = {
     "encode_chat": "text",
     "encode_infill": "text",
     "encode_text": "text",
-    "export_checkpoint": "hub",
-    "init_checkpoint": "hub",
+    "export_checkpoint": "hub.checkpoints",
+    "init_checkpoint": "hub.checkpoints",
     "is_greedy": "likelihood",
     "log_likelihood": "likelihood",
-    "push_folder": "push",
-    "stream_generate": "streamers",
+    "push_folder": "hub.push",
+    "stream_generate": "watch.streamers",
 }
 
 __all__ = [
@@ -96,8 +96,8 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from .adapters import as_diffusion_lm
-    from .chat import Chat
-    from .hub import export_checkpoint, init_checkpoint
+    from .hub.checkpoints import export_checkpoint, init_checkpoint
+    from .hub.push import push_folder
     from .likelihood import LogLikelihood, is_greedy, log_likelihood
     from .metrics.aup.curve import aup_score, bootstrap_aup
     from .models.cache import SlotCache
@@ -107,6 +107,6 @@ if TYPE_CHECKING:
     from .models.generation_d3llm import D3LLMGenerationMixin, D3LLMGenerationOutput
     from .models.modeling_dream import DreamModel
     from .models.modeling_llada import LLaDAModel, LLaDAModelLM
-    from .push import push_folder
-    from .streamers import BatchTextStreamer, CanvasIterator, CanvasUpdate, stream_generate
     from .text import encode_chat, encode_infill, encode_text
+    from .watch.chat import Chat
+    from .watch.streamers import BatchTextStreamer, CanvasIterator, CanvasUpdate, stream_generate

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from .commands.generate import SETTINGS
-from .evaluation.word_problems import generate_problems
+from .evaluation.tasks.word_problems import generate_problems
 from .models.generation_config_d3llm import DEFAULT_METHOD
 from .models.methods import ALLOWED_REMASKING, CACHE_FIELDS, CACHES, COMMON, DECODERS, METHODS, SHIFTED_METHODS
+from .settings import SETTINGS
 from .text import encode_chat, encode_text
-from .trace import Recording, Trace
-from .trace_html import CANVAS_CSS, DARK_CSS, trace_html
+from .watch.trace import Recording, Trace
+from .watch.trace_html import CANVAS_CSS, DARK_CSS, trace_html
 
 
 try:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from d3llm_hf import encode_chat
-from d3llm_hf.hub import embedded_checkpoints
+from d3llm_hf.hub.sources import embedded_checkpoints
 
 
 QUESTION = "Tom has 8 apples. He buys 7 more. He gives 4 to a friend. How many apples does Tom have now?"

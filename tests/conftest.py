@@ -9,11 +9,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["D3LLM_HF_NO_METRIC"] = "1"  # importing the package writes nothing into the home of who runs the tests
 
-TESTS = Path(__file__).parent
-sys.path.append(str(TESTS))  # makes the helper modules importable, whichever import mode pytest runs in
+sys.path.append(str(Path(__file__).parent / "support"))  # the helper modules are imported by their names
 
-import base_seed  # noqa: E402
-import pytest  # noqa: E402
+import base_seed
+import pytest
 
 
 if os.environ.get(base_seed.VARIABLE):

@@ -222,7 +222,7 @@ PACE = {"seconds": 0.02}  # that a forward takes at least, so that Stop and leav
 @pytest.fixture(scope="module")
 def address():
     """The page of the embedded checkpoint."""
-    from d3llm_hf.commands.generate import load
+    from d3llm_hf.hub.loading import load
 
     model, tokenizer = load("d3llm-llada", device="cpu")
     forward = type(model).forward

@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 
 from d3llm_hf import cli
-from d3llm_hf.evaluation import grids
+from d3llm_hf.evaluation.sweep import grids
 from d3llm_hf.models import methods, selection
 
 
@@ -83,7 +83,7 @@ def run_command(words: list[str]) -> None:
     if words[0] == "d3llm":
         assert cli.main(words[1:]) == 0, words
     elif words[0] == "d3llm-eval":
-        from d3llm_hf.evaluation import lm_eval_cli
+        from d3llm_hf.evaluation.harness import cli as lm_eval_cli
 
         assert lm_eval_cli.main(words[1:]) == 0, words
     else:
@@ -96,7 +96,7 @@ def check_command(words: list[str]) -> None:
     if words[0] == "d3llm":
         cli.build_parser().parse_args(words[1:])
     if words[0] == "d3llm-eval":
-        from d3llm_hf.evaluation import lm_eval_cli
+        from d3llm_hf.evaluation.harness import cli as lm_eval_cli
 
         assert lm_eval_cli.main([*words[1:], "--show"]) == 0
     for word in words:

@@ -9,8 +9,8 @@ from tiny import MASK, PAD, ScriptedModel, tiny_model, tiny_prompt
 from transformers import AutoModel, AutoTokenizer
 
 from d3llm_hf import LogLikelihood, is_greedy, likelihood, log_likelihood
-from d3llm_hf.evaluation.word_problems import generate_problems
-from d3llm_hf.hub import embedded_checkpoints
+from d3llm_hf.evaluation.tasks.word_problems import generate_problems
+from d3llm_hf.hub.sources import embedded_checkpoints
 
 
 MODELS = {family: tiny_model(family) for family in ("llada", "dream")}

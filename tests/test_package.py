@@ -6,14 +6,12 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import REPOSITORY
 
 import d3llm_hf
 
-
-REPOSITORY = Path(__file__).parents[1]
 
 LIGHT = """
 import socket, sys, time
@@ -103,10 +101,10 @@ def test_a_stand_in_answers_as_the_class_it_stands_for_and_is_pickled_as_that():
     import copy
     import pickle
 
-    from d3llm_hf import _registration
+    from d3llm_hf.registration import families
 
-    family = _registration._FAMILIES[0]
-    stand_in = _registration._StandIn(family.config_class, (), {"__module__": family.config_module})
+    family = families._FAMILIES[0]
+    stand_in = families._StandIn(family.config_class, (), {"__module__": family.config_module})
     assert stand_in.attribute_map == d3llm_hf.LLaDAConfig.attribute_map
     assert type(stand_in(d_model=8, n_heads=2)) is d3llm_hf.LLaDAConfig
     assert not hasattr(stand_in, "__wrapped__")
@@ -115,13 +113,13 @@ def test_a_stand_in_answers_as_the_class_it_stands_for_and_is_pickled_as_that():
 
 
 def test_modules_that_load_late_are_found_as_ever():
-    from d3llm_hf import _registration
+    from d3llm_hf.registration import families
 
-    finders = [finder for finder in sys.meta_path if isinstance(finder, _registration._AfterImport)]
-    _registration.register_families()  # a second call changes nothing
-    assert [finder for finder in sys.meta_path if isinstance(finder, _registration._AfterImport)] == finders
+    finders = [finder for finder in sys.meta_path if isinstance(finder, families._AfterImport)]
+    families.register_families()  # a second call changes nothing
+    assert [finder for finder in sys.meta_path if isinstance(finder, families._AfterImport)] == finders
     assert len(finders) == 1
-    finder = _registration._AfterImport({"d3llm_hf.no_such_module": lambda: None})
+    finder = families._AfterImport({"d3llm_hf.no_such_module": lambda: None})
     assert finder.find_spec("d3llm_hf.no_such_module") is None
     assert finder.find_spec("json") is None
 
@@ -148,9 +146,9 @@ def test_the_version_is_the_one_of_the_citation_the_changelog_and_the_installed_
 
 
 def test_data_files_lie_where_the_wheel_takes_them_from():
-    for name in ("py.typed", "templates/model_card.md", "metrics/aup/README.md", "metrics/aup/requirements.txt"):
+    for name in ("py.typed", "hub/templates/model_card.md", "metrics/aup/README.md", "metrics/aup/requirements.txt"):
         assert (REPOSITORY / "d3llm_hf" / name).is_file()
-    template = (REPOSITORY / "d3llm_hf" / "templates" / "model_card.md").read_text()
+    template = (REPOSITORY / "d3llm_hf" / "hub" / "templates" / "model_card.md").read_text()
     assert (REPOSITORY / "model_cards" / "TEMPLATE.md").read_text() == template
 
 

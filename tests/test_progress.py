@@ -87,7 +87,7 @@ def test_a_terminal_sees_the_tokens_being_decided_and_the_answer_is_the_same(
 def test_measurements_count_answers(at_terminal):
     from d3llm_hf.evaluation.measure import measure
     from d3llm_hf.evaluation.suites import Suite
-    from d3llm_hf.evaluation.word_problems import generate_problems
+    from d3llm_hf.evaluation.tasks.word_problems import generate_problems
 
     model, tokenizer = generate.load("d3llm-llada", dtype="float32")
     suite = Suite({"a": {}, "b": {"entropy_threshold": 9.0}}, ())

@@ -8,36 +8,36 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .distill_callbacks import NoiseCurriculumCallback, WindowCurriculumCallback
-    from .distill_collator import PseudoTrajectoryCollator
-    from .distill_config import PseudoTrajectoryDistillConfig
-    from .distill_trainer import PseudoTrajectoryDistillTrainer
-    from .lora import lora_target_modules
-    from .muon import MuonWithAdamW
-    from .sft_collator import MaskedDiffusionSFTCollator
-    from .sft_config import MaskedDiffusionSFTConfig
-    from .sft_trainer import MaskedDiffusionSFTTrainer
-    from .trajectories import TrajectoryConfig, extract_trajectories
-    from .trajectory_records import TrajectoryError, canvas_at, read_published_states
-    from .trajectory_store import read_trajectories
+    from .common.lora import lora_target_modules
+    from .common.muon import MuonWithAdamW
+    from .distill.callbacks import NoiseCurriculumCallback, WindowCurriculumCallback
+    from .distill.collator import PseudoTrajectoryCollator
+    from .distill.config import PseudoTrajectoryDistillConfig
+    from .distill.trainer import PseudoTrajectoryDistillTrainer
+    from .sft.collator import MaskedDiffusionSFTCollator
+    from .sft.config import MaskedDiffusionSFTConfig
+    from .sft.trainer import MaskedDiffusionSFTTrainer
+    from .trajectories.extract import TrajectoryConfig, extract_trajectories
+    from .trajectories.records import TrajectoryError, canvas_at, read_published_states
+    from .trajectories.store import read_trajectories
 
 _MODULES = {
-    "MaskedDiffusionSFTCollator": "sft_collator",
-    "MaskedDiffusionSFTConfig": "sft_config",
-    "MaskedDiffusionSFTTrainer": "sft_trainer",
-    "MuonWithAdamW": "muon",
-    "TrajectoryConfig": "trajectories",
-    "TrajectoryError": "trajectory_records",
-    "canvas_at": "trajectory_records",
-    "extract_trajectories": "trajectories",
-    "read_published_states": "trajectory_records",
-    "read_trajectories": "trajectory_store",
-    "NoiseCurriculumCallback": "distill_callbacks",
-    "PseudoTrajectoryCollator": "distill_collator",
-    "PseudoTrajectoryDistillConfig": "distill_config",
-    "PseudoTrajectoryDistillTrainer": "distill_trainer",
-    "WindowCurriculumCallback": "distill_callbacks",
-    "lora_target_modules": "lora",
+    "MaskedDiffusionSFTCollator": "sft.collator",
+    "MaskedDiffusionSFTConfig": "sft.config",
+    "MaskedDiffusionSFTTrainer": "sft.trainer",
+    "MuonWithAdamW": "common.muon",
+    "TrajectoryConfig": "trajectories.extract",
+    "TrajectoryError": "trajectories.records",
+    "canvas_at": "trajectories.records",
+    "extract_trajectories": "trajectories.extract",
+    "read_published_states": "trajectories.records",
+    "read_trajectories": "trajectories.store",
+    "NoiseCurriculumCallback": "distill.callbacks",
+    "PseudoTrajectoryCollator": "distill.collator",
+    "PseudoTrajectoryDistillConfig": "distill.config",
+    "PseudoTrajectoryDistillTrainer": "distill.trainer",
+    "WindowCurriculumCallback": "distill.callbacks",
+    "lora_target_modules": "common.lora",
 }
 
 __all__ = [

@@ -168,10 +168,10 @@ def train(plan: Plan, arm: str, seed: int, folder: Path) -> None:
 
 def decode(plan: Plan, checkpoint: str, output: Path, one_token: bool = False) -> None:
     """Measure a model's points that are not in its file yet, with a teacher's at one token a forward."""
-    from d3llm_hf.evaluation.grids import Curve
-    from d3llm_hf.evaluation.sweep import sweep
-    from d3llm_hf.evaluation.tasks import word_problems
-    from trainers.loading import load_named
+    from d3llm_hf.evaluation.sweep.grids import Curve
+    from d3llm_hf.evaluation.sweep.sweep import sweep
+    from d3llm_hf.evaluation.tasks.load import word_problems
+    from trainers.common.loading import load_named
 
     model, tokenizer = load_named(checkpoint, None, torch_dtype="float32", attn_implementation="eager")
     curves = [
@@ -206,9 +206,9 @@ def write_summary(plan: Plan, folder: Path, results: Path, command: str) -> None
     """The figures of a finished ablation, with what is needed to repeat them."""
     from dataclasses import asdict
 
-    from d3llm_hf.evaluation.measure import write_json
-    from d3llm_hf.evaluation.points import read_points
-    from trainers.ablation import summarise
+    from d3llm_hf.evaluation.provenance import write_json
+    from d3llm_hf.evaluation.sweep.points import read_points
+    from trainers.distill.ablation import summarise
 
     def by_decoding(arm: str, seed: int | None) -> dict[str, list]:
         points = read_points(points_file(folder, arm, seed))

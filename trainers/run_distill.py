@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainers.loading import check_processes, float_dtype, load_named, load_rows, resumption
+from trainers.common.loading import check_processes, float_dtype, load_named, load_rows, resumption
 
 
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ def main(argv: list[str] | None = None) -> None:
     """Distil as the arguments say, and save model, tokenizer and model card to `output_dir`."""
     from transformers import set_seed
 
-    from trainers.distill_config import PseudoTrajectoryDistillConfig
-    from trainers.distill_trainer import PseudoTrajectoryDistillTrainer
-    from trainers.script_utils import parse_args_with_config
+    from trainers.common.script_utils import parse_args_with_config
+    from trainers.distill.config import PseudoTrajectoryDistillConfig
+    from trainers.distill.trainer import PseudoTrajectoryDistillTrainer
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     script_args, args = parse_args_with_config(
@@ -132,9 +132,9 @@ def extract_first(script_args: DistillScriptArguments, args: TrainingArguments) 
     """
     from transformers import HfArgumentParser
 
+    from trainers.common.script_utils import json_value
     from trainers.run_trajectories import TrajectoryScriptArguments, extract
-    from trainers.script_utils import json_value
-    from trainers.trajectories import TrajectoryConfig
+    from trainers.trajectories.extract import TrajectoryConfig
 
     given = json_value("extract", script_args.extract)
     own = {"output_dir": script_args.dataset_name, "use_cpu": args.use_cpu}
@@ -211,7 +211,7 @@ def _peft_config(script_args: DistillScriptArguments, model):
         return None
     from peft import LoraConfig
 
-    from trainers.lora import lora_target_modules
+    from trainers.common.lora import lora_target_modules
 
     return LoraConfig(
         r=script_args.lora_r,

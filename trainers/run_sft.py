@@ -28,7 +28,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainers.loading import (
+from trainers.common.loading import (
     BUILDERS,
     check_processes,
     float_dtype,
@@ -98,9 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     """Train as the arguments say and save model and tokenizer to `output_dir`."""
     from transformers import set_seed
 
-    from trainers.script_utils import parse_args_with_config
-    from trainers.sft_config import MaskedDiffusionSFTConfig
-    from trainers.sft_trainer import MaskedDiffusionSFTTrainer
+    from trainers.common.script_utils import parse_args_with_config
+    from trainers.sft.config import MaskedDiffusionSFTConfig
+    from trainers.sft.trainer import MaskedDiffusionSFTTrainer
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     script_args, args = parse_args_with_config(
@@ -133,7 +133,7 @@ def load_tokenizer(script_args: SFTScriptArguments):
 
     Where it has no end of text, as BERT's, its separator ends an answer.
     """
-    from trainers.build_tokenizer import build_tokenizer
+    from trainers.common.build_tokenizer import build_tokenizer
 
     if script_args.tokenizer_name_or_path is None and script_args.model_name_or_path is None:
         return build_tokenizer()
@@ -150,7 +150,7 @@ def load_model(script_args: SFTScriptArguments, tokenizer):
             by diffusion (see [`as_diffusion_lm`]).
     """
     from d3llm_hf import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
-    from d3llm_hf.hub import checkpoint_source
+    from d3llm_hf.hub.sources import checkpoint_source
 
     dtype = float_dtype("torch_dtype", script_args.torch_dtype)
     if (script_args.model_name_or_path is None) == (script_args.model_config is None):
@@ -188,7 +188,7 @@ def load_model(script_args: SFTScriptArguments, tokenizer):
 
 
 def _model_shape(value: str | dict) -> dict:
-    from trainers.script_utils import json_value
+    from trainers.common.script_utils import json_value
 
     if isinstance(value, str) and Path(value).suffix == ".json":
         if not Path(value).is_file():
@@ -260,7 +260,7 @@ def _word_problems(script_args: SFTScriptArguments, split: str):
 
 def word_problem_rows(count: int, problem_split: str, seed: int, min_steps: int, max_steps: int):
     """Rows `{"prompt", "completion"}` of generated word problems."""
-    from d3llm_hf.evaluation.word_problems import generate_problems
+    from d3llm_hf.evaluation.tasks.word_problems import generate_problems
 
     for problem in generate_problems(count, split=problem_split, seed=seed, min_steps=min_steps, max_steps=max_steps):
         yield {"prompt": problem.question, "completion": problem.answer}

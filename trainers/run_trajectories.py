@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from trainers.trajectories import TrajectoryConfig
+    from trainers.trajectories.extract import TrajectoryConfig
 
 
 @dataclass
@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     from accelerate import PartialState
 
-    from trainers.script_utils import parse_args_with_config
-    from trainers.trajectories import TrajectoryConfig
+    from trainers.common.script_utils import parse_args_with_config
+    from trainers.trajectories.extract import TrajectoryConfig
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     script_args, args = parse_args_with_config(
@@ -85,8 +85,8 @@ def main(argv: list[str] | None = None) -> None:
 def extract(script_args: TrajectoryScriptArguments, args: TrajectoryConfig, state: PartialState) -> None:
     """This process' share of the trajectories, into the folder `output_dir`."""
     from d3llm_hf.files import check_writable_folder
-    from trainers.loading import load_named
-    from trainers.trajectories import extract_trajectories
+    from trainers.common.loading import load_named
+    from trainers.trajectories.extract import extract_trajectories
 
     check_writable_folder(Path(script_args.output_dir).absolute(), "output_dir")
     with state.main_process_first():
@@ -121,7 +121,7 @@ def load_prompts(script_args: TrajectoryScriptArguments):
     """The data set: generated word problems, a file, or one of the Hub."""
     from datasets import Dataset
 
-    from trainers.loading import load_rows
+    from trainers.common.loading import load_rows
     from trainers.run_sft import word_problem_rows
 
     name, split = script_args.dataset_name, script_args.dataset_split

@@ -46,7 +46,7 @@ def run_train(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     try:
-        from trainers.bench_train import SHAPES, measure_training
+        from trainers.bench.training import SHAPES, measure_training
     except ModuleNotFoundError as error:
         raise ImportError(
             f"`d3llm bench train` needs what the trainers need (got: {error}). Install it with "
@@ -54,8 +54,8 @@ def run_train(args: argparse.Namespace) -> None:
         ) from error
     import torch
 
-    from ..evaluation.measure import write_json
-    from ..evaluation.tables import table
+    from ..evaluation.provenance import write_json
+    from ..evaluation.tables.fill import table
 
     if args.shape not in SHAPES:
         raise ValueError(f"`--shape` must be one of {list(SHAPES)} (got {args.shape!r}). Change it by other options.")

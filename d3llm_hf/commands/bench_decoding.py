@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable, check_writable_folder
 from ..locks import only_writer
+from ..settings import SETTINGS
 from .common import new_parser, tell
-from .generate import SETTINGS
 
 
 if TYPE_CHECKING:
-    from ..evaluation.bench_shapes import DecodingBench
+    from ..bench.shapes import DecodingBench
 
 # Option -> field of `DecodingBench`, type and help. What is not given is the shape's.
 _SIZES: dict[str, tuple[str, type, str]] = {
@@ -125,7 +125,7 @@ def _bench(args: argparse.Namespace, **more: Any) -> "DecodingBench":
 
     import torch
 
-    from ..evaluation.bench_shapes import SHAPES, DecodingBench
+    from ..bench.shapes import SHAPES, DecodingBench
 
     if args.output is not None:
         check_writable(args.output, "--output")
@@ -149,7 +149,7 @@ def _bench(args: argparse.Namespace, **more: Any) -> "DecodingBench":
 
 
 def run_decode(args: argparse.Namespace) -> None:
-    from ..evaluation.bench import measure_decoding
+    from ..bench.decoding import measure_decoding
 
     bench = _bench(args)
     with only_writer(args.output, "--output"):
@@ -157,7 +157,7 @@ def run_decode(args: argparse.Namespace) -> None:
 
 
 def run_growth(args: argparse.Namespace) -> None:
-    from ..evaluation.bench_growth import draw, growth_bench, measure_growth
+    from ..bench.growth import draw, growth_bench, measure_growth
 
     axes = {
         "prompt_length": args.prompt_lengths,
@@ -183,7 +183,7 @@ def _picture(output: Path, draw: Callable[[dict[str, Any], str], bytes], results
 
 
 def run_quantised(args: argparse.Namespace) -> None:
-    from ..evaluation.bench_quantised import measure_quantised
+    from ..bench.quantised import measure_quantised
 
     bench = _bench(args)
     with only_writer(args.output, "--output"):
@@ -192,8 +192,8 @@ def run_quantised(args: argparse.Namespace) -> None:
 
 def _write(args: argparse.Namespace, results: dict[str, Any]) -> None:
     """Prints the table, and writes the results with the command that repeats them."""
-    from ..evaluation.measure import write_json
-    from ..evaluation.tables import table
+    from ..evaluation.provenance import write_json
+    from ..evaluation.tables.fill import table
 
     results["command"] = command_of(args)
     sys.stdout.write(table(results))

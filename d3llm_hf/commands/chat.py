@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..terminal import Redrawn, can_redraw, printable
+from ..hub.loading import load
+from ..watch.terminal import Redrawn, can_redraw, printable
 from .common import new_parser, tell
 from .generate import (
     add_decoding_options,
     add_model_options,
     chosen_settings,
-    load,
     name_and_value,
     sampling,
     statistics,
@@ -38,7 +38,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
 
-    from ..chat import Chat
+    from ..watch.chat import Chat
 
     settings = chosen_settings(args)
     if args.max_new_tokens is not None:
@@ -53,7 +53,7 @@ class Console:
     Where stdin is no terminal, the first error ends the conversation: what follows may depend on it.
 
     Args:
-        chat ([`Chat`][d3llm_hf.chat.Chat]): the conversation.
+        chat ([`Chat`][d3llm_hf.watch.chat.Chat]): the conversation.
         model: what the user calls the model.
         live: draw drafts, where stdout is a terminal that can redraw.
         debug: let errors end the conversation.
@@ -221,7 +221,7 @@ class Console:
         if not argument:
             raise ValueError("`/save` needs a file (got nothing). Write /save conversation.json.")
 
-        from ..evaluation.measure import write_json
+        from ..evaluation.provenance import write_json
 
         file = Path(os.path.abspath(Path(argument).expanduser()))
         if file.exists() and file not in self.saved:

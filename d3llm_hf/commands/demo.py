@@ -2,8 +2,9 @@
 
 import argparse
 
+from ..hub.loading import load
 from .common import check_address, new_parser
-from .generate import add_model_options, load
+from .generate import add_model_options
 
 
 def add_parser(subparsers) -> None:

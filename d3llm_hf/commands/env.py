@@ -158,7 +158,7 @@ def _hf_home() -> str:
 
 
 def _checkpoints() -> list[str]:
-    from ..hub import embedded_checkpoints
+    from ..hub.sources import embedded_checkpoints
 
     return list(embedded_checkpoints())
 

@@ -23,7 +23,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..hub import export_checkpoint
+    from ..hub.checkpoints import export_checkpoint
 
     folder = export_checkpoint(
         args.source,

@@ -6,47 +6,14 @@ import sys
 import time
 from typing import Any
 
-from ..progress import DecidedTokens, quiet_loading
-from ..terminal import CanvasStreamer, can_redraw, printable, waiting
+from ..hub.loading import load
+from ..progress import DecidedTokens
+from ..settings import SETTINGS
+from ..watch.terminal import CanvasStreamer, can_redraw, printable
 from .common import new_parser, tell
 
 
-# Setting of `D3LLMGenerationConfig` -> type and help. A setting that is not given keeps the checkpoint's value.
-SETTINGS: dict[str, tuple[type, str]] = {
-    "decoding_method": (
-        str,
-        "d3llm, dparallel, fast_dllm, dinfer, dkv, entropy_bound, local_leap, llada or dream",
-    ),
-    "block_length": (int, "positions of a block"),
-    "steps": (int, "forwards that the answer is spread over (llada, dream, dkv)"),
-    "remasking": (str, "what ranks positions: entropy, low_confidence, maskgit_plus, topk_margin, random, origin"),
-    "entropy_threshold": (float, "nats under which a position is decided (d3llm, dparallel); higher is bolder"),
-    "entropy_bound": (float, "nats that the decided positions may sum to (entropy_bound); higher is bolder"),
-    "confidence_threshold": (float, "probability from which a position is decided; lower is bolder"),
-    "relaxed_threshold": (float, "probability that suffices near a sure position (local_leap)"),
-    "low_threshold": (float, "probability from which the surest of a run is decided (dinfer, hierarchy)"),
-    "leap_radius": (int, "positions around a sure one in which relaxed-threshold holds (local_leap)"),
-    "factor": (float, "takes the place of confidence-threshold (fast_dllm); higher is bolder"),
-    "decoder": (str, "threshold, hierarchy or credit (dinfer)"),
-    "credit_decay": (float, "fraction of a token's credit that is kept from forward to forward (dinfer, credit)"),
-    "credit_exponent": (float, "exponent of a probability's credit (dinfer, credit)"),
-    "credit_weight": (float, "weight of the credit beside the logits (dinfer, credit)"),
-    "block_add_threshold": (float, "decided fraction of a block at which the next one opens (d3llm)"),
-    "block_activation_threshold": (float, "decided fraction at which the next block must advance (d3llm)"),
-    "early_stop": (bool, "end once everything up to the first stop token is decided"),
-    "kv_cache": (str, "keys and values kept: none, prefix, dual, delayed, dkv, dkv_greedy or vicinity"),
-    "cache_delay": (int, "forwards between the end of a block (delayed) or a decision (dkv) and its caching"),
-    "cache_refresh_interval": (int, "recompute everything every so many forwards"),
-    "cache_window": (int, "positions around the decoded ones that are recomputed (vicinity, dkv_greedy)"),
-    "cache_warmup": (int, "forwards at the start that recompute everything (vicinity)"),
-    "suffix_length": (int, "undecided positions behind the last open block that a forward sees; unset: all"),
-    "cfg_scale": (float, "classifier-free guidance; 0 is off"),
-    "alg_temp": (float, "temperature of the choice of positions (dream)"),
-    "lossless": (bool, "the same tokens in fewer forwards, by verified drafts (llada, dream)"),
-    "draft_length": (int, "canvases drafted for each forward (lossless)"),
-    "seed": (int, "makes sampling repeatable"),
-}
-# The same of options of transformers that are often wanted.
+# Types of options of transformers that are often wanted.
 OTHERS: dict[str, type] = {
     "do_sample": bool, "max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float,
     "repetition_penalty": float,
@@ -171,51 +138,6 @@ def value_of(option: str, name: str, text: str) -> Any:
         return truths[text.lower()] if text.lower() in truths else json.loads(text)
     except ValueError:
         return text
-
-
-def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None):
-    """Model and tokenizer of a folder, a Hub id or an embedded checkpoint. Never runs a checkpoint's own code.
-
-    A terminal shows what is being loaded: torch and transformers alone take some seconds.
-
-    Raises:
-        ValueError: for an unknown device or dtype, or a model that cannot decode by diffusion.
-        OSError: when there is no such checkpoint.
-    """
-    with waiting(f"loading {name}"):
-        return _load(name, device, dtype, revision)
-
-
-def _load(name: str, device: str, dtype: str, revision: str | None):
-    import torch
-    from transformers import AutoModel
-
-    from ..hub import checkpoint_source
-    from ..models.generation_d3llm import D3LLMGenerationMixin
-    from ..sources import load_tokenizer, loading
-
-    quiet_loading()
-    known = getattr(torch, dtype, None)
-    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
-        raise ValueError(f"`--dtype` must be a floating point type of torch (got {dtype!r}). Try float32 or bfloat16.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(
-            f"`--device` must be a device of torch that this machine has (got {device!r}: {error}). Try cpu."
-        ) from error
-    source = checkpoint_source(name)
-    common: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    with loading(name):
-        model = AutoModel.from_pretrained(source, dtype=dtype, **common)
-    if not isinstance(model, D3LLMGenerationMixin):
-        raise ValueError(
-            f"`model` must be a LLaDA, Dream or d3LLM checkpoint (got {type(model).__name__} from {name!r})."
-        )
-    return model.to(target).eval(), load_tokenizer(source, name, **common)
 
 
 def statistics(output, seconds: float) -> str:

@@ -13,6 +13,6 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..hub import init_checkpoint
+    from ..hub.checkpoints import init_checkpoint
 
     tell(f"wrote {init_checkpoint(args.name, args.destination, overwrite=args.overwrite)}")

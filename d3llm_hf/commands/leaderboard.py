@@ -14,7 +14,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..evaluation.leaderboard import TITLE, write_leaderboard
+    from ..evaluation.leaderboard.write import TITLE, write_leaderboard
 
     folder = write_leaderboard(args.results, args.output, published=args.published, title=args.title or TITLE)
     tell(f"wrote {folder / 'index.html'}")

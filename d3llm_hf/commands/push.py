@@ -18,7 +18,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..push import checked_files, left_out, push_folder
+    from ..hub.push import checked_files, left_out, push_folder
 
     files = checked_files(args.folder)
     for name in left_out(args.folder):

@@ -4,8 +4,10 @@ import argparse
 import logging
 import os
 
+from ..hub.loading import load
+from ..settings import SETTINGS
 from .common import check_address, new_parser, tell
-from .generate import SETTINGS, add_settings, load
+from .generate import add_settings
 
 
 # Limit of `create_app` -> type and help.

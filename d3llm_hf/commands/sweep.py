@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from ..files import check_writable
+from ..hub.loading import load
 from ..locks import only_writer
 from .common import new_parser, tell
-from .generate import load, name_and_value, value_of
+from .generate import name_and_value, value_of
 
 
 def add_parser(subparsers) -> None:
@@ -68,9 +69,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace, models: dict[str, str]) -> None:
-    from ..evaluation.grids import curves_of
-    from ..evaluation.sweep import check_settings, describe, sweep
-    from ..evaluation.tasks import load_tasks
+    from ..evaluation.sweep.grids import curves_of
+    from ..evaluation.sweep.sweep import check_settings, describe, sweep
+    from ..evaluation.tasks.load import load_tasks
 
     curves = curves_of(
         [_method(text) for text in args.methods],
@@ -117,7 +118,7 @@ def _sweep(args: argparse.Namespace, models: dict[str, str]) -> None:
 
 def summary(point: dict[str, Any]) -> str:
     """One line about a point: tokens per forward and accuracy with their intervals, and tokens per second."""
-    from ..evaluation.sweep import describe
+    from ..evaluation.sweep.sweep import describe
 
     name = describe(point["model"], point["task"], point["method"], point["parameter"], point["value"])
     (fewest, most), (low, high) = point["tpf_interval"], point["accuracy_interval"]

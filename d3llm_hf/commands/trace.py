@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     check_writable(args.output, "--output")
     prompt, model, tokenizer, inputs, settings = prepare(args)
 
-    from ..trace_page import page
+    from ..watch.trace_page import page
 
     runs = [settings]
     if compared is not None:
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _traced(model, tokenizer, prompt: str, inputs, name: str, settings: dict[str, Any]):
-    from ..trace import Recording
+    from ..watch.trace import Recording
 
     length = canvas_length(model, settings)
     with (

@@ -1,1 +1,1 @@
-"""Evaluation: synthetic word problems, exact match, accuracy-parallelism sweeps."""
+"""Evaluation: tasks, sweeps over settings, leaderboard, lm-eval, and the tables of the documents."""

@@ -8,29 +8,24 @@ arguments of `generate` (see `suites.py`); a row of the results file is a settin
 """
 
 import argparse
-import hashlib
-import json
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedTokenizerBase
 
-from .. import __version__
-from ..files import check_writable, replace_file
-from ..hub import embedded_checkpoints
+from ..files import check_writable
+from ..hub.sources import embedded_checkpoints
 from ..locks import InUseError, only_writer
 from ..models.generation_d3llm import D3LLMGenerationMixin
 from ..progress import progress_bar
 from ..text import encode_chats
+from .provenance import provenance, write_json
 from .suites import FIGURES, SUITES, Settings, Suite
-from .word_problems import WordProblem, exact_match, generate_problems
+from .tasks.word_problems import WordProblem, exact_match, generate_problems
 
 
 SCHEMA = 1
@@ -223,28 +218,6 @@ def _row(suite: Suite, name: str, settings: Settings, tallies: dict[str, Tally])
 def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def provenance(folder: Path) -> dict[str, Any]:
-    """What is needed to repeat a measurement: versions, machine, and which weights."""
-    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    return environment() | {"device": "cpu", "threads": torch.get_num_threads(), "weights_sha256": weights}
-
-
-def environment() -> dict[str, Any]:
-    """Versions, and the day of a measurement."""
-    return {
-        "d3llm_hf": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a results file that is complete or absent."""
-    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def command(args: argparse.Namespace, model: str) -> str:

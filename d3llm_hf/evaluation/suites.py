@@ -23,7 +23,7 @@ class Suite:
 
     Args:
         rows: name -> arguments of `generate`.
-        columns: keys of `tables.COLUMNS`.
+        columns: keys of `tables.fill.COLUMNS`.
         against: row -> the row that it is compared with, which comes first and is compared with itself.
         problems: how many are decoded where nothing else is asked for.
         notes: what a reader must know to read the table, in Markdown.

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..evaluation.stops import before_stop, tokens_of
-from ..row_text import RowText
-from ..terminal import MASK_SIGN
+from ..stops import before_stop, tokens_of
+from ..watch.row_text import RowText
+from ..watch.terminal import MASK_SIGN
 from .jobs import Answer, Job, Piece
 
 

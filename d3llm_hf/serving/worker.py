@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from ..evaluation.stops import StopInAnswer
 from ..models.text_config import text_setting
+from ..stops import StopInAnswer
 from .errors import ApiError, stopped
 from .follower import Abandoned, Follower
 from .jobs import Job

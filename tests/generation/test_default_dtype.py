@@ -8,8 +8,8 @@ from every_setting import CACHES, METHODS
 from tiny import EOS, PAD, left_padded, tiny_prompt, trained_like
 
 from d3llm_hf import LLaDAConfig, LLaDAModelLM, is_greedy, log_likelihood
-from trainers.noisy_views import draw_view
-from trainers.sft_masking import draw_answer_mask, generator_for
+from trainers.distill.noisy_views import draw_view
+from trainers.sft.masking import draw_answer_mask, generator_for
 
 
 DEFAULTS = [torch.bfloat16, torch.float16, torch.float64]

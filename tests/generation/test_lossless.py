@@ -6,8 +6,8 @@ from tiny import EOS, MASK, PAD, ScriptedModel, changing_script, left_padded, ta
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from d3llm_hf import D3LLMGenerationConfig
-from d3llm_hf.evaluation.word_problems import generate_problems
-from d3llm_hf.hub import embedded_checkpoints
+from d3llm_hf.evaluation.tasks.word_problems import generate_problems
+from d3llm_hf.hub.sources import embedded_checkpoints
 
 
 FAMILIES = ("llada", "dream")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import SUPPORT
 from tiny import MASK, ScriptedModel, answer, changing_script, tables
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
@@ -87,7 +88,7 @@ def interpreted(tmp_path_factory):
     """What `row_sums` gives for every case in Triton's interpreter, a process for all of them."""
     folder = tmp_path_factory.mktemp("kernel")
     torch.save(CASES | {"broken": (BROKEN, 5)}, folder / "cases.pt")
-    script = Path(__file__).parent.parent / "interpreted_kernel.py"
+    script = SUPPORT / "interpreted_kernel.py"
     command = [sys.executable, script, HERE, folder / "cases.pt", folder / "sums.pt"]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:

@@ -3,18 +3,18 @@
 import json
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
+from places import GOLDEN
 
 import d3llm_hf
 from d3llm_hf.metrics.aup.curve import aup_score
 
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "aup" / "aup.json").read_text())
+RECORDED = json.loads((GOLDEN / "aup" / "aup.json").read_text())
 NUMBERS = {"min_value": 0.1, "max_value": 30.0, "allow_nan": False}
 POINTS = st.lists(
     st.tuples(st.floats(**NUMBERS), st.floats(2.0, 100.0)), min_size=1, max_size=8, unique_by=lambda point: point[0]
@@ -48,7 +48,7 @@ def score(points, **settings):
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in GOLDEN["synthetic"] if "error" not in case], ids=lambda c: str(c["rho"])
+    "case", [case for case in RECORDED["synthetic"] if "error" not in case], ids=lambda c: str(c["rho"])
 )
 def test_recorded_values_of_the_published_code_are_reproduced(case):
     options = {{"y_min_offset": "slack"}.get(name, name): value for name, value in case["kwargs"].items()}
@@ -63,7 +63,7 @@ def test_recorded_values_of_the_published_code_are_reproduced(case):
 
 
 def test_recorded_weights_are_reproduced():
-    for case in GOLDEN["weight_function"]:
+    for case in RECORDED["weight_function"]:
         y, y_max, alpha = case["y"], case["y_max"], case["alpha"]
         # A first point at full accuracy, then one step of 2: the area is y_max + y * W(y).
         areas = aup_score([1.0, 3.0], [y_max, y], y_max=y_max, alpha=alpha, slack=100.0).areas

@@ -5,22 +5,20 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import REPOSITORY, SUPPORT
 
 from d3llm_hf.metrics import registration
 from d3llm_hf.metrics.aup.curve import aup_score, bootstrap_aup
 
-
-REPOSITORY = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("evaluate") is None, reason="evaluate is not installed")
 
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory) -> dict:
-    """What `tests/metric_process.py` says after another process has imported the package."""
+    """What `tests/support/metric_process.py` says after another process has imported the package."""
     work = tmp_path_factory.mktemp("metric")
     (work / "somewhere").mkdir()
     environment = {
@@ -29,7 +27,7 @@ def facts(tmp_path_factory) -> dict:
         if name not in (registration.OPT_OUT, "HF_MODULES_CACHE", "HF_EVALUATE_OFFLINE", "HF_METRICS_CACHE")
     } | {"HF_HOME": str(work / "home"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, "-c", "import d3llm_hf"], cwd=REPOSITORY, env=environment, check=True)
-    script = REPOSITORY / "tests" / "metric_process.py"
+    script = SUPPORT / "metric_process.py"
     done = subprocess.run(
         [sys.executable, str(script), registration.METRIC_FOLDER, str(REPOSITORY / "docs" / "measuring.md")],
         cwd=work / "somewhere",

@@ -1,14 +1,14 @@
 """Every published AUP, with the y_max of its own table and with one y_max for the tables of a task."""
 
 import json
-from pathlib import Path
 
 import pytest
+from places import GOLDEN
 
 from d3llm_hf.metrics.aup.curve import aup_score
 
 
-FOLDER = Path(__file__).parents[1] / "golden" / "aup"
+FOLDER = GOLDEN / "aup"
 RECORDED = json.loads((FOLDER / "aup.json").read_text())
 TABLES = RECORDED["tables"] | json.loads((FOLDER / "dream.json").read_text())["tables"]
 TASKS = ("GSM8K-CoT", "MATH", "MBPP", "HumanEval", "Long-GSM8K")

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from places import REPOSITORY
 
 from d3llm_hf import cli
 from d3llm_hf.metrics import registration
 
 
-REPOSITORY = Path(__file__).parents[2]
 IMPORT = """
 import importlib.abc, sys
 without = sys.argv[1:]

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from d3llm_hf import export_checkpoint
+from d3llm_hf.hub.push import checked_files
 from d3llm_hf.models.architecture import ArchitectureError
-from d3llm_hf.push import checked_files
 
 
 FOREIGN = {

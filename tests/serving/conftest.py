@@ -15,7 +15,7 @@ QUESTION = "Tom has 8 apples. He buys 7 more. He gives 4 to a friend. How many a
 @pytest.fixture(scope="session")
 def loaded():
     """Model and tokenizer of the embedded checkpoint."""
-    from d3llm_hf.commands.generate import load
+    from d3llm_hf.hub.loading import load
 
     return load(NAME, device="cpu", dtype="float32")
 

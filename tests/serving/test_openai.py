@@ -4,13 +4,13 @@ import asyncio
 import re
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from places import REPOSITORY
 
-from d3llm_hf.terminal import MASK_SIGN
+from d3llm_hf.watch.terminal import MASK_SIGN
 
 
 QUESTION = "Tom has 8 apples. He buys 7 more. He gives 4 to a friend. How many apples does Tom have now?"
@@ -186,7 +186,7 @@ def test_a_client_that_leaves_ends_its_decoding_and_nobody_elses(client, gate, a
 
 
 def test_the_example_of_the_documentation_runs(address, monkeypatch, capsys):
-    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
     mark = r"<!-- run in: tests/serving/test_openai\.py -->\n```python\n(.*?)```"
     (example,) = re.findall(mark, page, flags=re.DOTALL)
     names = {}

@@ -1,0 +1,1 @@
+"""Curves side by side: scored, ranked, drawn and written."""

@@ -1,0 +1,50 @@
+"""Model and tokenizer of the commands, from the name that was typed."""
+
+from typing import Any
+
+from ..progress import quiet_loading
+from ..watch.terminal import waiting
+from .sources import checkpoint_source, load_tokenizer, loading
+
+
+def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None):
+    """Model and tokenizer of a folder, a Hub id or an embedded checkpoint. Never runs a checkpoint's own code.
+
+    A terminal shows what is being loaded: torch and transformers alone take some seconds.
+
+    Raises:
+        ValueError: for an unknown device or dtype, or a model that cannot decode by diffusion.
+        OSError: when there is no such checkpoint.
+    """
+    with waiting(f"loading {name}"):
+        return _load(name, device, dtype, revision)
+
+
+def _load(name: str, device: str, dtype: str, revision: str | None):
+    import torch
+    from transformers import AutoModel
+
+    from ..models.generation_d3llm import D3LLMGenerationMixin
+
+    quiet_loading()
+    known = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise ValueError(f"`--dtype` must be a floating point type of torch (got {dtype!r}). Try float32 or bfloat16.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(
+            f"`--device` must be a device of torch that this machine has (got {device!r}: {error}). Try cpu."
+        ) from error
+    source = checkpoint_source(name)
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    with loading(name):
+        model = AutoModel.from_pretrained(source, dtype=dtype, **common)
+    if not isinstance(model, D3LLMGenerationMixin):
+        raise ValueError(
+            f"`model` must be a LLaDA, Dream or d3LLM checkpoint (got {type(model).__name__} from {name!r})."
+        )
+    return model.to(target).eval(), load_tokenizer(source, name, **common)

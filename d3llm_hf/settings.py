@@ -1,0 +1,37 @@
+"""The settings of decoding as commands, server and demo offer them: their types, and a line on each."""
+
+# Setting of `D3LLMGenerationConfig` -> type and help. A setting that is not given keeps the checkpoint's value.
+SETTINGS: dict[str, tuple[type, str]] = {
+    "decoding_method": (
+        str,
+        "d3llm, dparallel, fast_dllm, dinfer, dkv, entropy_bound, local_leap, llada or dream",
+    ),
+    "block_length": (int, "positions of a block"),
+    "steps": (int, "forwards that the answer is spread over (llada, dream, dkv)"),
+    "remasking": (str, "what ranks positions: entropy, low_confidence, maskgit_plus, topk_margin, random, origin"),
+    "entropy_threshold": (float, "nats under which a position is decided (d3llm, dparallel); higher is bolder"),
+    "entropy_bound": (float, "nats that the decided positions may sum to (entropy_bound); higher is bolder"),
+    "confidence_threshold": (float, "probability from which a position is decided; lower is bolder"),
+    "relaxed_threshold": (float, "probability that suffices near a sure position (local_leap)"),
+    "low_threshold": (float, "probability from which the surest of a run is decided (dinfer, hierarchy)"),
+    "leap_radius": (int, "positions around a sure one in which relaxed-threshold holds (local_leap)"),
+    "factor": (float, "takes the place of confidence-threshold (fast_dllm); higher is bolder"),
+    "decoder": (str, "threshold, hierarchy or credit (dinfer)"),
+    "credit_decay": (float, "fraction of a token's credit that is kept from forward to forward (dinfer, credit)"),
+    "credit_exponent": (float, "exponent of a probability's credit (dinfer, credit)"),
+    "credit_weight": (float, "weight of the credit beside the logits (dinfer, credit)"),
+    "block_add_threshold": (float, "decided fraction of a block at which the next one opens (d3llm)"),
+    "block_activation_threshold": (float, "decided fraction at which the next block must advance (d3llm)"),
+    "early_stop": (bool, "end once everything up to the first stop token is decided"),
+    "kv_cache": (str, "keys and values kept: none, prefix, dual, delayed, dkv, dkv_greedy or vicinity"),
+    "cache_delay": (int, "forwards between the end of a block (delayed) or a decision (dkv) and its caching"),
+    "cache_refresh_interval": (int, "recompute everything every so many forwards"),
+    "cache_window": (int, "positions around the decoded ones that are recomputed (vicinity, dkv_greedy)"),
+    "cache_warmup": (int, "forwards at the start that recompute everything (vicinity)"),
+    "suffix_length": (int, "undecided positions behind the last open block that a forward sees; unset: all"),
+    "cfg_scale": (float, "classifier-free guidance; 0 is off"),
+    "alg_temp": (float, "temperature of the choice of positions (dream)"),
+    "lossless": (bool, "the same tokens in fewer forwards, by verified drafts (llada, dream)"),
+    "draft_length": (int, "canvases drafted for each forward (lossless)"),
+    "seed": (int, "makes sampling repeatable"),
+}

@@ -1,0 +1,1 @@
+"""Answers while they are decided and afterwards: streams, terminal, conversation, trace."""

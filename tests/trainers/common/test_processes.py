@@ -1,0 +1,188 @@
+"""Distillation in several processes: the losses of one process, sharded weights, and the files that launch it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import joined_runs
+import pytest
+import torch
+import yaml
+from distillation import ARGUMENTS, student, trajectories
+from official import tiny_tokenizer
+from places import REPOSITORY
+from safetensors.torch import load_file
+
+from d3llm_hf import LLaDAModelLM
+from trainers.common.whole_checkpoints import check_checkpoint, last_whole_checkpoint
+
+
+CONFIGS = REPOSITORY / "trainers" / "accelerate_configs"
+# Losses of two processes and of one are means of the same terms in another order.
+LOSS_TOLERANCE = 1e-5
+forks = pytest.mark.skipif(sys.platform == "win32", reason="forks")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    tokenizer = tiny_tokenizer()
+    student(tokenizer, n_layers=2).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    trajectories(16).to_parquet(folder / "rows.parquet")
+    return folder
+
+
+def arguments(teacher, output, batch_size, **more):
+    """Of the script: four steps of four samples each, with a checkpoint every two."""
+    values = ARGUMENTS | {"model_name_or_path": teacher / "model", "dataset_name": teacher / "rows.parquet"}
+    values |= {"per_device_train_batch_size": batch_size, "output_dir": output, "loss_reduction": "sample"}
+    values |= {"save_strategy": "steps", "save_steps": 2} | more
+    return [
+        part
+        for name, value in values.items()
+        for part in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+    ]
+
+
+@pytest.fixture(scope="module")
+def told(teacher, tmp_path_factory):
+    """What was trained by one process, by two, by two with a shard each, and by these resumed half-way."""
+    folder = tmp_path_factory.mktemp("joined")
+    sharding = joined_runs.environment_of(CONFIGS / "fsdp.yaml") | {"ACCELERATE_MIXED_PRECISION": "no"}
+    resume = {"resume_from_checkpoint": folder / "sharded" / "checkpoint-2"}
+    runs = {
+        "one": {"processes": 1, "arguments": arguments(teacher, folder / "one", 4)},
+        "two": {"processes": 2, "arguments": arguments(teacher, folder / "two", 2)},
+        "sharded": {
+            "processes": 2,
+            "arguments": arguments(teacher, folder / "sharded", 2),
+            "environment": sharding,
+        },
+        "resumed": {
+            "processes": 2,
+            "arguments": arguments(teacher, folder / "resumed", 2, **resume),
+            "environment": sharding,
+        },
+    }
+    for name, run in runs.items():
+        run["told"] = str(folder / f"{name}.json")
+    joined_runs.run_in_process(list(runs.values()))
+    found = {name: json.loads(Path(run["told"]).read_text(encoding="utf-8")) for name, run in runs.items()}
+    return found | {"folder": folder}
+
+
+def logged(run, name="loss"):
+    return [entry[name] for entry in run["log"] if "loss" in entry]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@forks
+@pytest.mark.parametrize("name", ["two", "sharded"])
+def test_two_processes_have_the_losses_of_one_with_twice_the_batch(told, name):
+    assert (told["one"]["processes"], told[name]["processes"]) == (1, 2)
+    for quantity in ("loss", "cross_entropy", "complementary_cross_entropy", "masked_fraction", "noise_level"):
+        expected = logged(told["one"], quantity)
+        assert len(expected) == 4 and logged(told[name], quantity) == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    assert logged(told[name], "grad_norm") == pytest.approx(logged(told["one"], "grad_norm"), rel=1e-4)
+    one, other = (weights(told["folder"] / run) for run in ("one", name))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(tensor, other[key], atol=1e-4) for key, tensor in one.items())
+
+
+@forks
+def test_sharded_weights_are_saved_whole_and_load_with_from_pretrained(told):
+    assert told["sharded"]["sharded"] and not told["two"]["sharded"]
+    for folder in (told["folder"] / "sharded", told["folder"] / "sharded" / "checkpoint-4"):
+        model = LLaDAModelLM.from_pretrained(folder)
+        assert type(model.lm_head.weight) is torch.nn.Parameter
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        assert config["architectures"] == ["LLaDAModelLM"]
+
+
+@forks
+def test_sharded_training_resumes_to_the_same_weights(told):
+    assert told["resumed"]["sharded"]
+    assert logged(told["resumed"]) == logged(told["sharded"])
+    whole, resumed = (weights(told["folder"] / name) for name in ("sharded", "resumed"))
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
+
+
+@forks
+@pytest.mark.parametrize("name", ["two", "sharded"])
+def test_a_checkpoint_of_several_processes_lists_the_files_of_all(told, name):
+    checkpoint = told["folder"] / name / "checkpoint-4"
+    check_checkpoint(checkpoint)
+    listed = json.loads((checkpoint / "checkpoint_files.json").read_text(encoding="utf-8"))["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors"} <= set(listed)
+    assert any(file.startswith("optimizer") for file in listed)
+    (checkpoint / "rng_state_1.pth").unlink()
+    assert last_whole_checkpoint(told["folder"] / name).endswith("checkpoint-2")
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_script_in_two_processes(teacher, tmp_path):
+    config = ["--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *config]
+    script = str(REPOSITORY / "trainers" / "run_distill.py")
+    run = subprocess.run(
+        [*launch, script, *arguments(teacher, tmp_path / "two", 2)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    joined_runs.run_in_process(
+        [{"processes": 1, "arguments": arguments(teacher, tmp_path / "one", 4), "told": str(tmp_path / "one.json")}]
+    )
+    state = tmp_path / "two" / "checkpoint-4" / "trainer_state.json"
+    two = {"log": json.loads(state.read_text(encoding="utf-8"))["log_history"]}
+    one = json.loads((tmp_path / "one.json").read_text(encoding="utf-8"))
+    assert logged(two) == pytest.approx(logged(one), abs=LOSS_TOLERANCE)
+
+
+# The files
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_configuration_says_how_it_is_launched_and_what_was_not_tested(path):
+    text = path.read_text(encoding="utf-8")
+    comments = " ".join(line.strip("# ") for line in text.splitlines() if line.startswith("#"))
+    assert f"accelerate launch --config_file trainers/accelerate_configs/{path.name} trainers/run_" in comments
+    assert "Not tested on GPUs" in comments or "Untested" in comments
+    assert yaml.safe_load(text)["num_processes"] == 4
+
+
+def test_the_configurations_mean_what_they_say(monkeypatch):
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    kinds = {path.stem: load_config_from_file(str(path)).distributed_type.value for path in CONFIGS.glob("*.yaml")}
+    deepspeed = dict.fromkeys(["deepspeed_zero2", "deepspeed_zero3"], "DEEPSPEED")
+    assert kinds == {"ddp": "MULTI_GPU", "fsdp": "FSDP"} | deepspeed
+    for name, value in joined_runs.environment_of(CONFIGS / "fsdp.yaml").items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeeds_configuration_becomes_a_plugin_of_its_stage(stage, monkeypatch):
+    pytest.importorskip("deepspeed")
+    from accelerate import DeepSpeedPlugin
+
+    for name, value in joined_runs.environment_of(CONFIGS / f"deepspeed_zero{stage}.yaml").items():
+        monkeypatch.setenv(name, value)
+    plugin = DeepSpeedPlugin()
+    assert plugin.zero_stage == stage
+    zero = plugin.deepspeed_config["zero_optimization"]
+    assert zero["stage"] == stage
+    assert zero["stage3_gather_16bit_weights_on_model_save"] is (stage == 3)

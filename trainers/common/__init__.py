@@ -1,0 +1,1 @@
+"""What the trainers and their scripts share."""

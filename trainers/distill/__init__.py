@@ -1,0 +1,1 @@
+"""Distillation from pseudo-trajectories (d3LLM)."""

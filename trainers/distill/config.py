@@ -1,0 +1,252 @@
+"""Arguments of pseudo-trajectory distillation."""
+
+import math
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any, ClassVar
+
+from ..common.argument_checks import check_ranges
+from ..common.arguments import CarefulArguments
+from .noisy_views import OBJECTIVES
+
+
+_DEFAULT_WINDOWS = {"trajectory": (16, 16, 24, 24, 32, 32), "random": (16, 16, 24, 24, 32, 32), "certainty": (32,)}
+_DEFAULT_LOSS_SCALES = {"trajectory": 0.25, "random": 0.25, "certainty": 1.0}
+
+_DECODED = ("tpf", "exact_match", "eval_tpf", "eval_exact_match")
+_RANGES = {
+    "max_prompt_length": (1, math.inf),
+    "response_length": (1, math.inf),
+    "loss_chunk_size": (1, math.inf),
+    "sft_suffix_window": (1, math.inf),
+    "eval_generate_samples": (0, math.inf),
+    "entropy_weight": (0, math.inf),
+    "loss_scale": (0, math.inf),
+    "sft_weight": (0, math.inf),
+    "sft_min_mask_ratio": (0, 1),
+    "sft_suffix_mask_fraction": (0, 1),
+    "noise_start": (0, 1),
+}
+
+
+@dataclass
+class PseudoTrajectoryDistillConfig(CarefulArguments):
+    r"""Configuration of the [`PseudoTrajectoryDistillTrainer`].
+
+    All of [`~transformers.TrainingArguments`] applies; below is what this class adds or changes. The defaults are
+    those of d3LLM-LLaDA.
+
+    > [!NOTE]
+    > Changed defaults: `remove_unused_columns=False`, because the collator reads columns that no model accepts,
+    > `logging_steps=10` and `learning_rate=2e-5`.
+
+    > Parameters that control the model:
+
+        model_init_kwargs (`dict` or `str`, *optional*): Arguments of `from_pretrained` where `model` is given as a
+            string. Its `dtype` is float32 when unset, whatever the checkpoint's.
+
+    > Parameters that control the data:
+
+        max_prompt_length (`int`, defaults to 512): Longest prompt in tokens; longer examples are left out.
+        response_length (`int`, defaults to 256): Length of the answer canvas in tokens. Examples with a longer answer
+            are left out.
+        supervise_eos_fill (`bool`, defaults to `True`): Whether the answer is filled up to the canvas with the
+            end-of-text token and the fill is learnt, as in d3LLM. With `False` it is neither hidden nor attended to.
+        use_target_ids (`bool`, defaults to `False`): Learn the text of `target_ids` (the data set's own answers) in
+            the teacher's order, instead of the teacher's answers. d3LLM does so ("pseudo" trajectories).
+        only_correct (`bool`, defaults to `False`): Leave out samples whose `correct` is not true.
+
+    > Parameters that control the noisy views:
+
+        objective (`str`, defaults to `"trajectory"`): `"trajectory"` hides what the teacher had not decided yet
+            (d3LLM), `"random"` hides tokens at random (the naive baseline), `"certainty"` hides half of a block at
+            random (dParallel's certainty forcing).
+        complementary (`bool`, defaults to `True`): Learn from the complementary view as well.
+        blockwise (`bool`, defaults to `True`): Draw a window of the answer; with `False` the whole canvas is one.
+        windows_over_fill (`bool`, defaults to `False`): Whether windows may begin in the fill (d3LLM-Dream), or in the
+            answer only (d3LLM-LLaDA). The last window reaches to the end of the canvas in either case.
+        noise_start, noise_end (`float`, default to 0.0 and 0.8): The noise level is uniform between a floor and
+            `noise_end`. Not used by `"certainty"`.
+        noise_curriculum (`bool`, defaults to `True`): Let the floor go from `noise_start` to `noise_end` over the run;
+            with `False` it stays at `noise_start`.
+        window_sizes (`list[int]`, *optional*): Window per epoch, interpolated within it (with `max_steps`, spread over
+            the run). `[16, 16, 24, 24, 32, 32]` when unset, `[32]` for `"certainty"`.
+
+    > Parameters that control the loss:
+
+        entropy_weight (`float`, defaults to 2.0): Weight of the entropy of tokens that are predicted right.
+        entropy_temperature (`float`, defaults to 0.5): Temperature of that entropy.
+        entropy_on_complement (`bool`, *optional*): Whether the complementary view has an entropy term too. When unset,
+            with `"certainty"` and for models with a label shift, as in the published codes.
+        loss_scale (`float`, *optional*): Factor of the whole distillation loss. 0.25 when unset, as in d3LLM's code,
+            for which its learning rate and gradient clipping were chosen; 1 for `"certainty"`, as in dParallel's.
+        loss_reduction (`str`, defaults to `"token"`): Average each term over the tokens of a micro-batch, as the
+            published codes do, or (`"sample"`) over those of each sample and then over samples. Only with `"sample"`
+            is the gradient the same however a batch is split into micro-batches.
+        label_shift (`int`, *optional*): 0 if logits row i predicts token i (LLaDA), 1 if row i - 1 does (Dream).
+            Read from the model's `logit_shift` when unset.
+        loss_chunk_size (`int`, defaults to 128): Positions whose float32 probabilities exist at the same time.
+
+    > Parameters that control the supervised mixture:
+
+        sft_weight (`float`, defaults to 0.0): Weight of LLaDA's fine-tuning loss on the same answers, added to the
+            scaled distillation loss. It can keep a small model from forgetting, costs half as much again, and hides
+            in an order of its own, so that the teacher's order counts for less.
+        sft_min_mask_ratio, sft_suffix_mask_fraction, sft_suffix_window: As `min_mask_ratio`, `suffix_mask_fraction`
+            and `suffix_window` of [`MaskedDiffusionSFTConfig`].
+
+    > Parameters that control the evaluation:
+
+        eval_generate_samples (`int`, defaults to 0): Decode this many held-out prompts with `generate` and report
+            tokens per forward and, where there are reference answers, exact match.
+        eval_generate_steps (`int`, *optional*): Do so only in evaluations at multiples of this step. At each if unset.
+        eval_generate_kwargs (`dict` or `str`): Arguments of `generate`; `{"decoding_method": "d3llm"}` if empty.
+        eval_answer_column (`str`, defaults to `"answer"`): Column of the reference answers.
+
+    Raises:
+        TypeError: If a value is of another kind than its field.
+        ValueError: If a value is outside its range, or an argument would have no effect.
+    """
+
+    _FREE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "loss_chunk_size",
+            "eval_generate_samples",
+            "eval_generate_steps",
+            "eval_generate_kwargs",
+            "eval_answer_column",
+        }
+    )
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *CarefulArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "eval_generate_kwargs",
+    ]
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Whether to drop columns the model does not accept. Must stay False."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of from_pretrained (JSON) where the model is given as a string."}
+    )
+
+    max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt in tokens; longer are left out."})
+    response_length: int = field(default=256, metadata={"help": "Length of the answer canvas in tokens."})
+    supervise_eos_fill: bool = field(
+        default=True, metadata={"help": "Fill the canvas after the answer with end-of-text tokens and learn them."}
+    )
+    use_target_ids: bool = field(
+        default=False, metadata={"help": "Learn the text of `target_ids` in the teacher's order."}
+    )
+    only_correct: bool = field(default=False, metadata={"help": "Leave out samples whose `correct` is not true."})
+
+    objective: str = field(
+        default="trajectory",
+        metadata={"help": "What is hidden: trajectory (d3LLM), random (baseline) or certainty (dParallel)."},
+    )
+    complementary: bool = field(default=True, metadata={"help": "Learn from the complementary view as well."})
+    blockwise: bool = field(default=True, metadata={"help": "Draw a window; otherwise the whole canvas is one."})
+    windows_over_fill: bool = field(default=False, metadata={"help": "Let windows begin in the end-of-text fill."})
+    noise_start: float = field(default=0.0, metadata={"help": "Smallest noise level at the beginning."})
+    noise_end: float = field(default=0.8, metadata={"help": "Largest noise level; the smallest one at the end."})
+    noise_curriculum: bool = field(
+        default=True, metadata={"help": "Raise the smallest noise level to noise_end over the run."}
+    )
+    window_sizes: list[int] | None = field(
+        default=None, metadata={"help": "Window per epoch. 16 16 24 24 32 32 if unset; 32 for certainty."}
+    )
+
+    entropy_weight: float = field(default=2.0, metadata={"help": "Weight of the entropy of right predictions."})
+    entropy_temperature: float = field(default=0.5, metadata={"help": "Temperature of that entropy."})
+    entropy_on_complement: bool | None = field(
+        default=None,
+        metadata={"help": "Entropy term in the complementary view too. With certainty or a label shift if unset."},
+    )
+    loss_scale: float | None = field(
+        default=None, metadata={"help": "Factor of the distillation loss. 0.25 if unset; 1 for certainty."}
+    )
+    loss_reduction: str = field(
+        default="token", metadata={"help": "Average over the tokens of a micro-batch (token) or per sample (sample)."}
+    )
+    label_shift: int | None = field(
+        default=None,
+        metadata={"help": "0: logits row i predicts token i; 1: row i - 1 does. From the model when unset."},
+    )
+    loss_chunk_size: int = field(
+        default=128, metadata={"help": "Positions whose float32 probabilities exist at the same time."}
+    )
+
+    sft_weight: float = field(default=0.0, metadata={"help": "Weight of LLaDA's fine-tuning loss."})
+    sft_min_mask_ratio: float = field(default=0.0, metadata={"help": "Smallest mask ratio of that loss."})
+    sft_suffix_mask_fraction: float = field(
+        default=0.0, metadata={"help": "Fraction of its answers that are masked from a random place on."}
+    )
+    sft_suffix_window: int = field(default=8, metadata={"help": "Tokens after such a place that have a loss."})
+
+    eval_generate_samples: int = field(default=0, metadata={"help": "Held-out prompts to decode in an evaluation."})
+    eval_generate_steps: int | None = field(
+        default=None, metadata={"help": "Decode at multiples of this step only. In every evaluation if unset."}
+    )
+    eval_generate_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of generate (JSON). d3LLM's decoding if unset."}
+    )
+    eval_answer_column: str = field(default="answer", metadata={"help": "Column of the reference answers."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_choices()
+        if self.window_sizes is None:
+            self.window_sizes = list(_DEFAULT_WINDOWS[self.objective])
+        if self.loss_scale is None:
+            self.loss_scale = _DEFAULT_LOSS_SCALES[self.objective]
+        if self.eval_generate_kwargs is None:
+            self.eval_generate_kwargs = {"decoding_method": "d3llm"}
+        self._check_ranges()
+
+    def _check_choices(self) -> None:
+        for name, choices in (("objective", OBJECTIVES), ("loss_reduction", ("token", "sample"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"`{name}` must be one of {list(choices)} (got {getattr(self, name)!r}). "
+                    "Set it in `PseudoTrajectoryDistillConfig`."
+                )
+        if self.label_shift not in (None, 0, 1):
+            raise ValueError(
+                f"`label_shift` must be 0 or 1 (got {self.label_shift}). Leave it unset to read it from the model."
+            )
+        if self.remove_unused_columns:
+            raise ValueError(
+                "`remove_unused_columns` must be False (got True): the collator reads columns that no model accepts. "
+                "Leave it unset."
+            )
+
+    def _check_ranges(self) -> None:
+        check_ranges(self, _RANGES | {"noise_end": (self.noise_start, 1)})
+        if self.entropy_temperature <= 0:
+            raise ValueError(
+                f"`entropy_temperature` must be positive (got {self.entropy_temperature}). The default is 0.5."
+            )
+        if self.eval_generate_steps is not None and self.eval_generate_steps < 1:
+            raise ValueError(
+                f"`eval_generate_steps` must be at least 1 (got {self.eval_generate_steps}). "
+                "Leave it unset to decode in every evaluation."
+            )
+        if self.eval_generate_steps is not None and self.metric_for_best_model in _DECODED:
+            raise ValueError(
+                "`eval_generate_steps` must be unset where every evaluation is compared by what it decodes (got "
+                f"{self.eval_generate_steps} and {self.metric_for_best_model!r}). Unset it, or choose another "
+                "`metric_for_best_model`."
+            )
+        sizes = self.window_sizes if isinstance(self.window_sizes, list | tuple) else ()
+        if not sizes or not all(map(_is_length, sizes)):
+            raise ValueError(
+                f"`window_sizes` must hold positive window lengths (got {self.window_sizes}). "
+                "Leave it unset for [16, 16, 24, 24, 32, 32]."
+            )
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,240 @@
+"""Supervised fine-tuning of masked diffusion language models."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..common.canvas_trainer import EVAL, TRAIN, CanvasTrainer, fill_tokens
+from ..common.muon import MuonWithAdamW, split_parameters
+from ..common.rows import Canvas, canvas_of, columns_of, keep_fitting
+from .collator import MaskedDiffusionSFTCollator, tokenize_conversations
+from .config import MaskedDiffusionSFTConfig
+from .masking import draw_answer_mask, generator_for
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+class MaskedDiffusionSFTTrainer(CanvasTrainer):
+    r"""Trainer of the masked-diffusion SFT objective of LLaDA (https://huggingface.co/papers/2502.09992, Algorithm 2).
+
+    The prompt is never masked. The answer, filled to a canvas of `response_length` tokens, is masked at random; the
+    loss is `sum(CE / p) / length` over its masked tokens, averaged over rows. Part of each batch can have suffix masks
+    instead, see [`MaskedDiffusionSFTConfig`].
+
+    Masks are drawn in `compute_loss` from a generator seeded by `(seed, optimizer step, micro-step, rank)`: a resumed
+    run repeats those of an unbroken one, whatever the number of data workers.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Any masked diffusion LM whose forward takes `input_ids` and a 2-D
+            `attention_mask`, and which has no causal attention. Where it takes `logits_to_keep`, the head runs on the
+            answer only; one with [`D3LLMGenerationMixin`] gets the positions that decoding gives it.
+        args ([`MaskedDiffusionSFTConfig`], *optional*): Training arguments.
+        train_dataset, eval_dataset ([`~datasets.Dataset`]): Columns `prompt` and `completion` (text or turns), or
+            `messages`, or ready `prompt_ids` and `response_ids`. A turn has a `role` and a `content`, which is text or
+            a list of parts of the type "text". Rows are checked here; those of a stream when they are drawn.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
+        peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter of this kind instead of all weights.
+        kwargs: Further arguments of [`~transformers.Trainer`]; those that would have no effect are refused.
+
+    Raises:
+        ValueError: If tokenizer and model disagree on the mask token, no example fits the canvas, or the canvas goes
+            beyond the model's positions; as a `RowError`, which names row and column, for one that cannot be learnt.
+        TypeError: For data that are no data set.
+        FloatingPointError: While training, as soon as a loss is not finite.
+
+    Example:
+
+    ```python
+    from d3llm_hf import LLaDAModelLM
+    from datasets import load_dataset
+    from trainers import MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer
+    from transformers import AutoTokenizer
+
+    model = LLaDAModelLM.from_pretrained("GSAI-ML/LLaDA-8B-Base")
+    trainer = MaskedDiffusionSFTTrainer(
+        model=model,
+        args=MaskedDiffusionSFTConfig("llada-sft", response_length=256),
+        train_dataset=load_dataset("json", data_files="train.jsonl", split="train"),
+        processing_class=AutoTokenizer.from_pretrained("GSAI-ML/LLaDA-8B-Base"),
+    )
+    trainer.train()
+    ```
+    """
+
+    metric_names = frozenset({"uniform_loss", "suffix_loss", "masked_fraction"})
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: MaskedDiffusionSFTConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            args = MaskedDiffusionSFTConfig("masked-diffusion-sft")
+        self._check(args, MaskedDiffusionSFTConfig, model, kwargs)
+        if processing_class is None:
+            raise ValueError(
+                "`processing_class` must be a tokenizer (got None): prompts and answers are tokenised here. "
+                "Pass the tokenizer of the model."
+            )
+        model = self._adopt(model, processing_class, args.label_shift, peft_config)
+
+        collator = kwargs.pop("data_collator", None) or MaskedDiffusionSFTCollator(
+            **fill_tokens(processing_class),
+            response_length=args.response_length,
+            supervise_eos_fill=args.supervise_eos_fill,
+            prompt_length=args.max_prompt_length if args.pad_prompt_to_max else None,
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            prepare=partial(_prepare_dataset, tokenizer=processing_class, args=args, canvas=canvas_of(model, args)),
+            data_collator=collator,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self._draw_key: tuple[int, int] | None = None
+        self._draws = 0
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Mask the answers of a batch and return the mean of the rows' losses; see the class for the formula."""
+        labels = inputs["labels"]  # (B, R)
+        response_length = labels.shape[1]
+        mask = draw_answer_mask(
+            labels.ne(-100).cpu(),
+            inputs["content_lengths"].cpu(),
+            self._next_generator(model.training),
+            min_mask_ratio=self.args.min_mask_ratio,
+            eps=self.args.mask_ratio_eps,
+            stratified=self.args.stratified_mask_ratio,
+            suffix_fraction=self.args.suffix_mask_fraction,
+            suffix_window=self.args.suffix_window,
+        )
+        hidden, weights = mask.hidden.to(labels.device), mask.weights.to(labels.device)
+        input_ids = inputs["input_ids"].clone()
+        input_ids[:, -response_length:].masked_fill_(hidden, self.mask_token_id)
+
+        kept = response_length + self.label_shift
+        outputs = model(**self._model_inputs(input_ids, inputs["attention_mask"], kept))
+        counted = weights > 0
+        logits = outputs.logits[:, -kept:][:, :response_length][counted].float()  # (N, V)
+        token_loss = F.cross_entropy(logits, labels[counted], reduction="none") * weights[counted]
+        row_loss = torch.zeros_like(weights).masked_scatter(counted, token_loss).sum(1)  # (B,)
+        loss = row_loss.mean()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss must be finite (got {loss.item()} at step {self.state.global_step}). Lower "
+                "`learning_rate`, set `max_grad_norm`, or resume from an earlier checkpoint."
+            )
+        self._record(model.training, row_loss.detach(), mask, labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def _next_generator(self, training: bool) -> torch.Generator:
+        """The generator of this forward: counts micro-steps within an optimizer step, batches within an evaluation."""
+        key = (TRAIN, self.state.global_step) if training else (EVAL, 0)
+        if key != self._draw_key:
+            self._draw_key, self._draws = key, 0
+        self._draws += 1
+        return generator_for(self.args.seed, *key, self._draws, self.args.process_index)
+
+    def _record(self, training: bool, row_loss: torch.Tensor, mask: Any, labels: torch.Tensor) -> None:
+        is_suffix = mask.is_suffix.to(row_loss)
+        sums = torch.stack(
+            [
+                (row_loss * (1 - is_suffix)).sum(),
+                (1 - is_suffix).sum(),
+                (row_loss * is_suffix).sum(),
+                is_suffix.sum(),
+                mask.hidden.sum().to(row_loss),
+                labels.ne(-100).sum().to(row_loss),
+            ]
+        )
+        mode = TRAIN if training else EVAL
+        self._metric_sums[mode] = self._metric_sums[mode] + sums if mode in self._metric_sums else sums
+
+    def _averages(self, sums: torch.Tensor | None) -> dict[str, float]:
+        """The uniform-mask loss, the suffix-mask loss and the masked fraction apart."""
+        if sums is None:
+            return {}
+        uniform, uniform_rows, suffix, suffix_rows, masked, learnt = (
+            self.accelerator.gather(sums[None]).sum(0).tolist()
+        )
+        found = {"masked_fraction": round(masked / max(learnt, 1.0), 6)}
+        if uniform_rows:
+            found["uniform_loss"] = round(uniform / uniform_rows, 6)
+        if suffix_rows:
+            found["suffix_loss"] = round(suffix / suffix_rows, 6)
+        return found
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; every evaluation draws the same masks, so that losses can be compared over time."""
+        self._draw_key = None
+        return super().evaluation_loop(*args, **kwargs)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Muon for hidden matrices and AdamW for the rest with `use_muon`; the Trainer's own choice otherwise."""
+        if not self.args.use_muon or self.optimizer is not None:
+            return super().create_optimizer(model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "`use_muon` must be False with FSDP or DeepSpeed (got True): Muon orthogonalises whole matrices, and "
+                "these hold shards. Unset it, or train with plain data parallelism."
+            )
+        hidden, others = split_parameters(self.model if model is None else model)
+        self.optimizer = MuonWithAdamW(
+            [
+                {
+                    "params": hidden,
+                    "use_muon": True,
+                    "lr": self.args.muon_learning_rate,
+                    "weight_decay": self.args.muon_weight_decay,
+                },
+                {"params": others, "weight_decay": self.args.weight_decay},
+            ],
+            lr=self.args.learning_rate,
+            momentum=self.args.muon_momentum,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+        )
+        return self.optimizer
+
+
+def _prepare_dataset(
+    dataset, tokenizer: PreTrainedTokenizerBase, args: MaskedDiffusionSFTConfig, canvas: Canvas
+) -> Dataset | IterableDataset:
+    """Tokenise unless that is done, and leave out what does not fit the canvas."""
+    columns = columns_of(dataset)
+    if not {"prompt_ids", "response_ids"} <= set(columns):
+        used = [name for name in columns if name != args.length_column_name]
+        dataset = dataset.map(
+            _tokenize,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={"tokenizer": tokenizer, "control_tokens_in_text": args.control_tokens_in_text},
+            remove_columns=used,
+        ).with_format(None)  # a transform has made text of the columns, and is not for ids
+    return keep_fitting(dataset, canvas)
+
+
+def _tokenize(batch: dict[str, list[Any]], numbers: list[int], **kwargs: Any) -> dict[str, list[list[int]]]:
+    return tokenize_conversations(batch, numbers=numbers, **kwargs)

@@ -1,0 +1,1 @@
+"""The order in which a teacher decides its answers: extracted, stored, read."""
