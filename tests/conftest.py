@@ -1,22 +1,26 @@
 """Shared fixtures: no test reads from the network, and tiny checkpoint folders in the official format."""
 
 import os
-import sys
 from pathlib import Path
 
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["D3LLM_HF_NO_METRIC"] = "1"  # importing the package writes nothing into the home of who runs the tests
 
-sys.path.append(str(Path(__file__).parent / "support"))  # the helper modules are imported by their names
-
-import base_seed
+import hypothesis
 import pytest
 
 
-if os.environ.get(base_seed.VARIABLE):
-    base_seed.shift(int(os.environ[base_seed.VARIABLE]))
+hypothesis.settings.register_profile("full", max_examples=400)  # see support/drawn.py
+
+if os.environ.get("D3LLM_TEST_SEED"):
+    import base_seed
+
+    base_seed.shift(int(os.environ["D3LLM_TEST_SEED"]))
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from drawn import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import decode_with_model
-from problems import assert_equal, examples, in_oracle_terms, problems
+from problems import assert_equal, in_oracle_terms, problems
 from recorded import checkpoint, corrected_cases, recorded_cases
 
 

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from drawn import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import EOS, MASK, PAD, ScriptedModel, answer, changing_script, left_padded, tables, tiny_prompt, trained_like
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,16 +24,6 @@ METHODS = {
     "dream": {"steps": 4},
 }
 METHOD_NAMES = list(METHODS)
-
-
-def examples(count: int):
-    return settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink],
-    )
 
 
 # ---- The slow, obvious definition ---------------------------------------------------------------------------------

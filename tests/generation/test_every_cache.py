@@ -7,10 +7,11 @@ from functools import cache as remembered
 
 import pytest
 import torch
+from drawn import examples
 from every_setting import CACHES, METHODS, NEVER, PAIRS
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import FAMILIES, examples, model_of
+from problems import FAMILIES, model_of
 from tiny import (
     EOS,
     PAD,

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from drawn import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from infill_oracle import fill
 from tiny import EOS, MASK, PAD, ScriptedModel, constant_script, tiny_model, tiny_prompt, trained_like
@@ -68,16 +69,6 @@ def without_stop(model):
 
 
 # ---- against the oracle --------------------------------------------------------------------------------------------
-
-
-def examples(count: int):
-    return settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink],
-    )
 
 
 @st.composite

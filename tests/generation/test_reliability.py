@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from drawn import examples
 from families import equal_up_to_rounding
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Rules, Scripted, decode
 from recorded import checkpoint, recorded_cases
@@ -35,7 +36,7 @@ NAN, INF = math.nan, math.inf
 # ---- D-01: decoding ends --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@examples(500)
 @given(
     max_new_tokens=st.integers(1, 40) | st.integers(1, 257),
     block_length=st.integers(1, 64),

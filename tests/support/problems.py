@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from oracle import Decoded, Rules, decode_with_model
 from tiny import EOS, MASK, PAD, tiny_model, tiny_prompt
@@ -14,17 +13,6 @@ from d3llm_hf.models.scoring import Sampler
 
 FAMILIES = ("llada", "dream")
 STOPS = ((EOS,), (EOS, 3), (EOS, 3, 7, 11, 13))
-
-
-def examples(count: int):
-    """The same examples in every run, so that near-ties cannot make a test fail now and then."""
-    return settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink],
-    )
 
 
 @cache

@@ -1,0 +1,49 @@
+"""Fewer cases of a large product by default: those that cover its values or their pairs; the others are marked `full`.
+
+A fault that a value of one axis brings, or a pair of values of two axes, shows in a selection in which each of them
+occurs (pairwise design). `python -m pytest -m full` runs what is left.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+
+
+def covering(*axes: Iterable[Any], strength: int = 2) -> list[Any]:
+    """The product of all axes as arguments of `pytest.mark.parametrize`.
+
+    Args:
+        axes: the values of each; one that consists of tuples stands for several arguments.
+        strength: how many values of different arguments occur together in some case that runs by default, wherever
+            they do so in the product: 1 is every value, 2 every pair.
+    """
+    rows = [_flat(row) for row in product(*axes)]
+    chosen = _chosen(rows, strength)
+    marks = [() if number in chosen else (pytest.mark.full,) for number in range(len(rows))]
+    return [
+        pytest.param(*row, marks=mark) if len(row) > 1 else pytest.param(row[0], marks=mark)
+        for row, mark in zip(rows, marks, strict=True)
+    ]
+
+
+def _flat(row: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(value for part in row for value in (part if isinstance(part, tuple) else (part,)))
+
+
+def _chosen(rows: Sequence[tuple[Any, ...]], strength: int) -> set[int]:
+    """Numbers of rows that together show all that is to be covered: again and again the one that shows most of it."""
+    shown = [_parts(row, min(strength, len(row))) for row in rows]
+    missing = set().union(*shown)
+    chosen: set[int] = set()
+    while missing:
+        best = max(range(len(rows)), key=lambda number: len(shown[number] & missing))
+        chosen.add(best)
+        missing -= shown[best]
+    return chosen
+
+
+def _parts(row: tuple[Any, ...], strength: int) -> set[Any]:
+    """The values of a row with their places, `strength` at a time."""
+    return set(combinations([(place, repr(value)) for place, value in enumerate(row)], strength))

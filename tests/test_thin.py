@@ -1,0 +1,34 @@
+"""The selection of cases that runs by default."""
+
+from itertools import combinations, product
+
+import pytest
+from thin import covering
+
+
+AXES = (range(7), "abcd", (True, False), [("x", 1), ("x", 2), ("y", 1)])
+
+
+def by_default(cases) -> list[tuple]:
+    return [case.values for case in cases if not case.marks]
+
+
+@pytest.mark.parametrize("strength", [1, 2, 3])
+def test_what_is_covered_is_in_the_default_and_nothing_is_lost(strength):
+    cases = covering(*AXES, strength=strength)
+    everything = [(a, b, c, *d) for a, b, c, d in product(*AXES)]
+    assert [case.values for case in cases] == everything
+    for places in combinations(range(5), strength):
+        there = {tuple(row[place] for place in places) for row in by_default(cases)}
+        assert there == {tuple(row[place] for place in places) for row in everything}
+    assert all(mark.name == "full" for case in cases for mark in case.marks)
+
+
+def test_the_selection_is_small_and_always_the_same():
+    assert len(by_default(covering(*AXES, strength=1))) == 7
+    assert 7 * 4 <= len(by_default(covering(*AXES))) <= 7 * 4 + 6
+    assert covering(*AXES) == covering(*AXES)
+
+
+def test_one_axis_stays_whole():
+    assert by_default(covering("abc")) == by_default(covering("abc", strength=1)) == [("a",), ("b",), ("c",)]
