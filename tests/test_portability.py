@@ -1,6 +1,7 @@
 """The runs of the tests on other kernels and with other draws: what is run, what is read, what is said of it."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -23,7 +24,8 @@ def draws(seed: int) -> list[float]:
 
 def test_another_base_seed_is_added_to_every_seed():
     words = [sys.executable, __file__]  # a process of its own, where nothing has been shifted yet
-    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    there = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    said = subprocess.run(words, env=there, capture_output=True, text=True, check=True).stdout
     zero, five, zero_shifted_by_five = json.loads(said)
     assert all(one != other for one, other in zip(zero, five, strict=True))
     assert zero_shifted_by_five == five

@@ -352,7 +352,7 @@ def test_all_runs_every_bench_for_a_device_and_names_what_failed(run, tmp_path, 
 
     commands.clear()
     assert run("all", "-o", tmp_path, "--device", "cpu", "--only", "bench_growth")[0] == 0
-    assert commands[0][-1] == str(tmp_path / "growth.json") and len(commands) == 1
+    assert commands[0][-1] == str(tmp_path / "bench_growth.json") and len(commands) == 1
 
 
 def test_every_field_of_the_bench_is_an_option():

@@ -5,6 +5,7 @@ from random import Random
 import pytest
 from every_setting import METHODS, PAIRS, drawn_cache, drawn_method
 from problems import FAMILIES, STOPS, Problem, assert_equal, in_oracle_terms
+from thin import covering
 from tiny import EOS, MASK, PAD, tiny_prompt
 
 
@@ -29,8 +30,7 @@ def drawn_problem(rng: Random, family: str, longest: int = 24) -> Problem:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method, cache", PAIRS)
+@pytest.mark.parametrize("method, cache, family", covering(PAIRS, FAMILIES, strength=2))
 def test_a_method_with_a_cache_decodes_as_the_oracle(method, cache, family):
     rng = Random(f"{method} {cache} {family}")
     for _ in range(EXAMPLES):

@@ -12,6 +12,7 @@ from every_setting import CACHES, PAIRS
 from every_setting import METHODS as SETTINGS
 from others import OTHERS
 from problems import FAMILIES, model_of
+from thin import covering
 from tiny import EOS, MASK, PAD, left_padded, tiny_model, tiny_prompt
 from torch._dynamo.testing import CompileCounter
 from transformers.generation import CompileConfig, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
@@ -81,7 +82,7 @@ def both(model, inputs, **chosen):
 # ---- the same answers -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method, cache", PAIRS)
+@pytest.mark.parametrize("method, cache", covering(PAIRS, strength=1))
 def test_static_shapes_change_no_answer_and_no_count_of_any_method_with_any_cache(method, cache, widths):
     family = FAMILIES[(list(SETTINGS).index(method) + list(CACHES).index(cache)) % 2]
     chosen = SETTINGS[method] | CACHES[cache]
