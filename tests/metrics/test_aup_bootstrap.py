@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from base_seed import of_a_recording
 
 import d3llm_hf
 from d3llm_hf.metrics.aup import curve
@@ -63,14 +64,23 @@ def test_score_and_points_are_those_of_all_samples():
     assert d3llm_hf.bootstrap_aup is bootstrap_aup
 
 
+@pytest.mark.parametrize("samples", [20, 40, 200, 1000])
+def test_a_point_exactly_at_the_slack_counts_whatever_its_fraction_rounds_to(samples):
+    step = samples // 20  # 5 percentage points
+    for right in range(step, samples + 1, max(1, samples // 40)):
+        correct = [[1] * right + [0] * (samples - right), [1] * (right - step) + [0] * (samples - right + step)]
+        found = bootstrap_aup([[8] * samples] * 2, [[8] * samples, [4] * samples], correct, num_resamples=1)
+        assert len(found.score.used) == 2, right
+
+
 def test_intervals_are_those_of_resampling_one_after_the_other(monkeypatch):
     tokens, forwards, correct = simulate(3, samples=40)
-    generator = np.random.default_rng(5)
+    generator = np.random.default_rng(of_a_recording(5))  # as the function makes it
     scores = []
     for _ in range(60):
         drawn = generator.integers(40, size=40)
         tpf = [a[drawn].sum() / f[drawn].sum() for a, f in zip(tokens, forwards, strict=True)]
-        scores.append(aup_score(tpf, [100 * c[drawn].mean() for c in correct]).aup)
+        scores.append(aup_score(tpf, [100 * c[drawn].sum() / 40 for c in correct]).aup)
     for at_once in (curve._RESAMPLED_AT_ONCE, 40 * 7, 1):  # all in one portion, in portions of seven, one by one
         monkeypatch.setattr(curve, "_RESAMPLED_AT_ONCE", at_once)
         found = bootstrap_aup(tokens, forwards, correct, confidence=0.8, num_resamples=60, seed=5)

@@ -20,7 +20,7 @@ _TESTS = str(Path(__file__).parents[1])
 
 def of_a_recording(seed: int) -> int:
     """A seed that names recorded draws: whatever base is added to it, the draws are those of the recording."""
-    return seed - int(os.environ.get(VARIABLE, 0))
+    return seed - int(os.environ.get(VARIABLE) or 0)
 
 
 def shift(base: int) -> None:

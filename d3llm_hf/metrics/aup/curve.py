@@ -162,8 +162,8 @@ def bootstrap_aup(
         raise ValueError(f"`num_resamples` must be a positive integer (got {num_resamples!r}).")
     best, (alpha, slack) = _checked_y_max(y_max), _checked_shape(alpha, slack)
 
-    # 1. The curve of all samples
-    rho, y = a.sum(-1) / f.sum(-1), 100 * c.mean(-1)  # (points,)
+    # 1. The curve of all samples; percentages of counts, so that 23 of 40 are 57.5 and within 5 of 25 of 40
+    rho, y = a.sum(-1) / f.sum(-1), 100 * c.sum(-1) / c.shape[1]  # (points,)
     score = _score(rho, y, best, alpha, slack)
 
     # 2. Those of the resamples
