@@ -2,7 +2,7 @@
 PYTHON ?= python
 CHECKED = d3llm_hf trainers tests
 
-.PHONY: help quality style types test test-all transformers-matrix portability common-tests leaderboard wheel clean
+.PHONY: help quality style types test test-full test-all transformers-matrix portability common-tests leaderboard wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 22
@@ -21,8 +21,11 @@ types:  ## check types
 test:  ## the default tests: CPU, offline
 	$(PYTHON) -m pytest
 
-test-all:  ## with the slow ones
-	$(PYTHON) -m pytest -m "not gpu and not hub"
+test-full:  ## what the default tests leave out of large products, and all drawn examples
+	$(PYTHON) -m pytest -m "(full or drawn) and not slow and not gpu and not hub" --hypothesis-profile=full
+
+test-all:  ## everything that needs neither a GPU nor the Hub: with the slow ones, too
+	$(PYTHON) -m pytest -m "not gpu and not hub" --hypothesis-profile=full
 
 transformers-matrix:  ## models, decoding, export and training under the transformers that pyproject.toml admits
 	.ci/transformers_matrix
