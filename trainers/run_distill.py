@@ -177,6 +177,9 @@ def load_trajectories(script_args: DistillScriptArguments, seed: int, evaluate: 
     if not evaluate:
         return train, None
     if script_args.eval_dataset_name is not None:
+        from trainers.common.script_utils import warn_of_idle
+
+        warn_of_idle(script_args, ("num_eval_samples",), "`eval_dataset_name` is given, of which all rows are taken.")
         return train, _load(script_args.eval_dataset_name, script_args.dataset_split, "eval_dataset_name")
     # Numbered before the split, so that a sample's draws do not depend on how many are held out.
     if "sample_id" not in train.column_names:
@@ -207,7 +210,11 @@ def _hub_id(name: str) -> str | None:
 
 
 def _peft_config(script_args: DistillScriptArguments, model):
+    from trainers.common.script_utils import warn_of_idle
+
     if not script_args.use_peft:
+        idle = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        warn_of_idle(script_args, idle, "all weights are trained. Set `use_peft` for an adapter.")
         return None
     from peft import LoraConfig
 

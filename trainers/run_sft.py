@@ -41,6 +41,10 @@ from trainers.common.loading import (
 )
 
 
+# What describes generated word problems, and nothing else.
+GENERATED = ("num_problems", "num_eval_problems", "problem_seed", "min_problem_steps", "max_problem_steps")
+
+
 @dataclass
 class SFTScriptArguments:
     """What to train, and on what."""
@@ -202,9 +206,12 @@ def _model_shape(value: str | dict) -> dict:
 
 def load_datasets(script_args: SFTScriptArguments, evaluate: bool):
     """`(train, eval)` datasets; for a data set of your own the second is its `test` split, if it has one."""
+    from trainers.common.script_utils import warn_of_idle
+
     name, split = script_args.dataset_name, script_args.dataset_split
     if name is None:
         return _word_problems(script_args, "train"), _word_problems(script_args, "test") if evaluate else None
+    warn_of_idle(script_args, GENERATED, "`dataset_name` is given. Leave it out to train on word problems.")
     whole = split_of(split)
     if Path(name).suffix.lower() in BUILDERS:
         splits = {whole: load_rows(name, whole, "dataset_name")}
@@ -267,7 +274,11 @@ def word_problem_rows(count: int, problem_split: str, seed: int, min_steps: int,
 
 
 def _peft_config(script_args: SFTScriptArguments):
+    from trainers.common.script_utils import warn_of_idle
+
     if not script_args.use_peft:
+        idle = ("lora_r", "lora_alpha", "lora_target_modules")
+        warn_of_idle(script_args, idle, "all weights are trained. Set `use_peft` for an adapter.")
         return None
     from peft import LoraConfig
 

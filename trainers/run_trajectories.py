@@ -122,6 +122,7 @@ def load_prompts(script_args: TrajectoryScriptArguments):
     from datasets import Dataset
 
     from trainers.common.loading import load_rows
+    from trainers.common.script_utils import warn_of_idle
     from trainers.run_sft import word_problem_rows
 
     name, split = script_args.dataset_name, script_args.dataset_split
@@ -139,6 +140,8 @@ def load_prompts(script_args: TrajectoryScriptArguments):
             script_args.max_problem_steps,
         )
         return Dataset.from_list(list(rows))
+    idle = ("num_problems", "problem_seed", "min_problem_steps", "max_problem_steps")
+    warn_of_idle(script_args, idle, "`dataset_name` names no word problems. `dataset_split` can be a slice.")
     return load_rows(name, split, "dataset_name", script_args.dataset_config)
 
 

@@ -3,12 +3,17 @@
 import argparse
 import difflib
 import json
+import logging
 from collections.abc import Iterable
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+
+
+logger = logging.getLogger(__name__)
 
 
 class _Parser(HfArgumentParser):
@@ -91,3 +96,20 @@ def json_value(name: str, value: Any) -> Any:
             f"`{name}` must be JSON (got {value[:80]!r}: {error}). Write for example {example}, or a section of "
             "the recipe."
         ) from error
+
+
+def warn_of_idle(script_args: Any, idle: Iterable[str], because: str) -> None:
+    """Says which arguments were set and have no effect. A recipe may set them for its other uses: no error.
+
+    Args:
+        script_args: a dataclass of arguments.
+        idle: names of its fields that have no effect in this run.
+        because: what makes them so, and the way out.
+    """
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(script_args)
+    }
+    named = [f"`{name}`" for name in idle if getattr(script_args, name) != defaults[name]]
+    if named:
+        logger.warning("%s without effect: %s", f"{', '.join(named)} {'is' if len(named) == 1 else 'are'}", because)
