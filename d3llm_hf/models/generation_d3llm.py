@@ -100,7 +100,13 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
     def adjust_generation_fn(self, *args, **kwargs):
         """transformers reads `generation_config.json` into its own class; ours has more fields."""
         super().adjust_generation_fn(*args, **kwargs)
-        self.generation_config = D3LLMGenerationConfig.coerce(self.generation_config)
+        try:
+            self.generation_config = D3LLMGenerationConfig.coerce(self.generation_config)
+        except (TypeError, ValueError) as error:
+            rule = str(error).partition(" Set it in")[0]
+            raise type(error)(
+                f"{rule} It stands in the checkpoint's generation_config.json; correct it there."
+            ) from error
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
         """Arguments > `generation_config` > the checkpoint's (of the same method) > transformers' global defaults."""

@@ -327,3 +327,15 @@ def test_settings_are_checked_without_a_prompt_as_generate_checks_them(chosen, p
 def test_checked_settings_are_those_that_generate_would_use():
     config = trained_like("llada").check_settings(max_new_tokens=8, decoding_method="dparallel", block_length=4)
     assert (config.decoding_method, config.block_length, config.max_new_tokens) == ("dparallel", 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"), [("block_length", "32", TypeError), ("kv_cache", "fast", ValueError)]
+)
+def test_a_wrong_setting_of_a_file_is_called_the_files(tmp_path, name, value, error):
+    trained_like("llada").save_pretrained(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    message = rf"`{name}` must be .* .got {value!r}.* It stands in the checkpoint's generation_config.json"
+    with pytest.raises(error, match=message):
+        LLaDAModelLM.from_pretrained(tmp_path)

@@ -11,6 +11,9 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import torch
+from transformers import get_scheduler
+
 from .argument_table import REFUSED, REFUSED_PARAMETERS
 
 
@@ -136,6 +139,7 @@ def check_inherited(args: Any) -> None:
                 f"{REFUSED[name]}."
             )
     _check_optimizer_options(args)
+    _check_schedule(args)
     if args.label_names not in (None, ["labels"]):
         raise ValueError(
             f"`label_names` must be ['labels'] or unset (got {args.label_names!r}): batches have no other. Unset it."
@@ -158,6 +162,22 @@ def _check_optimizer_options(args: Any) -> None:
                 f"`{name}` is not read with `optim={optim!r}` (got {getattr(args, name)!r}). Set `learning_rate`, "
                 "`weight_decay` and `adam_*`, or choose an optimizer that reads it."
             )
+
+
+def _check_schedule(args: Any) -> None:
+    """Makes a schedule of a weight that nobody has: transformers makes the run's own when all data are prepared."""
+    if not args.lr_scheduler_kwargs:
+        return
+    optimizer = torch.optim.SGD([torch.zeros(1, device="cpu", requires_grad=True)], lr=args.learning_rate)
+    options = dict(args.lr_scheduler_kwargs)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=options)
+    except (TypeError, ValueError) as error:
+        kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        raise ValueError(
+            f"`lr_scheduler_kwargs` must be options of the schedule {kind!r} (got {options}: {error}). Correct them, "
+            "or choose another `lr_scheduler_type`."
+        ) from error
 
 
 def check_parameters(args: Any, config_class: type, parameters: dict[str, Any]) -> None:

@@ -54,6 +54,14 @@ def test_options_that_an_optimizer_does_not_read_are_refused(tmp_path, kind, opt
 
 
 @BOTH
+def test_options_that_a_schedule_does_not_have_are_refused_before_the_run(tmp_path, kind):
+    with pytest.raises(ValueError, match=r"`lr_scheduler_kwargs` must be options of the schedule 'cosine' .*'nope'"):
+        make_args(kind, tmp_path, lr_scheduler_type="cosine", lr_scheduler_kwargs={"nope": 1})
+    chosen = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}}
+    assert make_args(kind, tmp_path, **chosen).lr_scheduler_kwargs == {"min_lr": 1e-5}
+
+
+@BOTH
 @pytest.mark.parametrize(
     ("name", "value"),
     [
