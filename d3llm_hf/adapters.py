@@ -181,7 +181,13 @@ def _check_forward(model: Any, stock: type, mask_token_id: int) -> None:
     name = stock.__name__
     a, b, c, d = ordinary_tokens(model, mask_token_id, 4)
     texts = torch.stack([torch.stack([a, b, c]), torch.stack([a, b, d])])
-    logits = [logits_of(model, text[None]) for text in texts]
+    try:
+        logits = [logits_of(model, text[None]) for text in texts]
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`model` must run over three tokens with attention that is not causal (got {type(error).__name__} from "
+            f"{name}: {error}). Its code does not follow `config.is_causal=False`, or its weights do not fit it."
+        ) from error
     if logits[0] is None or logits[0].shape[:2] != (1, 3) or logits[0].shape[2] <= mask_token_id:
         shape = None if logits[0] is None else tuple(logits[0].shape)
         raise ValueError(

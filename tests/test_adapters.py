@@ -13,6 +13,8 @@ from transformers import (
     BertForMaskedLM,
     BertModel,
     GenerationConfig,
+    MptConfig,
+    MptForCausalLM,
     Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
@@ -179,6 +181,10 @@ class OtherPositions(BertForMaskedLM):
         return super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
 
 
+def mpt():
+    return MptForCausalLM(MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=32, max_seq_len=32))
+
+
 def encoder_decoder():
     return T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
 
@@ -200,6 +206,7 @@ REFUSED = {
         r"must return logits .* .got None for 3 tokens from BertModel",
     ),
     "other positions": (lambda: BERT.tiny(cls=OtherPositions), {}, r"must be counted from `position_offset` .got 0"),
+    "a forward that fails": (mpt, {"bidirectional": True, "mask_token_id": 31}, r"got AttributeError from MptFor.*: "),
     "an encoder-decoder": (encoder_decoder, {}, r"one stack over one canvas .got T5ForConditionalGeneration"),
 }
 
