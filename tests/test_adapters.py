@@ -13,8 +13,6 @@ from transformers import (
     BertForMaskedLM,
     BertModel,
     GenerationConfig,
-    MptConfig,
-    MptForCausalLM,
     Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
@@ -163,6 +161,13 @@ def test_a_model_whose_weights_are_not_there_yet_is_checked_by_its_config():
 # ---- refused, and left as it was -----------------------------------------------------------------------------------
 
 
+class Failing(Qwen2ForCausalLM):
+    """As MPT, whose forward reads the mask that only causal attention has."""
+
+    def forward(self, *args, **kwargs):
+        return None.to("cpu")
+
+
 class Stubborn(Qwen2ForCausalLM):
     """Its config says one thing, its attention does another."""
 
@@ -179,10 +184,6 @@ class OtherPositions(BertForMaskedLM):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1])[None] + 7
         return super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
-
-
-def mpt():
-    return MptForCausalLM(MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=32, max_seq_len=32))
 
 
 def encoder_decoder():
@@ -206,7 +207,11 @@ REFUSED = {
         r"must return logits .* .got None for 3 tokens from BertModel",
     ),
     "other positions": (lambda: BERT.tiny(cls=OtherPositions), {}, r"must be counted from `position_offset` .got 0"),
-    "a forward that fails": (mpt, {"bidirectional": True, "mask_token_id": 31}, r"got AttributeError from MptFor.*: "),
+    "a forward that fails": (
+        lambda: QWEN2.tiny(cls=Failing),
+        {},
+        r"got AttributeError from Failing: .NoneType. object",
+    ),
     "an encoder-decoder": (encoder_decoder, {}, r"one stack over one canvas .got T5ForConditionalGeneration"),
 }
 
