@@ -54,11 +54,12 @@ def instructions() -> dict[str, Any]:
         `torch`, the instructions that torch's kernels use; `bfloat16`, those that the processor has for bfloat16, or
         `None` where torch does not say; `widened`, whether decoding widens products in bfloat16 to float32.
     """
-    known = {name: getattr(torch.cpu, question, None) for name, question in _BFLOAT16.items()}
-    asked = platform.machine().lower() in ("x86_64", "amd64") and None not in known.values()
+    questions = {name: getattr(torch.cpu, question, None) for name, question in _BFLOAT16.items()}
+    answers = {name: asked() for name, asked in questions.items() if asked is not None}
+    known = platform.machine().lower() in ("x86_64", "amd64") and len(answers) == len(questions)
     return {
         "torch": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16": [name for name, has in known.items() if has()] if asked else None,
+        "bfloat16": [name for name, has in answers.items() if has] if known else None,
         "widened": is_slow(torch.bfloat16),
     }
 
