@@ -226,6 +226,17 @@ def test_the_readme_names_every_page_and_every_command():
         assert f"`d3llm {module.__name__.rpartition('.')[2]}" in readme
 
 
+def test_the_pages_for_contributors_agree_on_the_files_of_a_new_method():
+    architecture, new_method = (
+        (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("architecture.md", "new-method.md")
+    )
+    told = architecture.split("**A decoding method**")[1].split("\n\n")[0]
+    begun = new_method.split("It touches two files:")[1].split("\n\nBatches")[0]
+    files = {"d3llm_hf/models/methods.py", "d3llm_hf/models/selection.py"}
+    assert set(re.findall(r"`(d3llm_hf/\S+)`", told)) == set(re.findall(r"`(d3llm_hf/\S+)`", begun)) == files
+    assert len(architecture.splitlines()) <= 120
+
+
 # ---- the machinery above -------------------------------------------------------------------------------------------
 
 
