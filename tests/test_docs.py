@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import named_paths
 import pytest
 
 from d3llm_hf import cli
@@ -218,12 +219,29 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
 
 
+def test_no_document_names_what_is_gone():
+    found = {document: named_paths.gone_of(document) for document in named_paths.documents()}
+    assert {ROOT / "README.md", ROOT / "Makefile", ROOT / ".ci" / "run", NOTEBOOK, *PAGES} <= set(found)
+    assert {str(document.relative_to(ROOT)): names for document, names in found.items() if names} == {}
+
+
 def test_the_readme_names_every_page_and_every_command():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for page in (*PAGES[1:], NOTEBOOK):
         assert f"](docs/{page.name})" in readme
     for module in cli.COMMANDS:
         assert f"`d3llm {module.__name__.rpartition('.')[2]}" in readme
+
+
+def test_the_pages_for_contributors_agree_on_the_files_of_a_new_method():
+    architecture, new_method = (
+        (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("architecture.md", "new-method.md")
+    )
+    told = architecture.split("**A decoding method**")[1].split("\n\n")[0]
+    begun = new_method.split("It touches two files:")[1].split("\n\nBatches")[0]
+    files = {"d3llm_hf/models/methods.py", "d3llm_hf/models/selection.py"}
+    assert set(re.findall(r"`(d3llm_hf/\S+)`", told)) == set(re.findall(r"`(d3llm_hf/\S+)`", begun)) == files
+    assert len(architecture.splitlines()) <= 120
 
 
 # ---- the machinery above -------------------------------------------------------------------------------------------
@@ -238,6 +256,54 @@ def test_blocks_are_found_with_their_marks(tmp_path):
     first, second = blocks(page)
     assert (first.language, first.code, first.line) == ("python", "x\n\ny\n", 5)
     assert first.marks == {"prints": ["a", "b"]} and second.marks == {}
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """A package with two modules, of which one can be run."""
+    (tmp_path / "d3llm_hf" / "wing").mkdir(parents=True)
+    (tmp_path / "d3llm_hf" / "__init__.py").write_text("__all__ = ['first_used']\n")
+    (tmp_path / "d3llm_hf" / "wing" / "__init__.py").write_text("")
+    (tmp_path / "d3llm_hf" / "wing" / "room.py").write_text("class Chair: ...\n")
+    (tmp_path / "d3llm_hf" / "wing" / "__main__.py").write_text("")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "page.md").write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("`d3llm_hf/wing/room.py`, [it](../docs/page.md), `docs/`, d3llm_hf/wing.", []),
+        ("of `docs/*.md` and 'd3llm_hf/*.py'", []),
+        ("`d3llm_hf.wing.room.Chair` of `d3llm_hf.first_used`; python -m d3llm_hf.wing x", []),
+        ("https://github.com/a/b/docs/gone.md, outputs/docs/gone.md and my-trainers/gone.md", []),
+        ("`d3llm_hf/room.py`, docs/gone/ and see docs/gone.md.", ["d3llm_hf/room.py", "docs/gone.md", "docs/gone/"]),
+        ("`docs/*.ipynb` and `tests/*`", ["docs/*.ipynb", "tests/*"]),
+        ("`d3llm_hf.room.Chair`, `d3llm_hf.wing.room.Table`", ["d3llm_hf.room.Chair", "d3llm_hf.wing.room.Table"]),
+        ("`trainers.wing`", ["trainers.wing"]),
+        ("accelerate launch -m d3llm_hf.wing.room", ["-m d3llm_hf.wing.room"]),
+        ("`wing/room.py`, `r*.py` and `table.py`", ["table.py"]),
+    ],
+)
+def test_names_of_what_is_gone_are_found(repository, text, expected):
+    assert list(named_paths.gone(text, repository, bare=True)) == expected
+
+
+def test_of_code_the_comments_and_texts_are_read(tmp_path):
+    file = tmp_path / "code.py"
+    file.write_text('"""See docs/one.md."""\ntrainers.items()  # docs/two.md\nf"docs/three.md {trainers.x}"\n')
+    assert {f"docs/{name}.md" for name in ("one", "two", "three")} <= set(named_paths.gone(named_paths.told(file)))
+    assert "trainers.items" not in named_paths.told(file)
+
+
+def test_the_command_names_what_is_gone(monkeypatch, capsys, tmp_path):
+    assert (named_paths.main(), capsys.readouterr().out) == (0, "")
+    page = tmp_path / "page.md"
+    page.write_text("`docs/gone.md`")
+    monkeypatch.setattr(named_paths, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(named_paths, "documents", lambda: [page])
+    assert (named_paths.main(), capsys.readouterr().out) == (1, "page.md: docs/gone.md\n")
 
 
 def test_commands_are_taken_as_a_shell_reads_them():

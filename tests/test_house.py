@@ -1,10 +1,12 @@
 """The walls of the house: who may import whom. `python tests/support/house.py` draws what is tested here."""
 
+import re
 import sys
 from pathlib import Path
 
 import house
 import pytest
+from places import REPOSITORY
 
 
 KNOWN = house.modules()
@@ -46,6 +48,28 @@ def test_what_travels_in_a_checkpoint_imports_torch_transformers_and_its_sibling
                 parts = name.split(".")
                 sibling = parts[:2] == ["d3llm_hf", "models"] and len(parts) <= 4  # a module there, or a name in it
                 assert sibling or parts[0] in allowed, f"{module} imports {name}"
+
+
+def floors(page: Path) -> dict[str, int]:
+    """Wing -> floor, as the first picture of a page has them."""
+    picture = re.search(r"```text\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
+    found, floor = {}, None
+    for line in picture.splitlines():
+        number, *sides = line[0], *line[1:].split("|")
+        floor = floor if number == " " else int(number)
+        for package, names in zip(house.PACKAGES, sides, strict=True):
+            for name in names.split():
+                wing = f"{package}.{name.removesuffix('.py').rstrip('/').replace('/', '.')}"
+                assert wing not in found, wing
+                found[wing] = floor
+    return found
+
+
+def test_the_picture_of_the_wings_is_the_house():
+    drawn, wings = floors(REPOSITORY / "docs" / "architecture.md"), house.between_wings(ARROWS, KNOWN)
+    assert set(drawn) == set(wings)
+    for wing, targets in wings.items():
+        assert not [target for target in targets if drawn[target] >= drawn[wing]], wing
 
 
 def test_everything_is_looked_at():

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ..evaluation.provenance import environment
+from ..evaluation.provenance import on_device
 from ..evaluation.tasks.word_problems import exact_match
 from ..progress import progress_bar
-from .memory import in_fresh_process, machine, peak_memory
+from .memory import in_fresh_process, peak_memory
 from .plain_decoding import plain_generate
 from .shapes import DecodingBench, Work, prepared
 from .split import OVERHEAD, PARTS, backbone_flops, matmul_rate, taken_apart, widths_seen
@@ -278,7 +278,6 @@ def results(suite: str, bench: DecodingBench, **more: Any) -> dict[str, Any]:
         "schema": SCHEMA,
         "suite": suite,
         "shape": dataclasses.asdict(bench),
-        "provenance": environment()
-        | {"device": bench.device, "threads": bench.threads, "machine": machine(bench.device)},
+        "provenance": on_device(bench.device, bench.threads),
         **more,
     }

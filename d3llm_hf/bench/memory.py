@@ -1,7 +1,6 @@
 """Peak memory of a piece of work: the allocator's on CUDA, the process' resident memory elsewhere."""
 
 import multiprocessing
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -58,11 +57,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def machine(device: str) -> str:
-    """What the device is called."""
-    return torch.cuda.get_device_name() if device == "cuda" else platform.machine()
 
 
 def _status(field: str) -> int:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ..evaluation.measure import Tally
-from ..evaluation.provenance import environment
+from ..evaluation.provenance import on_device
 from ..evaluation.tasks.word_problems import exact_match, generate_problems
 from ..progress import progress_bar
-from .memory import machine, threads
+from .memory import threads
 from .shapes import SEED, DecodingBench
 
 
@@ -152,8 +152,7 @@ def measure_quantised(bench: DecodingBench) -> dict[str, Any]:
         "settings": bench.settings,
         "seed": SEED,
         "libraries": {library: _version(library) for library, _ in VARIANTS.values() if library},
-        "provenance": environment()
-        | {"device": bench.device, "threads": bench.threads, "machine": machine(bench.device)},
+        "provenance": on_device(bench.device, bench.threads),
         "rows": rows,
     }
 

@@ -12,6 +12,7 @@ import transformers
 
 from .. import __version__
 from ..files import replace_file
+from ..models.half_precision import is_slow
 
 
 def provenance(folder: Path) -> dict[str, Any]:
@@ -28,6 +29,38 @@ def environment() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def on_device(device: str, threads: int) -> dict[str, Any]:
+    """What a bench says of itself: versions, and the device with what decides how fast it multiplies."""
+    made = environment() | {"device": device, "threads": threads, "machine": machine(device)}
+    return made | {"instructions": instructions()} if device == "cpu" else made
+
+
+def machine(device: str) -> str:
+    """What the device is called."""
+    return torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+
+
+# Instructions that multiply bfloat16 -> torch's word whether the processor has them. Both are of x86.
+_BFLOAT16 = {"AVX512_BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
+
+
+def instructions() -> dict[str, Any]:
+    """What a processor's speed depends on, in bfloat16 several times over.
+
+    Returns:
+        `torch`, the instructions that torch's kernels use; `bfloat16`, those that the processor has for bfloat16, or
+        `None` where torch does not say; `widened`, whether decoding widens products in bfloat16 to float32.
+    """
+    questions = {name: getattr(torch.cpu, question, None) for name, question in _BFLOAT16.items()}
+    answers = {name: asked() for name, asked in questions.items() if asked is not None}
+    known = platform.machine().lower() in ("x86_64", "amd64") and len(answers) == len(questions)
+    return {
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": [name for name, has in answers.items() if has] if known else None,
+        "widened": is_slow(torch.bfloat16),
     }
 
 

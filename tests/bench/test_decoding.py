@@ -20,6 +20,7 @@ from d3llm_hf.bench.decoding import BASELINE, OURS
 from d3llm_hf.bench.plain_decoding import entropies, plain_generate
 from d3llm_hf.bench.shapes import SHAPES, DecodingBench, half_decided, prepared
 from d3llm_hf.commands import bench_decoding
+from d3llm_hf.evaluation import provenance
 from d3llm_hf.evaluation.tables import fill as tables
 from d3llm_hf.models import caching, generation_d3llm
 
@@ -215,6 +216,7 @@ def test_the_bench_of_decoding_writes_its_results_and_prints_their_table(run, tm
     assert (code, err.splitlines()[-1]) == (0, f"wrote {path}"), err
     results = json.loads(path.read_text())
     assert out == tables.table(results) and "| on CUDA | never measured |" in out
+    assert results["provenance"]["instructions"] == provenance.instructions()
     rows = {row["name"]: row for row in results["rows"]}
     assert len(rows) == (4 if options else 2)
     assert (rows[BASELINE]["speedup"], rows[BASELINE]["equal_tokens"], rows[BASELINE]["positions_ratio"]) == (
@@ -265,6 +267,7 @@ def test_growth_follows_each_axis_and_draws_it(run, tmp_path, monkeypatch):
     assert code == 0 and err.splitlines() == [f"wrote {path}", f"wrote {path.with_suffix('.svg')}"], err
     results = json.loads(path.read_text())
     assert out == tables.table(results) and "| prompt 16, generate, dual cache |" in out
+    assert results["provenance"]["instructions"] == provenance.instructions()
     points = [("prompt_length", 8), ("prompt_length", 16), ("batch_size", 2)]
     assert [(row["axis"], row["value"]) for row in results["rows"]] == [p for p in points for _ in range(3)]
     assert {row["tpf"] for row in results["rows"]} == {4.0}
@@ -303,7 +306,9 @@ def test_variants_that_cannot_run_say_why(run, tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     code, out, err = run("quantised", *CHECKPOINT, "--prompts", 3, "--batch-size", 2, "-o", path)
     assert code == 0, err
-    rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    results = json.loads(path.read_text())
+    assert results["provenance"]["instructions"] == provenance.instructions()
+    rows = {row["name"]: row for row in results["rows"]}
     assert rows["int8 weights, torchao"]["reason"] == "not installed"
     reason = "does not run on CPU: RuntimeError: needs another device"
     assert rows["int8 weights, bitsandbytes"]["reason"] == reason
@@ -388,7 +393,61 @@ def test_growth_is_measured_on_random_models_only():
         growth.measure_growth(DecodingBench(model="d3llm-llada"), {"batch_size": [1]})
 
 
+# What the processor is
+
+
+@pytest.mark.parametrize(
+    ("system", "has", "expected"),
+    [
+        ("x86_64", {}, []),
+        ("AMD64", {"_is_avx512_bf16_supported"}, ["AVX512_BF16"]),
+        ("x86_64", {"_is_avx512_bf16_supported", "_is_amx_tile_supported"}, ["AVX512_BF16", "AMX"]),
+        ("aarch64", {}, None),
+    ],
+)
+@pytest.mark.parametrize("widened", [True, False])
+def test_results_say_which_instructions_the_processor_has(monkeypatch, system, has, expected, widened):
+    monkeypatch.setattr(provenance.platform, "machine", lambda: system)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(provenance, "is_slow", lambda dtype: widened and dtype == torch.bfloat16)
+    for question in provenance._BFLOAT16.values():
+        monkeypatch.setattr(torch.cpu, question, lambda question=question: question in has, raising=False)
+    assert provenance.instructions() == {"torch": "AVX2", "bfloat16": expected, "widened": widened}
+    assert provenance.on_device("cpu", 2)["instructions"] == provenance.instructions()
+
+
+def test_where_torch_does_not_say_which_instructions_there_are_nothing_is_claimed(monkeypatch):
+    for question in provenance._BFLOAT16.values():
+        monkeypatch.delattr(torch.cpu, question, raising=False)
+    assert provenance.instructions()["bfloat16"] is None
+
+
+def test_the_instructions_of_the_processor_beside_a_gpu_are_no_matter(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    made = provenance.on_device("cuda", 1)
+    assert made["machine"] == "a GPU" and "instructions" not in made
+
+
 # Tables
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (None, "CPU (x86_64), threads"),
+        ({"torch": "AVX2", "bfloat16": [], "widened": True},
+         "CPU (x86_64, AVX2, no instructions for bfloat16), threads"),
+        ({"torch": "AVX512", "bfloat16": ["AVX512_BF16", "AMX"], "widened": False},
+         "CPU (x86_64, AVX512, AVX512_BF16 and AMX), threads"),
+        ({"torch": "SVE256", "bfloat16": None, "widened": False}, "CPU (x86_64, SVE256), threads"),
+    ],
+)  # fmt: skip
+def test_a_table_names_the_instructions_where_its_results_do(found, text):
+    made = {"device": "cpu", "machine": "x86_64", "threads": 1, "torch": "t", "transformers": "f"}
+    made |= {} if found is None else {"instructions": found}
+    results = {"suite": "bench_quantised", "model": "m", "problems": 2, "batch_size": 1, "new_tokens": 8}
+    results |= {"settings": {}, "libraries": {}, "provenance": made, "rows": [], "command": "c"}
+    assert text in tables.table(results)
 
 
 def test_rows_of_another_machine_stand_behind_those_of_a_cpu(tmp_path):

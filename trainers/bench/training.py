@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from d3llm_hf import LLaDAConfig, LLaDAModelLM
-from d3llm_hf.bench.memory import in_fresh_process, machine, peak_memory, threads
+from d3llm_hf.bench.memory import in_fresh_process, peak_memory, threads
 from d3llm_hf.bench.shapes import HEAD_WIDTH, check_shape
-from d3llm_hf.evaluation.provenance import environment
+from d3llm_hf.evaluation.provenance import on_device
 from d3llm_hf.progress import progress_bar
 
 from ..distill.config import PseudoTrajectoryDistillConfig
@@ -305,8 +305,7 @@ def measure_training(bench: TrainBench) -> dict[str, Any]:
         "parameters": parameters,
         "positions": positions,
         "agreement": agreed,
-        "provenance": environment()
-        | {"device": bench.device, "threads": bench.threads, "machine": machine(bench.device)},
+        "provenance": on_device(bench.device, bench.threads),
         "rows": [_row(name, taken, usage) for name in VARIANTS],
     }
 

@@ -110,11 +110,22 @@ def _where(results: dict[str, Any]) -> str:
     """Machine and versions of a results file, and of the one for CUDA beside it."""
     made = results["provenance"]
     threads = f", threads: {made['threads']}" if made["device"] == "cpu" else ""
-    text = f"{made['device'].upper()} ({made['machine']}){threads}, torch {made['torch']}, transformers "
+    text = f"{made['device'].upper()} ({_processor(made)}){threads}, torch {made['torch']}, transformers "
     text += f"{made['transformers']}."
     if "cuda" in results:
         text += f" {_where(results['cuda'])}"
     return text
+
+
+def _processor(made: dict[str, Any]) -> str:
+    """What a device is called, and the instructions of a processor where the results file has them."""
+    if "instructions" not in made:
+        return made["machine"]
+    found = made["instructions"]
+    text = f"{made['machine']}, {found['torch']}"
+    if found["bfloat16"] is None:  # torch does not say
+        return text
+    return f"{text}, " + (" and ".join(found["bfloat16"]) or "no instructions for bfloat16")
 
 
 def _shape(results: dict[str, Any]) -> str:

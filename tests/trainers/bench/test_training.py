@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from d3llm_hf import cli
 from d3llm_hf.bench import memory
 from d3llm_hf.commands import bench as bench_command
+from d3llm_hf.evaluation import provenance
 from d3llm_hf.evaluation.tables import fill as tables
 from trainers.bench import training as bench_train
 from trainers.bench.plain_distill import FullLogitsLearntRowsTrainer, FullLogitsTrainer
@@ -183,6 +184,7 @@ def test_the_bench_writes_its_results_and_prints_their_table(run, tmp_path, opti
     assert (code, err.splitlines()[-1]) == (0, f"wrote {path}")
     results = json.loads(path.read_text())
     assert out == tables.table(results)
+    assert results["provenance"]["instructions"] == provenance.instructions()
     assert [row["name"] for row in results["rows"]] == list(VARIANTS)
     first, *_, last = results["rows"]
     assert (first["name"], first["speedup"], first["cpu_speedup"], first["peak_ratio"]) == (BASELINE, 1.0, 1.0, 1.0)
