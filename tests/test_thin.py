@@ -3,7 +3,7 @@
 from itertools import combinations, product
 
 import pytest
-from thin import covering
+from thin import covering, some_of
 
 
 AXES = (range(7), "abcd", (True, False), [("x", 1), ("x", 2), ("y", 1)])
@@ -32,3 +32,8 @@ def test_the_selection_is_small_and_always_the_same():
 
 def test_one_axis_stays_whole():
     assert by_default(covering("abc")) == by_default(covering("abc", strength=1)) == [("a",), ("b",), ("c",)]
+
+
+def test_some_of_many_run_by_default_and_none_is_lost():
+    assert by_default(some_of("abcdefg", every=3)) == [("a",), ("d",), ("g",)]
+    assert [case.values for case in some_of("abc", every=2)] == [("a",), ("b",), ("c",)]

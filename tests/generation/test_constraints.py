@@ -8,6 +8,7 @@ import torch
 from drawn import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from thin import covering
 from tiny import EOS, MASK, PAD, ScriptedModel, answer, changing_script, left_padded, tables, tiny_prompt, trained_like
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -176,9 +177,7 @@ def test_n_grams_longer_than_the_text_cost_nothing_and_change_nothing(decoding_m
 # ---- The guarantee, end to end ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampling", [False, True], ids=["greedy", "sampling"])
-@pytest.mark.parametrize("shift", [0, 1], ids=["llada", "dream"])
-@pytest.mark.parametrize("decoding_method", METHOD_NAMES)
+@pytest.mark.parametrize("decoding_method, shift, sampling", covering(METHOD_NAMES, [0, 1], [False, True]))
 def test_no_forbidden_span_is_ever_returned_and_decoding_ends(decoding_method, shift, sampling):
     vocab_size, length, without = 12, 20, 0
     stops = [10, 4]

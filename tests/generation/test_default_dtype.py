@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from every_setting import CACHES, METHODS
+from thin import covering
 from tiny import EOS, PAD, left_padded, tiny_prompt, trained_like
 
 from d3llm_hf import LLaDAConfig, LLaDAModelLM, is_greedy, log_likelihood
@@ -57,10 +58,9 @@ def same(one, other) -> bool:
     return all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in list(one))
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("family", ["llada", "dream"])
-def test_decoding_is_the_same_whatever_the_default_dtype_or_device_is(family, options):
-    decode = decoded(family, options)
+@pytest.mark.parametrize("name, family", covering(OPTIONS, ["llada", "dream"], strength=1))
+def test_decoding_is_the_same_whatever_the_default_dtype_or_device_is(name, family):
+    decode = decoded(family, OPTIONS[name])
     expected = decode()
     for dtype in DEFAULTS:
         with default(dtype):

@@ -6,6 +6,7 @@ from drawn import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from infill_oracle import fill
+from thin import covering
 from tiny import EOS, MASK, PAD, ScriptedModel, constant_script, tiny_model, tiny_prompt, trained_like
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxTimeCriteria
@@ -215,8 +216,10 @@ def test_a_model_of_one_layer_fills_the_same_with_every_cache(cache, family):
         assert (cached.positions_computed <= plain.positions_computed).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", [*METHODS, *(f"cache {name}" for name in CACHES), "sampling", "guided"])
+ALL = [*METHODS, *(f"cache {name}" for name in CACHES), "sampling", "guided"]
+
+
+@pytest.mark.parametrize("method, family", covering(ALL, FAMILIES, strength=1))
 def test_a_row_is_filled_the_same_alone_and_in_a_batch(method, family):
     model = tiny_model(family, 3, spread=4.0)
     chosen = METHODS.get(method) or CACHES.get(method.removeprefix("cache "), {})

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from thin import covering, some_of
 from tiny import EOS, MASK, PAD, ScriptedModel, changing_script, left_padded, tables, tiny_model, tiny_prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
@@ -58,8 +59,7 @@ def assert_lossless(without, found) -> None:
 # ---- the same tokens in the same order -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name, family", covering(SETTINGS, FAMILIES, strength=1))
 def test_tokens_and_their_order_are_those_of_the_method_without_drafts(name, family):
     model, chosen = tiny_model(family, 1, spread=3.0), SETTINGS[name]
     for early_stop in (False, True):
@@ -70,7 +70,7 @@ def test_tokens_and_their_order_are_those_of_the_method_without_drafts(name, fam
             assert (found.positions_computed >= without.positions_computed).all()
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", some_of(SETTINGS, every=3))
 def test_a_row_is_the_same_alone_and_in_a_batch(name):
     model, chosen = tiny_model("dream", 2, spread=3.0), SETTINGS[name] | {"lossless": True, "early_stop": True}
     for row in range(3):

@@ -92,6 +92,7 @@ def test_sampled_tokens_follow_the_distribution():
 # ---- D-09: threads -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full  # as its namesake over all caches, in test_every_cache.py
 def test_eight_threads_get_the_answers_of_one_and_change_nothing_on_the_model():
     model = trained_like("llada")
     before = attributes(model)

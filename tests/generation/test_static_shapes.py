@@ -178,7 +178,9 @@ def test_the_widths_are_at_most_four_and_the_numbers_of_logits_two(rules, expect
 # ---- the compiler ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family, cache, most", [("llada", "delayed", 8), ("dream", "none", 2)])
+@pytest.mark.parametrize(
+    "family, cache, most", [pytest.param("llada", "delayed", 8, marks=pytest.mark.full), ("dream", "none", 2)]
+)
 def test_calls_compile_one_graph_for_each_shape_and_those_of_other_prompt_lengths_no_other(family, cache, most):
     torch.compiler.reset()
     model, counter = tiny_model(family, 1, layers=1), CompileCounter()
@@ -201,6 +203,7 @@ def test_inductor_gives_the_tokens_of_the_uncompiled_run(family, cache):
     assert_same(found, model.generate(**inputs, **chosen))
 
 
+@pytest.mark.full  # nine compilations
 def test_more_signatures_than_torch_compiles_of_one_function_are_no_trouble():
     torch.compiler.reset()
     model, counter = tiny_model("llada", 1, layers=1), CompileCounter()

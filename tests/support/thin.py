@@ -28,6 +28,14 @@ def covering(*axes: Iterable[Any], strength: int = 2) -> list[Any]:
     ]
 
 
+def some_of(values: Iterable[Any], *, every: int) -> list[Any]:
+    """Values of one argument, of which each `every`-th runs by default."""
+    return [
+        pytest.param(value, marks=() if number % every == 0 else (pytest.mark.full,))
+        for number, value in enumerate(values)
+    ]
+
+
 def _flat(row: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(value for part in row for value in (part if isinstance(part, tuple) else (part,)))
 
