@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from places import REPOSITORY
+from thin import some_of
 
 import d3llm_hf
 
@@ -63,14 +64,6 @@ def output_of(process: subprocess.Popen) -> list[str]:
     return out.splitlines()
 
 
-@pytest.fixture(scope="module")
-def registered(official) -> dict[str, subprocess.Popen]:
-    """Processes in which the package and transformers are imported in both orders, at work side by side."""
-    folders = [str(folder) for folder in official.values()]
-    orders = ("package first", "transformers first")
-    return {order: start_python(REGISTERED, order, *folders) for order in orders}
-
-
 def test_importing_the_package_loads_no_torch_opens_no_connection_and_prints_nothing():
     out = output_of(start_python(LIGHT))
     assert len(out) == 1
@@ -79,9 +72,10 @@ def test_importing_the_package_loads_no_torch_opens_no_connection_and_prints_not
     assert names == "[]"
 
 
-@pytest.mark.parametrize("order", ["package first", "transformers first"])
-def test_auto_classes_load_official_folders_through_the_package(order, registered):
-    facts = json.loads(output_of(registered[order])[-1])
+@pytest.mark.parametrize("order", some_of(["package first", "transformers first"], every=2))
+def test_auto_classes_load_official_folders_through_the_package(order, official):
+    folders = [str(folder) for folder in official.values()]
+    facts = json.loads(output_of(start_python(REGISTERED, order, *folders))[-1])
     assert facts.pop("early") == []  # nothing of ours is loaded before a checkpoint asks for it
     models = ["d3llm_hf.models.modeling_llada.LLaDAModelLM", "d3llm_hf.models.modeling_dream.DreamModel"]
     configs = ["d3llm_hf.models.configuration_llada.LLaDAConfig", "d3llm_hf.models.configuration_dream.DreamConfig"]

@@ -22,6 +22,7 @@ def draws(seed: int) -> list[float]:
     return [*torches, random.Random(seed).random(), np.random.default_rng(seed).random()]
 
 
+@pytest.mark.full  # a process of its own
 def test_another_base_seed_is_added_to_every_seed():
     words = [sys.executable, __file__]  # a process of its own, where nothing has been shifted yet
     there = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -48,6 +49,7 @@ def test_torch_is_asked_for_no_more_than_the_machine_has(monkeypatch):
     assert taken("default") == "default"
 
 
+@pytest.mark.full  # processes of their own
 def test_the_plainest_instructions_are_there_on_every_machine():
     assert taken("default") == "default"
 

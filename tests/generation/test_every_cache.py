@@ -12,7 +12,7 @@ from every_setting import CACHES, METHODS, NEVER, PAIRS
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import FAMILIES, model_of
-from thin import covering
+from thin import covering, some_of
 from tiny import (
     EOS,
     PAD,
@@ -175,16 +175,17 @@ def test_rows_alone_and_in_batches_of_2_4_and_8_get_the_same_answer_and_the_same
 # ---- D-09: threads --------------------------------------------------------------------------------------------------
 
 
-def test_eight_threads_over_all_caches_get_the_answers_of_one_and_change_nothing_on_the_model():
+@pytest.mark.parametrize("calls", some_of([64, 200], every=2))
+def test_eight_threads_over_all_caches_get_the_answers_of_one_and_change_nothing_on_the_model(calls):
     model = trained_like("dream")
     before = attributes(model)
     jobs = []
-    for seed in range(200):
+    for seed in range(calls):
         method, cache = PAIRS[seed * 7 % len(PAIRS)]
         sampling = {} if seed % 3 else {"do_sample": True}
         jobs.append(METHODS[method] | CACHES[cache] | sampling | {"seed": seed, "max_new_tokens": 5})
         jobs[-1].update({"block_length": 2} if "block_length" in jobs[-1] else {})
-    prompts = [[1, 2, seed % 20] for seed in range(200)]
+    prompts = [[1, 2, seed % 20] for seed in range(calls)]
     alone = [answer(model, prompt, **job).sequences.tolist() for prompt, job in zip(prompts, jobs, strict=True)]
     together: list = [None] * len(jobs)
 

@@ -153,8 +153,7 @@ def test_a_schedule_fills_as_the_oracle(problem, steps, remasking):
 # ---- what must be the same -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, family", covering(METHODS, FAMILIES, strength=1))
 def test_holes_at_the_end_or_none_are_what_plain_generation_decides(method, family):
     model, chosen = without_stop(tiny_model(family, 1, spread=4.0)), METHODS[method]
     common = {"seed": 4, "return_dict_in_generate": True}

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Rules, Scripted, decode
 from recorded import checkpoint, recorded_cases
+from thin import covering
 from tiny import (
     EOS,
     MASK,
@@ -98,8 +99,7 @@ def test_the_mask_tokens_probability_counts_though_it_is_never_chosen(remasking,
 # ---- D-02: the state machine on written-down logits ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", [0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("add", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("add, activation", covering([0.0, 0.25, 0.5, 1.0], [0.0, 0.25, 0.5, 1.0], strength=1))
 def test_a_thousand_logit_tables_are_decoded_as_the_oracle_does(add, activation):
     # 16 pairs of thresholds, 64 tables each; the first prompt token names the table, so that rows may leave the batch.
     count, length = 64, 21

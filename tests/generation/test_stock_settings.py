@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from thin import covering
 from tiny import EOS, MASK, PAD, ScriptedModel, answer, constant_script, left_padded, tables, trained_like
 from transformers import GenerationConfig, XLNetConfig, XLNetLMHeadModel
 from transformers.generation import GenerationMixin
@@ -311,8 +312,10 @@ def test_an_extreme_number_that_is_taken_decodes_to_the_end(fields):
     assert model.calls <= 16
 
 
-@pytest.mark.parametrize("alg_temp", [1e-3, 1e-19, 1e-37, 1e-40, 5e-324, 1e300])
-@pytest.mark.parametrize("remasking", ["entropy", "maskgit_plus", "random"])
+@pytest.mark.parametrize(
+    "alg_temp, remasking",
+    covering([1e-3, 1e-19, 1e-37, 1e-40, 5e-324, 1e300], ["entropy", "maskgit_plus", "random"], strength=1),
+)
 def test_any_temperature_of_positions_decodes_as_fast_as_none_and_a_low_one_to_the_same(alg_temp, remasking):
     plain = {"decoding_method": "dream", "remasking": remasking, "max_new_tokens": 12, "early_stop": False, "seed": 2}
     for family in ("llada", "dream"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from official import tiny_tokenizer
 from recorded import checkpoint, recorded_cases
+from thin import covering
 from tiny import (
     EOS,
     MASK,
@@ -82,9 +83,7 @@ def final_text(output, prompt: list[int]) -> list[int]:
     return tokens[: stop[0] + 1] if stop else tokens
 
 
-@pytest.mark.parametrize("early_stop", [True, False])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family, method, early_stop", covering(["llada", "dream"], METHODS, [True, False]))
 def test_the_streamed_pieces_are_the_prompt_and_then_the_answer_up_to_its_stop_token(family, method, early_stop):
     for seed in range(4):
         prompt, streamer = tiny_prompt(seed, 4), Recorder()
@@ -287,9 +286,7 @@ def final_rows(output, width: int) -> list[list[int]]:
     return rows
 
 
-@pytest.mark.parametrize("early_stop", [True, False])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family, method, early_stop", covering(["llada", "dream"], METHODS, [True, False]))
 def test_every_row_of_a_batch_is_streamed_as_its_final_text_and_ended_once(family, method, early_stop):
     lengths = set()
     for seed in range(2):

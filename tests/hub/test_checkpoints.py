@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from places import REPOSITORY, SUPPORT
+from thin import some_of
 
 import d3llm_hf
 from d3llm_hf import export_checkpoint, init_checkpoint
@@ -28,42 +29,28 @@ def code_of(folder: Path) -> set[str]:
     return {file.name for file in folder.glob("*.py")}
 
 
-@pytest.fixture(scope="module")
-def fresh_processes(exported, tmp_path_factory) -> dict:
-    """A process for each family, at work beside the tests, that has neither this package nor optional dependencies."""
-    started = {}
-    for family in FAMILIES:
-        work = tmp_path_factory.mktemp("fresh")
-        shutil.copytree(exported[family], work / "folder")
-        shutil.copytree(exported[family], work / "canary")
-        for code in (work / "canary").glob("*.py"):
-            code.write_text(f"from pathlib import Path\nPath({str(work / 'ran')!r}).touch()\n{code.read_text()}")
-        script = shutil.copy(SUPPORT / "fresh_process.py", work)
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        process = subprocess.Popen(
-            [sys.executable, "-I", script, "folder", "canary", "resaved", "ran"],
-            cwd=work,
-            env=environment | {"HF_HOME": str(work / "home"), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=(work / "stderr").open("w"),
-            text=True,
-        )
-        started[family] = (process, work)
-    yield started
-    for process, _ in started.values():
-        process.kill()
-        process.wait()
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def facts(request, fresh_processes) -> dict:
-    """What the fresh process of a family finds out."""
-    process, work = fresh_processes[request.param]
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, (work / "stderr").read_text()[-3000:]
+@pytest.fixture(scope="module", params=some_of(FAMILIES, every=2))
+def facts(request, exported, tmp_path_factory) -> dict:
+    """What a process finds out of a family that has neither this package nor optional dependencies."""
+    work, source = tmp_path_factory.mktemp("fresh"), exported[request.param]
+    shutil.copytree(source, work / "folder")
+    shutil.copytree(source, work / "canary")
+    for code in (work / "canary").glob("*.py"):
+        code.write_text(f"from pathlib import Path\nPath({str(work / 'ran')!r}).touch()\n{code.read_text()}")
+    script = shutil.copy(SUPPORT / "fresh_process.py", work)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = subprocess.run(
+        [sys.executable, "-I", script, "folder", "canary", "resaved", "ran"],
+        cwd=work,
+        env=environment | {"HF_HOME": str(work / "home"), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
     model = {"llada": "LLaDAModelLM", "Dream": "DreamModel"}[request.param]
-    return json.loads(out.splitlines()[-1]) | {"model": model, "resaved": work / "resaved"}
+    return json.loads(process.stdout.splitlines()[-1]) | {"model": model, "resaved": work / "resaved"}
 
 
 def test_every_auto_class_loads_an_exported_folder_in_a_fresh_process(facts):

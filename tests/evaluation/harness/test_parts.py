@@ -135,6 +135,7 @@ def test_a_process_alone_gathers_what_it_has():
     assert processes.all_gather(torch.ones(2)).tolist() == [1, 1]
 
 
+@pytest.mark.full  # two processes of their own
 def test_two_processes_gather_what_each_has(tmp_path):
     script = tmp_path / "gather.py"
     script.write_text(
@@ -259,6 +260,7 @@ def test_show_prints_lm_evals_command_with_the_users_arguments_last(run):
     assert words[words.index("--tasks") + 1] == "gsm8k_cot_zeroshot"
 
 
+@pytest.mark.full  # lm-eval reads all of its tasks, twice
 def test_what_lm_eval_refuses_is_said_in_one_line(run, monkeypatch):
     words = ("--pretrained", "d3llm-llada", "--tasks", "nonsense")
     code, _, errors = run(*words)

@@ -180,6 +180,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(output, tmp_path, decoded):
     assert [without_times(point) for point in points] == [*whole[1:], whole[0]]
 
 
+@pytest.mark.full  # a process of its own; an interrupted sweep is among the default tests
 def test_a_killed_sweep_loses_at_most_the_open_batch(output, tmp_path, decoded):
     marker = tmp_path / "now"
     script = SUPPORT / "sweeping.py"

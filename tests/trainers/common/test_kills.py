@@ -22,6 +22,7 @@ def outcome(folder, moments):
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.full  # a process and nine runs; a kill during an extraction is among the default tests
 def test_a_run_that_is_killed_while_it_saves_is_resumed_to_the_same_weights(tmp_path):
     # Before the optimizer is written, before the list is, and before the older checkpoint goes.
     found = outcome(tmp_path, [("states", 6), ("list", 2), ("rotation", 1)])

@@ -82,6 +82,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.full  # of one launch of four runs
 @forks
 @pytest.mark.parametrize("name", ["two", "sharded"])
 def test_two_processes_have_the_losses_of_one_with_twice_the_batch(told, name):
@@ -95,6 +96,7 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_batch(told, name):
     assert all(torch.allclose(tensor, other[key], atol=1e-4) for key, tensor in one.items())
 
 
+@pytest.mark.full  # of one launch of four runs
 @forks
 def test_sharded_weights_are_saved_whole_and_load_with_from_pretrained(told):
     assert told["sharded"]["sharded"] and not told["two"]["sharded"]
@@ -105,6 +107,7 @@ def test_sharded_weights_are_saved_whole_and_load_with_from_pretrained(told):
         assert config["architectures"] == ["LLaDAModelLM"]
 
 
+@pytest.mark.full  # of one launch of four runs
 @forks
 def test_sharded_training_resumes_to_the_same_weights(told):
     assert told["resumed"]["sharded"]
@@ -113,6 +116,7 @@ def test_sharded_training_resumes_to_the_same_weights(told):
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
 
 
+@pytest.mark.full  # of one launch of four runs
 @forks
 @pytest.mark.parametrize("name", ["two", "sharded"])
 def test_a_checkpoint_of_several_processes_lists_the_files_of_all(told, name):
