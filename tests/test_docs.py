@@ -114,7 +114,21 @@ def checkpoints(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def names(checkpoints, tmp_path, monkeypatch) -> Iterator[dict]:
+def quick(monkeypatch) -> None:
+    """What takes longest and is tested elsewhere: pictures are laid out and not saved, lm-eval finds our tasks alone."""
+    from lm_eval.tasks.manager import TaskManager
+
+    from d3llm_hf.evaluation.leaderboard import pictures
+
+    whole = TaskManager.__init__
+    monkeypatch.setattr(
+        TaskManager, "__init__", lambda self, *args, **more: whole(self, *args, **more | {"include_defaults": False})
+    )
+    monkeypatch.setattr(pictures, "_saved", lambda name, figure: dict.fromkeys((f"{name}.png", f"{name}.svg"), b"-"))
+
+
+@pytest.fixture
+def names(checkpoints, tmp_path, monkeypatch, quick) -> Iterator[dict]:
     """Names of a reader's session, in a folder of its own with the checkpoints in it."""
     import datasets
 
