@@ -115,7 +115,7 @@ def checkpoints(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch) -> None:
-    """What takes longest and is tested elsewhere: pictures are laid out and not saved, lm-eval finds our tasks alone."""
+    """What takes longest is left out: pictures are laid out and not saved, lm-eval finds our tasks alone."""
     from lm_eval.tasks.manager import TaskManager
 
     from d3llm_hf.evaluation.leaderboard import pictures

@@ -93,8 +93,7 @@ def test_holes_are_filled_the_same(appended, family):
     assert_lossless(model.generate(**inputs, **chosen), model.generate(**inputs, lossless=True, **chosen))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch, family", covering([1, 3], FAMILIES, strength=1))
 def test_processors_see_the_text_of_the_draft_that_they_score(batch, family):
     class NoRepetition(LogitsProcessor):  # reads the decided tokens before the position, of every row
         def __call__(self, input_ids, scores):

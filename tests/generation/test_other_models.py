@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracle import decode
 from others import DECODERS, ENCODERS, OTHERS, OtherNetwork, cached_network, oracle_rules
+from thin import covering
 from tiny import MASK, answer, attributes, same_attributes, tiny_prompt
 from transformers import BertForMaskedLM, ModernBertForMaskedLM, Qwen2ForCausalLM
 
@@ -41,8 +42,12 @@ CACHES = (
 WITH_CACHE = (*ENCODERS[:2], *DECODERS)
 
 
+def name_of(value) -> str:
+    return getattr(value, "name", value)
+
+
 def named(others):
-    return pytest.mark.parametrize("other", others, ids=lambda other: other.name)
+    return pytest.mark.parametrize("other", others, ids=name_of)
 
 
 def diffusion(other, seed=0, **settings):
@@ -89,8 +94,7 @@ def test_with_a_cache_a_stock_model_decodes_as_the_oracle_does(other, settings):
     compare(model, other, network, tiny_prompt(seed, 3 + seed), decoding_method="d3llm", **settings)
 
 
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-@named(OTHERS)
+@pytest.mark.parametrize("other, attn_implementation", covering(OTHERS, ["sdpa", "eager"], strength=1), ids=name_of)
 def test_rows_alone_and_in_left_padded_batches_get_the_same_answer(other, attn_implementation):
     model = diffusion(other, 1, attn_implementation=attn_implementation)
     pad = model.config.pad_token_id

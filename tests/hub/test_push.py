@@ -87,6 +87,7 @@ def decoded(folder) -> list[list[int]]:
 # What arrives
 
 
+@pytest.mark.full  # loads it in a process of its own, as the default tests do of an exported one
 def test_a_pushed_folder_arrives_whole_in_one_commit_and_generates_the_same_tokens_where_it_is_loaded(
     hub, folder, tmp_path, capsys
 ):

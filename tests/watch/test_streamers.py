@@ -10,6 +10,7 @@ import torch
 from official import tiny_tokenizer
 from recorded import checkpoint
 from terminals import Terminal
+from thin import some_of
 from tiny import ScriptedModel, attributes, same_attributes
 from transformers import TextStreamer
 
@@ -522,9 +523,10 @@ def leave_in_a_cycle(model):
     next(holder[0])
 
 
-@pytest.mark.parametrize(
-    "leave", [leave_by_break, leave_by_exception, leave_by_with, leave_by_close, leave_in_a_cycle]
-)
+WAYS = [leave_by_break, leave_by_exception, leave_by_with, leave_by_close, leave_in_a_cycle]
+
+
+@pytest.mark.parametrize("leave", some_of(WAYS, every=4))
 def test_a_reader_that_leaves_ends_the_thread_and_the_model_is_as_it_was(leave):
     # Forwards wait for the reader, who takes one update: what comes after it is stopped.
     seen = threading.Semaphore(3)

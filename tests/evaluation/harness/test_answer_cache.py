@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from thin import some_of
 
 
 pytest.importorskip("lm_eval")
@@ -125,8 +126,9 @@ def test_the_same_model_and_settings_are_given_their_answers_back(change, filled
         assert ask(lm_of(model, tokenizer, **named(change)), file, requests_of(kind)) == (expected, 0)
 
 
-@pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
-def test_another_model_or_other_settings_are_given_none_of_its_answers(change, filled, model, tokenizer, tmp_path):
+@pytest.mark.parametrize("name", some_of(OTHERS, every=3))
+def test_another_model_or_other_settings_are_given_none_of_its_answers(name, filled, model, tokenizer, tmp_path):
+    change = OTHERS[name]
     file, answers = filled
     mine = tmp_path / "copy.db"
     mine.write_bytes(file.read_bytes())

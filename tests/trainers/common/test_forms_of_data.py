@@ -6,6 +6,7 @@ import distillation
 import pytest
 from data_trainers import GOOD, MAKERS, TOKENIZER, distilled, stream, tuned
 from datasets import Dataset, IterableDataset, load_dataset
+from thin import covering
 
 from trainers import run_distill, run_sft
 from trainers.common.rows import RowError
@@ -23,10 +24,14 @@ def data_of(make):
 # Formats
 
 
-@pytest.mark.parametrize("form", ["pandas", "arrow", "numpy", "torch"])
-@pytest.mark.parametrize("row", [GOOD, TURNS, READY], ids=["text", "turns", "ids"])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_data_set_is_taken_in_any_format(tmp_path, form, row, streaming):
+ROWS = {"text": GOOD, "turns": TURNS, "ids": READY}
+
+
+@pytest.mark.parametrize(
+    "form, name, streaming", covering(["pandas", "arrow", "numpy", "torch"], ROWS, [False, True], strength=1)
+)
+def test_a_data_set_is_taken_in_any_format(tmp_path, form, name, streaming):
+    row = ROWS[name]
     plain = Dataset.from_list([row] * 4)
     formatted = (plain.to_iterable_dataset() if streaming else plain).with_format(form)
     trainer = tuned(tmp_path, formatted, plain)

@@ -7,6 +7,7 @@ from distillation import make_trainer, student
 from official import tiny_tokenizer
 from others import ENCODERS
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from thin import covering
 
 from d3llm_hf import as_diffusion_lm
 from trainers.bench.plain_distill import FullLogitsTrainer
@@ -40,8 +41,7 @@ def sft(folder, model, **more):
     return MaskedDiffusionSFTTrainer(model, arguments, train_dataset=rows, processing_class=TOKENIZER, **more)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family, kind", covering(["llada", "dream"], KINDS, strength=1))
 def test_a_learnt_prompt_is_trained_and_the_model_stays(kind, family, tmp_path):
     trainer = sft(tmp_path, student(TOKENIZER, family), peft_config=learnt(kind))
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}

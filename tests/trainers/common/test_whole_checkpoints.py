@@ -11,6 +11,7 @@ import torch
 from distillation import make_trainer, student
 from foreign_locks import foreign_lock
 from official import tiny_tokenizer
+from thin import covering
 from transformers import Trainer, TrainerCallback
 
 from d3llm_hf.locks import InUseError, lock_file
@@ -92,8 +93,7 @@ def test_every_file_of_a_checkpoint_is_listed(run):
     check_checkpoint(checkpoint)
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name, damage", covering(FILES, DAMAGE, strength=1))
 def test_a_damaged_file_is_named_and_its_checkpoint_skipped(folder, caplog, name, damage):
     path = folder / "checkpoint-6" / name
     DAMAGE[damage](path)

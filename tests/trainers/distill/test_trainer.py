@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from distillation import ARGUMENTS, make_trainer, rows, student, trajectories
 from official import tiny_tokenizer
 from peft import LoraConfig
+from thin import covering
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from d3llm_hf import LLaDAModelLM
@@ -101,8 +102,7 @@ def test_training_lowers_the_loss_and_logs_its_parts(tmp_path, tokenizer, object
     assert logs[0]["loss"] == pytest.approx(loss + 0.5 * logs[0]["sft_loss"], abs=1e-3)
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "lora"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation, adapter", covering([1, 2], [False, True], strength=1))
 def test_a_resumed_run_is_equal_to_an_unbroken_one_for_any_number_of_workers(
     tmp_path, tokenizer, accumulation, adapter
 ):
