@@ -10,31 +10,35 @@ from places import REPOSITORY
 
 
 KNOWN = house.modules()
-ARROWS = house.arrows(KNOWN)
 COMMANDS = "d3llm_hf.commands"
+
+
+@pytest.fixture(scope="module")
+def arrows() -> house.Arrows:
+    return house.arrows(KNOWN)
 
 
 def within(module: str, package: str) -> bool:
     return module == package or module.startswith(f"{package}.")
 
 
-def test_no_file_imports_itself_by_way_of_others():
-    assert house.loop(ARROWS) == []
+def test_no_file_imports_itself_by_way_of_others(arrows):
+    assert house.loop(arrows) == []
 
 
-def test_no_wing_imports_itself_by_way_of_others():
-    assert house.loop(house.between_wings(ARROWS, KNOWN)) == []
+def test_no_wing_imports_itself_by_way_of_others(arrows):
+    assert house.loop(house.between_wings(arrows, KNOWN)) == []
 
 
-def test_commands_are_the_top_floor():
+def test_commands_are_the_top_floor(arrows):
     above = {COMMANDS, "d3llm_hf.cli", "d3llm_hf.__main__"}
-    for module, targets in ARROWS.items():
+    for module, targets in arrows.items():
         if not within(module, COMMANDS) and module not in above:
             assert not [target for target in targets if within(target, COMMANDS)], module
 
 
-def test_only_commands_take_from_the_trainers():
-    for module, targets in ARROWS.items():
+def test_only_commands_take_from_the_trainers(arrows):
+    for module, targets in arrows.items():
         if within(module, "d3llm_hf") and not within(module, COMMANDS):
             assert not [target for target in targets if within(target, "trainers")], module
 
@@ -65,19 +69,19 @@ def floors(page: Path) -> dict[str, int]:
     return found
 
 
-def test_the_picture_of_the_wings_is_the_house():
-    drawn, wings = floors(REPOSITORY / "docs" / "architecture.md"), house.between_wings(ARROWS, KNOWN)
+def test_the_picture_of_the_wings_is_the_house(arrows):
+    drawn, wings = floors(REPOSITORY / "docs" / "architecture.md"), house.between_wings(arrows, KNOWN)
     assert set(drawn) == set(wings)
     for wing, targets in wings.items():
         assert not [target for target in targets if drawn[target] >= drawn[wing]], wing
 
 
-def test_everything_is_looked_at():
+def test_everything_is_looked_at(arrows):
     """The tests above see imports in functions, for types, relative ones, and modules taken from a package."""
-    assert "d3llm_hf.models.configuration_llada" in ARROWS["d3llm_hf.hub.checkpoints"]  # in a function
-    assert "d3llm_hf.watch.chat" in ARROWS["d3llm_hf"]  # for types
-    assert "d3llm_hf.evaluation.tables.bench" in ARROWS["d3llm_hf.evaluation.tables.fill"]  # from . import bench
-    assert "trainers.bench.training" in ARROWS["d3llm_hf.commands.bench"]
+    assert "d3llm_hf.models.configuration_llada" in arrows["d3llm_hf.hub.checkpoints"]  # in a function
+    assert "d3llm_hf.watch.chat" in arrows["d3llm_hf"]  # for types
+    assert "d3llm_hf.evaluation.tables.bench" in arrows["d3llm_hf.evaluation.tables.fill"]  # from . import bench
+    assert "trainers.bench.training" in arrows["d3llm_hf.commands.bench"]
     assert {module.partition(".")[0] for module in KNOWN} == set(house.PACKAGES)
 
 

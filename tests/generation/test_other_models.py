@@ -75,8 +75,7 @@ def compare(model, other, network, prompt, **chosen):
 # ---- equal to the oracle -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
-@named(OTHERS)
+@pytest.mark.parametrize("other, method", covering(OTHERS, METHODS, strength=1), ids=name_of)
 def test_a_stock_model_decodes_as_the_oracle_does_with_its_own_forward(other, method):
     seed = list(METHODS).index(method)
     model = diffusion(other, seed)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from thin import covering
+from thin import covering, some_of
 from tiny import EOS, MASK, PAD, ScriptedModel, answer, constant_script, left_padded, tables, trained_like
 from transformers import GenerationConfig, XLNetConfig, XLNetLMHeadModel
 from transformers.generation import GenerationMixin
@@ -178,7 +178,7 @@ def kinds_of(value):
         yield from (np.float64(value), np.float32(value), np.array([value]))
 
 
-@pytest.mark.parametrize("name", NUMERIC)
+@pytest.mark.parametrize("name", some_of(NUMERIC, every=2))
 def test_numbers_of_numpy_and_torch_are_numbers(name):
     model, value = trained_like("llada"), NUMERIC[name]
     chosen = {"max_new_tokens": 3, "do_sample": True, "seed": 1} | WITH.get(name, {})

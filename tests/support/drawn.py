@@ -1,4 +1,4 @@
-"""Examples that hypothesis draws: a quarter of them by default, all under its profile `full`.
+"""Examples that hypothesis draws: an eighth of them by default, all under its profile `full`.
 
 python -m pytest -m drawn --hypothesis-profile=full
 """
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 
-WHOLE = 400  # `max_examples` of the profile `full`, which conftest.py registers; hypothesis' own default is 100
+WHOLE = 800  # `max_examples` of the profile `full`, which conftest.py registers; hypothesis' own default is 100
 
 
 def examples(count: int) -> Callable:

@@ -145,6 +145,7 @@ def test_another_length_of_a_resumed_run_is_warned_of(tmp_path, tokenizer, caplo
     assert "resumed with max_steps=3, but was begun with 2" in caplog.text
 
 
+@pytest.mark.full  # several runs of fifty steps
 def test_with_means_per_sample_fifty_steps_do_not_depend_on_the_batch_layout(tmp_path, tokenizer):
     """Within 1e-3 at each step; 1e-5 on average, where a micro-batch that is dropped or weighted wrongly shows."""
     runs = []
