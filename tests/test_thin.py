@@ -30,6 +30,11 @@ def test_the_selection_is_small_and_always_the_same():
     assert covering(*AXES) == covering(*AXES)
 
 
+def test_a_part_of_the_selection_may_do():
+    whole, part = by_default(covering(*AXES)), by_default(covering(*AXES, every=3))
+    assert part == whole[::3]
+
+
 def test_one_axis_stays_whole():
     assert by_default(covering("abc")) == by_default(covering("abc", strength=1)) == [("a",), ("b",), ("c",)]
 

@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 
 
-def covering(*axes: Iterable[Any], strength: int = 2) -> list[Any]:
+def covering(*axes: Iterable[Any], strength: int = 2, every: int = 1) -> list[Any]:
     """The product of all axes as arguments of `pytest.mark.parametrize`.
 
     Args:
         axes: the values of each; one that consists of tuples stands for several arguments.
         strength: how many values of different arguments occur together in some case that runs by default, wherever
             they do so in the product: 1 is every value, 2 every pair.
+        every: of these cases each so-many-th runs by default, where others show the same.
     """
     rows = [_flat(row) for row in product(*axes)]
-    chosen = _chosen(rows, strength)
+    chosen = sorted(_chosen(rows, strength))[::every]
     marks = [() if number in chosen else (pytest.mark.full,) for number in range(len(rows))]
     return [
         pytest.param(*row, marks=mark) if len(row) > 1 else pytest.param(row[0], marks=mark)
