@@ -30,7 +30,7 @@ test-all:  ## everything that needs neither a GPU nor the Hub: with the slow one
 transformers-matrix:  ## models, decoding, export and training under the transformers that pyproject.toml admits
 	.ci/transformers_matrix
 
-portability:  ## the default tests under each kind of instructions, one and two threads, another base seed (hours)
+portability:  ## tests of `test` and `test-full` on other kernels, with one and two threads, another base seed (hours)
 	$(PYTHON) tests/support/portability.py
 
 common-tests:  ## transformers' own model tests on our models (fetches transformers' source distribution)

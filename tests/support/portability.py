@@ -25,7 +25,8 @@ from places import REPOSITORY
 
 CAPABILITIES = ("default", "avx2", "avx512")
 THREADS = (1, 2)
-WHOLE = "not slow and not gpu and not hub"  # with the further cases that the default leaves out
+# With the further cases and examples that the default leaves out; threads are those of the run alone.
+HOW = ("-q", "-n", "0", "-m", "not slow and not gpu and not hub", "--hypothesis-profile=full")
 _ASKED = "ATEN_CPU_CAPABILITY"
 _SAID = "import torch; print(torch.backends.cpu.get_cpu_capability())"
 _NAMES = {"no avx": "default"}  # torch's own name of it in some versions
@@ -85,7 +86,7 @@ def carry_out(run: Run, words: list[str], folder: Path) -> None:
     report = stem.with_suffix(".xml")
     with open(stem.with_suffix(".txt"), "w", encoding="utf-8") as output:
         code = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", WHOLE, f"--junit-xml={report}", *words],
+            [sys.executable, "-m", "pytest", *HOW, f"--junit-xml={report}", *words],
             cwd=REPOSITORY,
             env=os.environ | run.environment,
             stdout=output,
