@@ -11,7 +11,7 @@ from trainers.distill.evaluation import check_decoding
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-BOTH = pytest.mark.parametrize("kind", some_of(KINDS, every=2))  # what is tested here they have in common
+BOTH = pytest.mark.parametrize("kind", some_of(KINDS, every=2))  # what is tested here they share
 SPEED = ("runtime", "per_second", "preparation_time")
 
 
