@@ -1,8 +1,8 @@
 """Fewer cases of a large product by default: those that cover its values or their pairs; the others are marked `full`.
 
 A fault that a value of one axis brings, or a pair of values of two axes, shows in a selection in which each of them
-occurs (pairwise design). Where other tests show the same, a part of the selection is enough. `make test-full` runs what
-is left.
+occurs (pairwise design). Where other tests show the same, a part of the selection will do. `make test-full` runs the
+others.
 """
 
 from collections.abc import Iterable, Sequence
