@@ -12,11 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["D3LLM_HF_NO_METRIC"] = "1"  # importing the package writes nothing into the home of who runs the tests
 
-import hypothesis
+import drawn  # noqa: F401 (registers the profile `full`)
 import pytest
 
-
-hypothesis.settings.register_profile("full", max_examples=800)  # see support/drawn.py
 
 if os.environ.get("D3LLM_TEST_SEED"):
     import base_seed

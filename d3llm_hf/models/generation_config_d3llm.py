@@ -65,6 +65,8 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
 }
 
 
+# How messages about a setting end; one that speaks of a file takes this off.
+WAY_OUT = "Set it in `D3LLMGenerationConfig` or pass it to `generate`."
 _LARGEST = 2**1023  # integers beyond have no float
 
 
@@ -228,10 +230,7 @@ class D3LLMGenerationConfig(GenerationConfig):
                     methods=list(METHODS), remasking=list(REMASKING), caches=list(CACHES), decoders=list(DECODERS)
                 )
                 kind = ValueError if isinstance(value, types) else TypeError
-                raise kind(
-                    f"`{name}` must be {rule} (got {value!r}). Set it in `D3LLMGenerationConfig` or pass it to "
-                    "`generate`."
-                )
+                raise kind(f"`{name}` must be {rule} (got {value!r}). {WAY_OUT}")
         super().validate(*args, **kwargs)
 
     # Whether new tokens follow the prompt; infilling alone appends none.
@@ -288,7 +287,7 @@ class D3LLMGenerationConfig(GenerationConfig):
         """What a message calls a setting, and the way out of a wrong value, by where it came from."""
         if name in self._inherited:
             return f"`{name}` of the model's generation config", "Correct generation_config.json, or pass it."
-        return f"`{name}`", "Set it in `D3LLMGenerationConfig` or pass it to `generate`."
+        return f"`{name}`", WAY_OUT
 
     def refuse_unfitting(self) -> None:
         """Raises a ValueError for an option that has no meaning here (`REFUSED`, `IDLE`), with the reason."""

@@ -23,7 +23,7 @@ from .decoding import (
     finished,
     open_blocks,
 )
-from .generation_config_d3llm import D3LLMGenerationConfig, unknown_field
+from .generation_config_d3llm import WAY_OUT, D3LLMGenerationConfig, unknown_field
 from .half_precision import fast_products
 from .input_shapes import check_shapes
 from .ledger import Ledger
@@ -103,7 +103,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         try:
             self.generation_config = D3LLMGenerationConfig.coerce(self.generation_config)
         except (TypeError, ValueError) as error:
-            rule = str(error).partition(" Set it in")[0]
+            rule = str(error).removesuffix(f" {WAY_OUT}")
             raise type(error)(
                 f"{rule} It stands in the checkpoint's generation_config.json; correct it there."
             ) from error

@@ -7,11 +7,13 @@ import re
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from foreign_locks import foreign_lock
+from outcomes import outcome_of
 from tiny import tiny_prompt, trained_like
 
 from d3llm_hf import cli
@@ -39,16 +41,7 @@ def quick(monkeypatch):
 @pytest.fixture
 def run(capsys):
     """Runs the command in this process: `(exit code, stdout, stderr)`."""
-
-    def command(*argv):
-        try:
-            code = cli.main(["bench", *map(str, argv)])
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
+    return partial(outcome_of, cli.main, capsys, "bench")
 
 
 # Shapes

@@ -5,9 +5,11 @@ import io
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from outcomes import outcome_of
 from terminals import Terminal
 
 from d3llm_hf import __version__, cli
@@ -22,16 +24,7 @@ STATISTICS = re.compile(r"^\d+ tokens in \d+ forwards \(\d+\.\d\d tokens per for
 @pytest.fixture
 def run(capsys):
     """Runs the command in this process: `(exit code, stdout, stderr)`."""
-
-    def command(*argv):
-        try:
-            code = cli.main([str(argument) for argument in argv])
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
+    return partial(outcome_of, cli.main, capsys)
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 import json
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 from foreign_locks import foreign_lock
+from outcomes import outcome_of
 
 from d3llm_hf import cli
 from d3llm_hf.commands import sweep as command
@@ -17,16 +19,7 @@ from d3llm_hf.locks import lock_file
 @pytest.fixture
 def run(capsys):
     """Runs the command in this process: `(exit code, stdout, stderr)`."""
-
-    def run(*argv):
-        try:
-            code = cli.main(["sweep", *map(str, argv)])
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return partial(outcome_of, cli.main, capsys, "sweep")
 
 
 def test_a_sweep_measures_the_embedded_checkpoint_and_does_not_repeat_it(run, tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 
-WHOLE = 800  # `max_examples` of the profile `full`, which conftest.py registers; hypothesis' own default is 100
+WHOLE = 800  # `max_examples` of the profile `full`; hypothesis' own default is 100
+settings.register_profile("full", max_examples=WHOLE)
 
 
 def examples(count: int) -> Callable:

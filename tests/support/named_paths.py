@@ -11,6 +11,7 @@ import sys
 import tokenize
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import house
@@ -54,7 +55,7 @@ def told(document: Path) -> str:
 
 def gone(text: str, root: Path = REPOSITORY, *, bare: bool = False) -> Iterator[str]:
     """What a text names of the repository at `root` that is not there; with `bare` also files without their folder."""
-    known = house.modules(root)
+    known = _modules(root)
     for path in _named(_PATH, text):
         if not (_matches(path, root) if "*" in path else (root / path).exists()):
             yield path
@@ -81,8 +82,20 @@ def _named(pattern: re.Pattern, text: str) -> list[str]:
 
 def _matches(pattern: str, root: Path) -> bool:
     """Whether some file has a name of that form; a star stands for folders, too, as in `git grep`."""
-    files = (root / pattern.partition("/")[0]).rglob("*")
-    return any(fnmatch(file.relative_to(root).as_posix(), pattern) for file in files)
+    return any(fnmatch(file, pattern) for file in _files(root, pattern.partition("/")[0]))
+
+
+# What lies in the repository is read once, since hundreds of documents ask for it.
+
+
+@cache
+def _modules(root: Path) -> dict[str, Path]:
+    return house.modules(root)
+
+
+@cache
+def _files(root: Path, folder: str) -> list[str]:
+    return [file.relative_to(root).as_posix() for file in (root / folder).rglob("*")]
 
 
 def _is_known(name: str, known: Mapping[str, Path]) -> bool:
@@ -95,6 +108,7 @@ def _is_known(name: str, known: Mapping[str, Path]) -> bool:
     return not rest or rest in _names(known[module])
 
 
+@cache
 def _names(file: Path) -> set[str]:
     """What a module defines or imports; of a package, whose names may come on first use, all words in quotes, too."""
     names = set()

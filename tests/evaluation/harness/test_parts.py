@@ -5,10 +5,12 @@ import os
 import shlex
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import yaml
+from outcomes import outcome_of
 
 
 pytest.importorskip("lm_eval")
@@ -233,15 +235,7 @@ def test_a_recipe_of_ones_own_is_read_and_a_wrong_one_is_refused(tmp_path):
 
 @pytest.fixture
 def run(capsys):
-    def command(*words) -> tuple[int, str, str]:
-        try:
-            code = lm_eval_cli.main([str(word) for word in words])
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
+    return partial(outcome_of, lm_eval_cli.main, capsys)
 
 
 def test_show_prints_lm_evals_command_with_the_users_arguments_last(run):

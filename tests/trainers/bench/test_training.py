@@ -4,12 +4,14 @@ import json
 import re
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from distillation import make_trainer, rows, student
 from official import tiny_tokenizer
+from outcomes import outcome_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -166,15 +168,7 @@ def run(capsys, monkeypatch):
     """Runs the command in this process, and what it would do in others as well: `(exit code, stdout, stderr)`."""
     monkeypatch.setattr(bench_train, "in_fresh_process", lambda function, *args: function(*args))
 
-    def command(*argv):
-        try:
-            code = cli.main([str(argument) for argument in argv])
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
+    return partial(outcome_of, cli.main, capsys)
 
 
 @pytest.mark.parametrize("options", [[], ["--dtype", "bfloat16", "--sft-weight", "0.5", "--no-complementary"]])
