@@ -153,7 +153,7 @@ def test_a_schedule_fills_as_the_oracle(problem, steps, remasking):
 # ---- what must be the same -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method, family", covering(METHODS, FAMILIES, strength=1))
+@pytest.mark.parametrize("method, family", covering(METHODS, FAMILIES, strength=1, every=2))
 def test_holes_at_the_end_or_none_are_what_plain_generation_decides(method, family):
     model, chosen = without_stop(tiny_model(family, 1, spread=4.0)), METHODS[method]
     common = {"seed": 4, "return_dict_in_generate": True}
@@ -218,7 +218,7 @@ def test_a_model_of_one_layer_fills_the_same_with_every_cache(cache, family):
 ALL = [*METHODS, *(f"cache {name}" for name in CACHES), "sampling", "guided"]
 
 
-@pytest.mark.parametrize("method, family", covering(ALL, FAMILIES, strength=1, every=2))
+@pytest.mark.parametrize("method, family", covering(ALL, FAMILIES, strength=1, every=4))
 def test_a_row_is_filled_the_same_alone_and_in_a_batch(method, family):
     model = tiny_model(family, 3, spread=4.0)
     chosen = METHODS.get(method) or CACHES.get(method.removeprefix("cache "), {})

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Rules, Scripted, decode
 from recorded import checkpoint, recorded_cases
-from thin import covering
+from thin import covering, some_of
 from tiny import (
     EOS,
     MASK,
@@ -186,7 +186,7 @@ def test_stop_tokens_of_the_prompt_do_not_stop_the_answer(family):
 # ---- D-04: the thresholds at one -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", some_of(["llada", "dream"], every=2))
 def test_block_thresholds_of_one_decode_block_by_block(family):
     for seed in range(10):
         prompt = tiny_prompt(seed, 5)
@@ -288,7 +288,7 @@ def test_a_cached_window_attends_to_each_position_once(family):
             assert equal_up_to_rounding(again, plain[:, slots])
 
 
-@pytest.mark.parametrize("family, floor", [("llada", 0.9), ("dream", 0.9)])
+@pytest.mark.parametrize("family, floor", covering([("llada", 0.9), ("dream", 0.9)], strength=1, every=2))
 def test_the_delayed_cache_saves_positions_and_keeps_most_tokens(family, floor):
     # The floors lie under what was measured (see the assertion's message) and guard against a broken cache only.
     model = checkpoint(f"{family}-tiny-a")

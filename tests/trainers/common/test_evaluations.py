@@ -46,6 +46,7 @@ def test_any_prefix_is_kept_and_no_metric_of_training_is_taken_for_one_of_the_ev
 
 
 @BOTH
+@pytest.mark.full
 def test_a_prediction_leaves_nothing_in_the_next_log(tmp_path, kind):
     def run(predicts):
         trainer = make(kind, tmp_path, held_out=trajectories(4, seed=5))
@@ -60,6 +61,7 @@ def test_a_prediction_leaves_nothing_in_the_next_log(tmp_path, kind):
 
 
 @BOTH
+@pytest.mark.full
 def test_steps_that_no_log_told_of_are_not_told_of_by_the_next_run(tmp_path, kind):
     trainer = make(kind, tmp_path, max_steps=3, logging_steps=2, learning_rate=0.0)
     logs = []

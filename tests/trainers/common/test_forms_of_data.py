@@ -28,7 +28,7 @@ ROWS = {"text": GOOD, "turns": TURNS, "ids": READY}
 
 
 @pytest.mark.parametrize(
-    "form, name, streaming", covering(["pandas", "arrow", "numpy", "torch"], ROWS, [False, True], strength=1)
+    "form, name, streaming", covering(["pandas", "arrow", "numpy", "torch"], ROWS, [False, True], strength=1, every=2)
 )
 def test_a_data_set_is_taken_in_any_format(tmp_path, form, name, streaming):
     row = ROWS[name]

@@ -31,6 +31,7 @@ def rates(trainer, after=0):
 
 
 @BOTH
+@pytest.mark.full
 def test_a_finished_run_takes_no_more_step(tmp_path, kind):
     first = make(kind, tmp_path, lr_scheduler_type="constant", **SAVING)
     first.train()
@@ -43,6 +44,7 @@ def test_a_finished_run_takes_no_more_step(tmp_path, kind):
 
 
 @BOTH
+@pytest.mark.full
 def test_a_run_by_epochs_that_is_finished_takes_no_more_step_and_one_of_more_epochs_goes_on(tmp_path, kind):
     by_epochs = {"max_steps": -1, "save_strategy": "epoch"}
     first = make(kind, tmp_path, num_train_epochs=1, **by_epochs)
@@ -56,6 +58,7 @@ def test_a_run_by_epochs_that_is_finished_takes_no_more_step_and_one_of_more_epo
 
 
 @BOTH
+@pytest.mark.full
 def test_a_finished_run_still_ends_with_its_best_model(tmp_path, kind):
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 1.0}
     first = make(kind, tmp_path, held_out=trajectories(4, seed=5), **SAVING, **best)
@@ -67,6 +70,7 @@ def test_a_finished_run_still_ends_with_its_best_model(tmp_path, kind):
 
 
 @BOTH
+@pytest.mark.full
 def test_fewer_steps_than_the_checkpoint_has_are_refused_with_both_numbers(tmp_path, kind):
     make(kind, tmp_path, **SAVING).train()
     with pytest.raises(ValueError, match=r"`max_steps` must reach the checkpoint's step .got 2, .* has 4 steps"):
@@ -77,6 +81,7 @@ def test_fewer_steps_than_the_checkpoint_has_are_refused_with_both_numbers(tmp_p
 
 
 @BOTH
+@pytest.mark.full
 def test_a_run_of_no_steps_takes_none(tmp_path, kind):
     trainer = make(kind, tmp_path, max_steps=0)
     before = weights(trainer)
@@ -107,6 +112,7 @@ def test_another_learning_rate_and_schedule_hold_in_a_resumed_run_and_are_named(
         assert f"Set it to {before} to go on as begun" in caplog.text
 
 
+@pytest.mark.full
 def test_the_settings_of_muon_hold_in_a_resumed_run(tmp_path):
     make("sft", tmp_path, use_muon=True, **SAVING).train()
     changed = {"muon_learning_rate": 1e-4, "muon_momentum": 0.5, "muon_weight_decay": 0.2}
@@ -118,6 +124,7 @@ def test_the_settings_of_muon_hold_in_a_resumed_run(tmp_path):
 
 
 @BOTH
+@pytest.mark.full
 def test_a_resumed_run_logs_and_saves_as_its_arguments_say(tmp_path, kind):
     make(kind, tmp_path, logging_steps=2, **SAVING).train()
     trainer = make(kind, tmp_path, max_steps=6, logging_steps=1, save_strategy="steps", save_steps=5)
@@ -213,6 +220,7 @@ def test_a_checkpoint_keeps_the_arguments_that_count_and_no_token(tmp_path):
     assert not {"output_dir", "logging_steps", "eval_generate_kwargs"} & set(kept) and "secret" not in content
 
 
+@pytest.mark.full
 def test_a_checkpoint_without_its_arguments_is_resumed_with_those_given(tmp_path):
     make("sft", tmp_path, **SAVING).train()
     checkpoint = tmp_path / "checkpoint-2"

@@ -10,6 +10,7 @@ import torch
 from both_trainers import KINDS, make, make_args
 from datasets import Dataset
 from distillation import trajectories
+from thin import some_of
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -20,7 +21,7 @@ from trainers.sft.config import MaskedDiffusionSFTConfig
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-BOTH = pytest.mark.parametrize("kind", KINDS)
+BOTH = pytest.mark.parametrize("kind", some_of(KINDS, every=2))  # what is tested here they share
 # Not in every version of transformers that is supported.
 OF_SOME_VERSIONS = {"activation_checkpointing", "activation_checkpointing_kwargs"}
 

@@ -249,6 +249,7 @@ def test_a_checkpoint_is_listed_before_an_older_one_goes_and_after_all_its_files
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
+@pytest.mark.full
 def test_the_best_checkpoint_is_kept_and_loaded_and_all_that_is_left_is_whole(tmp_path, tokenizer):
     from distillation import trajectories
 
@@ -306,6 +307,7 @@ def test_a_folder_that_is_saved_again_holds_nothing_of_before(tmp_path):
     assert list(json.loads((folder / FILE_LIST).read_text())["files"]) == ["parts/0.bin"]
 
 
+@pytest.mark.full
 def test_an_adapter_is_listed_as_a_model_is(tmp_path, tokenizer):
     from peft import LoraConfig
 

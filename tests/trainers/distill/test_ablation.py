@@ -140,6 +140,7 @@ def test_the_committed_plan_is_read_and_its_arms_differ():
     assert len({json.dumps(arguments) for arguments in plan.arms.values()}) == 6
 
 
+@pytest.mark.full
 def test_an_ablation_is_trained_decoded_and_summarised_once(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows(8)))

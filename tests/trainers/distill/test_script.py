@@ -139,6 +139,7 @@ def test_the_published_recipes_take_64_samples_a_step_on_their_four_gpus(tmp_pat
     assert len(RECIPES) == 4
 
 
+@pytest.mark.full
 def test_one_command_extracts_trajectories_and_trains_on_them(teacher, tmp_path):
     section = {
         "dataset_name": "word_problems",

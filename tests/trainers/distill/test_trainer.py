@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from distillation import ARGUMENTS, make_trainer, rows, student, trajectories
 from official import tiny_tokenizer
 from peft import LoraConfig
-from thin import covering
+from thin import covering, some_of
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from d3llm_hf import LLaDAModelLM
@@ -41,6 +41,7 @@ def lora(model):
     ],
     ids=["by steps", "by epochs"],
 )
+@pytest.mark.full
 def test_noise_and_window_follow_the_run_and_are_logged(tmp_path, tokenizer, max_steps, epochs, table):
     trainer = make_trainer(
         tmp_path, tokenizer, max_steps=max_steps, num_train_epochs=epochs, window_sizes=[4, 8], noise_end=0.8
@@ -53,6 +54,7 @@ def test_noise_and_window_follow_the_run_and_are_logged(tmp_path, tokenizer, max
     assert all(entry["noise_floor"] <= entry["noise_level"] <= 0.8 for entry in logs)
 
 
+@pytest.mark.full
 def test_without_the_noise_curriculum_the_whole_range_of_levels_is_drawn_to_the_end(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, max_steps=8, noise_start=0.1, noise_end=0.8, noise_curriculum=False)
     trainer.train()
@@ -62,6 +64,7 @@ def test_without_the_noise_curriculum_the_whole_range_of_levels_is_drawn_to_the_
     assert "| 100 % | 0.10 to 0.80 |" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.full
 def test_a_run_that_ends_before_its_last_window_is_warned_of(tmp_path, tokenizer, caplog):
     make_trainer(tmp_path, tokenizer, max_steps=-1, num_train_epochs=1).train()
     assert "window_sizes=[4, 6] has one entry per epoch, but there are num_train_epochs=1" in caplog.text
@@ -85,7 +88,7 @@ def test_a_curriculum_can_be_replaced(tmp_path, tokenizer):
 # Training
 
 
-@pytest.mark.parametrize("objective", ["trajectory", "random", "certainty"])
+@pytest.mark.parametrize("objective", some_of(["trajectory", "random", "certainty"], every=3))
 def test_training_lowers_the_loss_and_logs_its_parts(tmp_path, tokenizer, objective):
     trainer = make_trainer(
         tmp_path, tokenizer, objective=objective, max_steps=30, sft_weight=0.5, noise_start=0.6, loss_scale=0.25
@@ -102,7 +105,7 @@ def test_training_lowers_the_loss_and_logs_its_parts(tmp_path, tokenizer, object
     assert logs[0]["loss"] == pytest.approx(loss + 0.5 * logs[0]["sft_loss"], abs=1e-3)
 
 
-@pytest.mark.parametrize("accumulation, adapter", covering([1, 2], [False, True], strength=1))
+@pytest.mark.parametrize("accumulation, adapter", covering([1, 2], [False, True], strength=1, every=2))
 def test_a_resumed_run_is_equal_to_an_unbroken_one_for_any_number_of_workers(
     tmp_path, tokenizer, accumulation, adapter
 ):
@@ -139,6 +142,7 @@ def test_a_resumed_run_is_equal_to_an_unbroken_one_for_any_number_of_workers(
     assert resumed.resumed_max_steps == 6
 
 
+@pytest.mark.full
 def test_another_length_of_a_resumed_run_is_warned_of(tmp_path, tokenizer, caplog):
     make_trainer(tmp_path, tokenizer, max_steps=2, save_strategy="steps", save_steps=1).train()
     make_trainer(tmp_path, tokenizer, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

@@ -69,6 +69,7 @@ def test_a_stock_checkpoint_trains_saves_as_it_was_and_decodes(other, auto, conf
     assert output.shape == (1, prompt["input_ids"].shape[1] + 8) and (output != tokenizer.mask_token_id).all()
 
 
+@pytest.mark.full
 def test_a_resumed_run_of_a_stock_model_is_equal_to_an_unbroken_one(tmp_path):
     write_checkpoint(QWEN2, tmp_path / "in", tiny_tokenizer())
     train(tmp_path / "in", tmp_path / "whole", "--save_steps", "2")

@@ -338,6 +338,7 @@ def test_a_resumed_run_is_equal_to_an_unbroken_one_for_any_number_of_workers(tmp
         assert not torch.equal(weight, before[name]), name
 
 
+@pytest.mark.full
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, tokenizer):
     trainer = make_trainer(
         tmp_path,
@@ -387,6 +388,7 @@ def test_when_no_example_fits_the_canvas_the_trainer_says_so(tmp_path, tokenizer
         make_trainer(tmp_path, tokenizer, response_length=2)
 
 
+@pytest.mark.full
 def test_a_stream_of_examples_trains(tmp_path, tokenizer):
     rows = [{"prompt": problem.question, "completion": problem.answer} for problem in generate_problems(16, seed=0)]
     trainer = make_trainer(

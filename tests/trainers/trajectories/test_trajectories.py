@@ -560,6 +560,7 @@ def test_a_shard_that_another_process_is_at_is_refused_by_name_and_others_are_no
     assert contents(tmp_path) == contents(unbroken)
 
 
+@pytest.mark.full
 def test_two_extractions_that_begin_together_in_one_folder_are_compared(model, tokenizer, tmp_path):
     with ThreadPoolExecutor() as pool, foreign_lock(tmp_path / "manifest.json"):
         second = pool.submit(extract, model, tokenizer, tmp_path)
@@ -1012,6 +1013,7 @@ def prompt_file(official, tmp_path) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.full
 def test_two_joined_processes_write_what_one_writes(prompt_file, tmp_path):
     run_trajectories.main([*prompt_file, "--output_dir", str(tmp_path / "one")])
     with socket.socket() as free:
