@@ -33,6 +33,8 @@ _MODULE_OF = {
     "LLaDAModel": "models.modeling_llada",
     "LLaDAModelLM": "models.modeling_llada",
     "LogLikelihood": "likelihood",
+    "SDARConfig": "models.configuration_sdar",
+    "SDARForCausalLM": "models.modeling_sdar",
     "SlotCache": "models.cache",
     "as_diffusion_lm": "adapters",
     "aup_score": "metrics.aup.curve",
@@ -62,6 +64,8 @@ __all__ = [
     "LLaDAModel",
     "LLaDAModelLM",
     "LogLikelihood",
+    "SDARConfig",
+    "SDARForCausalLM",
     "SlotCache",
     "__version__",
     "as_diffusion_lm",
@@ -103,10 +107,12 @@ if TYPE_CHECKING:
     from .models.cache import SlotCache
     from .models.configuration_dream import DreamConfig
     from .models.configuration_llada import LLaDAConfig
+    from .models.configuration_sdar import SDARConfig
     from .models.generation_config_d3llm import D3LLMGenerationConfig
     from .models.generation_d3llm import D3LLMGenerationMixin, D3LLMGenerationOutput
     from .models.modeling_dream import DreamModel
     from .models.modeling_llada import LLaDAModel, LLaDAModelLM
+    from .models.modeling_sdar import SDARForCausalLM
     from .text import encode_chat, encode_infill, encode_text
     from .watch.chat import Chat
     from .watch.streamers import BatchTextStreamer, CanvasIterator, CanvasUpdate, stream_generate

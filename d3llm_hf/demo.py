@@ -93,7 +93,7 @@ class Handlers:
         values = COMMON | METHODS[method]
         if self.model.logit_shift:
             values |= SHIFTED_METHODS.get(method, {})
-        is_own = (getattr(own, "decoding_method", None) or DEFAULT_METHOD) == method
+        is_own = (getattr(own, "decoding_method", None) or self.model.traits.method or DEFAULT_METHOD) == method
         stated = {key: getattr(own, key, None) for key in values} if is_own else {}
         values |= {key: value for key, value in stated.items() if value is not None}
         cache = values["kv_cache"] if cache is None else cache
@@ -220,7 +220,7 @@ def build(model, tokenizer, *, name: str, concurrency: int = 2) -> gr.Blocks:
         ImportError: without gradio, when this module is imported.
     """
     handlers = Handlers(model, tokenizer, name)
-    own_method = getattr(model.generation_config, "decoding_method", None) or DEFAULT_METHOD
+    own_method = getattr(model.generation_config, "decoding_method", None) or model.traits.method or DEFAULT_METHOD
     with gr.Blocks(title="d3llm: watch it think", analytics_enabled=False) as page:
         traces = gr.State([])
         gr.Markdown(f"# Watch it think\n`{name}` decides several tokens at a time, in the order of its certainty.")

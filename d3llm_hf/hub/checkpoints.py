@@ -14,17 +14,11 @@ from typing import Any
 
 from ..files import check_writable_folder
 from ..progress import progress_bar
-from ..registration.families import AUTO_CLASSES
+from ..registration.families import AUTO_CLASSES, FAMILIES
 from .engines import check_for_engine, prepare_for_engine
 from .model_card import complete_card, render_card
 from .sources import embedded_checkpoints, loading
 
-
-MODEL_FILES = {
-    "llada": ("configuration_llada.LLaDAConfig", "modeling_llada.LLaDAModelLM"),
-    "Dream": ("configuration_dream.DreamConfig", "modeling_dream.DreamModel"),
-}
-"""Family (`model_type` of config.json) -> where its config and its model lie."""
 
 # Everything that is copied from the source. No code: the source's own would shadow ours, and was not asked for.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -108,9 +102,9 @@ def export_checkpoint(
             "another folder."
         )
     config = _read_json(folder / "config.json")
-    if config.get("model_type") not in MODEL_FILES:
+    if config.get("model_type") not in FAMILIES:
         raise ValueError(
-            f"`source` must be a checkpoint of model_type {list(MODEL_FILES)} (got {config.get('model_type')!r} in "
+            f"`source` must be a checkpoint of model_type {list(FAMILIES)} (got {config.get('model_type')!r} in "
             f"{str(source)!r}). Other architectures are not supported."
         )
     shards = _weight_files(folder, source)
@@ -151,10 +145,11 @@ def export_checkpoint(
 
 def with_auto_map(config: dict) -> dict:
     """A copy of `config` (the content of config.json) that names our code for every Auto class."""
-    configuration, model = MODEL_FILES[config["model_type"]]
+    family = FAMILIES[config["model_type"]]
+    model = f"{family.model_file}.{family.model_class}"
     return config | {
-        "architectures": [model.split(".")[1]],
-        "auto_map": {"AutoConfig": configuration} | dict.fromkeys(AUTO_CLASSES, model),
+        "architectures": [family.model_class],
+        "auto_map": {"AutoConfig": f"{family.config_file}.{family.config_class}"} | dict.fromkeys(AUTO_CLASSES, model),
     }
 
 
@@ -162,7 +157,7 @@ def code_files(model_type: str) -> list[Path]:
     """The files that the model of a family needs: its own, and what they import from one another."""
     root = Path(str(resources.files("d3llm_hf"))) / "models"
     found: list[Path] = []
-    pending = [reference.split(".")[0] for reference in MODEL_FILES[model_type]]
+    pending = [FAMILIES[model_type].config_file, FAMILIES[model_type].model_file]
     while pending:
         file = root / f"{pending.pop()}.py"
         if file not in found:
@@ -247,27 +242,27 @@ def _generation_config(folder: Path, config: dict, decoding_method: str | None) 
 def _validated(config: dict, generation: dict) -> dict:
     """Builds both configs as a call would, which refuses what our code lacks; returns the settings with a meaning."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import GenerationConfig, PreTrainedConfig
+    from transformers import GenerationConfig
 
-    from ..models.configuration_dream import DreamConfig
-    from ..models.configuration_llada import LLaDAConfig
     from ..models.generation_config_d3llm import D3LLMGenerationConfig
     from ..models.token_ids import check_inside
+    from ..models.topology import Traits
 
-    kinds: dict[str, type[PreTrainedConfig]] = {"llada": LLaDAConfig, "Dream": DreamConfig}
+    model_class: Any = FAMILIES[config["model_type"]].model()
     try:
-        model_config: Any = kinds[config["model_type"]].from_dict(config)
+        model_config: Any = model_class.config_class.from_dict(config)
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from error
     way_out = "Correct config.json, which takes that of the 8B or 7B model where it names none; null is none."
     for name in ("mask_token_id", "pad_token_id"):
         value = getattr(model_config, name)
         check_inside(f"`{name}` of the model's config", value, model_config.vocab_size, way_out)
+    traits = Traits.of(model_class, model_config)
     settings, call = D3LLMGenerationConfig.coerce(GenerationConfig.from_dict(generation)), D3LLMGenerationConfig()
-    call.inherit(settings, {})
+    call.inherit(settings, {}, traits)
     call.refuse_unfitting()
     call.check_against(model_config.vocab_size, model_config.mask_token_id)
-    call.rules(length=1, logit_shift=int(config["model_type"] == "Dream"))
+    call.rules(1, traits)
     return {name: value for name, value in generation.items() if hasattr(settings, name)}
 
 

@@ -8,9 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..registration.families import FAMILIES
+
 
 TAGS = ("diffusion-language-model", "masked-diffusion", "d3llm")
-_FAMILY_NAMES = {"llada": "LLaDA", "Dream": "Dream"}
 EXAMPLE = "Tom has 8 apples. He buys 7 more. He gives 4 to a friend. How many apples does Tom have now?"
 """What cards ask a model: a problem that the embedded checkpoints can do."""
 
@@ -46,7 +47,7 @@ def render_card(
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     tensors = tensor_headers(folder).values()
-    family = _FAMILY_NAMES[config["model_type"]]
+    family = FAMILIES[config["model_type"]].label
     kept: dict[str, Any] = {"license": license} if license else {}
     kept |= _kept_metadata(source_card)
     if base_model is not None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import MODEL_FILES, TOKENIZER_FILES
+from ..registration.families import FAMILIES
+from .checkpoints import TOKENIZER_FILES
 
 
 SENT = (
@@ -238,7 +239,7 @@ def _misfits(folder: Path, config: dict[str, Any]) -> list[str]:
     """Of a model of this package: tensors that are missing or have no place, or another architecture."""
     from ..models.architecture import brings_own_code
 
-    if config.get("model_type") not in MODEL_FILES or brings_own_code(config):
+    if config.get("model_type") not in FAMILIES or brings_own_code(config):
         return []
     from .whole_model import misfits
 

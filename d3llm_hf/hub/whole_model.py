@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.tensors import HEAD, described
+from ..registration.families import FAMILIES
 from .model_card import tensor_headers
 
 
@@ -21,12 +22,9 @@ def misfits(folder: Path, config: Mapping[str, Any]) -> str:
     """
     import torch
 
-    from ..models.modeling_dream import DreamModel
-    from ..models.modeling_llada import LLaDAModelLM
-
     if config.get("quantization_config"):
         return ""
-    model_class: Any = {"llada": LLaDAModelLM, "Dream": DreamModel}[config["model_type"]]
+    model_class: Any = FAMILIES[config["model_type"]].model()
     with torch.device("meta"):
         model = model_class(model_class.config_class.from_dict(dict(config)))
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -87,6 +87,9 @@ OUR_CLASSES = (
     "DreamModel",
     "DreamBaseModel",
     "DreamPreTrainedModel",
+    "SDARForCausalLM",
+    "SDARModel",
+    "SDARPreTrainedModel",
 )
 """Names of the model classes here, which are those of the official code: transformers renames tensors by them."""
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from .decoding import UNSTAMPED, Rules, State, per_block
+from .canvas import Canvas
+from .decoding import UNSTAMPED, Rules, State
 from .scoring import Sampler
 from .selection import choose
 
@@ -27,14 +28,15 @@ class Plan:
         self.state, self.rules, self.among, self.sampler = state, rules, among, sampler
         self.slots = slots = state.slots
         self.slot = torch.arange(length, device=slots.device)  # (L,)
-        self.left = per_block(state.undecided, rules.block_length)  # (B, K)
+        self.left = state.per_block(state.undecided, rules)  # (B, K)
         self.is_open = torch.arange(self.left.shape[1], device=slots.device) < state.open_count[:, None]
 
     def edge(self, block: torch.Tensor, *, end: bool) -> torch.Tensor:
         """First slot of a block `(B,)`, or with `end` the slot behind it."""
-        column = block * self.rules.block_length + (self.rules.block_length - 1 if end else 0)
+        column = block * self.rules.block_length - self.state.offset + (self.rules.block_length - 1 if end else 0)
+        before = column.clamp_max(0)  # given tokens at the start of the first block
         column = torch.minimum(column, self.state.length - 1).clamp_min(0)
-        return self.slots.gather(1, column[:, None])[:, 0] + int(end)
+        return self.slots.gather(1, column[:, None])[:, 0] + (1 if end else before)
 
     @property
     def start(self) -> torch.Tensor:
@@ -169,6 +171,17 @@ def delayed(plan: Plan) -> torch.Tensor:
     return plan.window(start) | full[:, None]
 
 
+def exact(plan: Plan) -> torch.Tensor:
+    """Of block-causal attention: finished blocks are kept from the forward that follows their last commit.
+
+    That forward stores them beside what it decides, so there is none that only stores.
+    """
+    state = plan.state
+    clean = (plan.left == 0) & (state.per_block(state.changed, plan.rules) == 0)
+    start = plan.edge(clean.long().cumprod(1).sum(1), end=False)
+    return plan.window(start if state.forward else torch.zeros_like(start), plan.end)
+
+
 # A plan gives the slots `(B, L)` to recompute.
 PLANS: dict[str, Callable[[Plan], torch.Tensor]] = {
     "prefix": prefix,
@@ -177,14 +190,23 @@ PLANS: dict[str, Callable[[Plan], torch.Tensor]] = {
     "dkv": dkv,
     "dkv_greedy": dkv_greedy,
     "vicinity": vicinity,
+    "exact": exact,
 }
 
 
-def wasted_by_reference(state: State, rules: Rules) -> torch.Tensor:
-    """Rows `(B,)` to which Fast-dLLM's first code gives one more forward: the step that opened a block finished it."""
+def spent_by_reference(state: State, rules: Rules, canvas: Canvas) -> torch.Tensor:
+    """Forwards `(B,)` that a method's own code would have made beside the present one.
+
+    Fast-dLLM's first code: one more where the step that opened a block finished it. SDAR's: one that stores the whole
+    blocks of the prompt, and one for each block that was finished.
+    """
+    if rules.stores_apart:
+        left, changed = state.per_block(state.undecided, rules), state.per_block(state.changed, rules)
+        stored = ((left == 0) & (changed > 0)).sum(1)
+        return stored + canvas.has_earlier_blocks.long() if state.forward == 1 else stored
     by_threshold = rules.select == "threshold" and rules.block_add_threshold >= 1
     if rules.kv_cache not in ("prefix", "dual") or rules.early_stop or not by_threshold:
-        return torch.zeros_like(state.rows, dtype=torch.bool)
+        return torch.zeros_like(state.rows)
     last = (state.open_count - 1)[:, None]
-    left = per_block(state.undecided, rules.block_length).gather(1, last)[:, 0]
-    return (left == 0) & (state.opened_step.gather(1, last)[:, 0] == state.step - 1)
+    left = state.per_block(state.undecided, rules).gather(1, last)[:, 0]
+    return ((left == 0) & (state.opened_step.gather(1, last)[:, 0] == state.step - 1)).long()

@@ -13,6 +13,7 @@ from .modeling_common import positions_of
 from .prompt_checks import check_tokens
 from .text_config import text_setting
 from .token_ids import vocabulary_of
+from .topology import Topology
 
 
 # Arguments of `generate` that reach the model through the canvas, or not at all; all others go to its forward.
@@ -46,6 +47,10 @@ class Canvas:
         mask_token_id, fill_token_id: of an undecided position, and of what follows a stop token.
         prompt_embeds (`(B, P, D)`, *optional*): embeddings of the prompt.
         token_types (`(B, L)` long, *optional*): the prompt's token types; the answer continues the last one.
+        blocks (`(B, L)` long, *optional*): the block of each slot, which sees those of no later one; beyond all others
+            on padding. `None` where every slot sees all.
+        offset (`(B,)` long, *optional*): tokens of the prompt in the first block of the answer.
+        new_length: tokens that were asked for; the last block may go beyond.
         is_infilling: whether the call asked for positions of the prompt to be decided.
         model_kwargs: further arguments of the model's forward.
     """
@@ -61,6 +66,9 @@ class Canvas:
     prompt_embeds: torch.Tensor | None = None
     token_types: torch.Tensor | None = None
     is_infilling: bool = False
+    blocks: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    new_length: int = 0
     model_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -74,12 +82,22 @@ class Canvas:
         return self.base.shape[1]
 
     @classmethod
-    def of_prompt(cls, model, input_ids: torch.Tensor, generation_config, model_kwargs: dict[str, Any]) -> "Canvas":
+    def of_prompt(
+        cls,
+        model,
+        input_ids: torch.Tensor,
+        generation_config,
+        model_kwargs: dict[str, Any],
+        topology: Topology | None = None,
+    ) -> "Canvas":
         """The canvas of what `GenerationMixin.generate` prepared.
+
+        Args:
+            topology: of a block-causal call, whose canvas goes to the end of a block.
 
         Raises:
             ValueError: without a mask token, for a right-padded prompt, beyond the model's positions, for an
-                `infill_mask` that does not fit the prompt, or for infilling with a `suffix_length`.
+                `infill_mask` that does not fit the prompt, or for infilling with a `suffix_length` or a `topology`.
         """
         # 1. Text and length
         mask_token_id = generation_config.mask_token_id
@@ -123,6 +141,16 @@ class Canvas:
                 "`suffix_length` cannot be combined with infilling: a hole is filled by the text behind it, which it "
                 f"would hide (got {generation_config.suffix_length}). Leave it unset."
             )
+        if holes is not None and topology is not None:
+            raise ValueError(
+                "`infill_mask` and `infill` need a model that sees the text behind a hole (got block-causal attention "
+                f"with blocks of {topology.block_length}). Infill with LLaDA or Dream."
+            )
+        given, asked = seen.sum(1), new_length
+        if topology is not None:
+            whole = topology.whole(given, new_length)
+            new_length = int(whole.max())  # a host sync
+            length = prompt.shape[1] + new_length
         seen = torch.cat([seen, seen.new_ones(prompt.shape[0], new_length)], dim=1)
         if token_types is not None:
             following = token_types[:, -1:] if token_types.shape[1] else token_types.new_zeros(len(prompt), 1)
@@ -132,6 +160,8 @@ class Canvas:
         base = torch.cat([prompt, prompt.new_full((prompt.shape[0], new_length), mask_token_id)], dim=1)
         if holes is None:
             slots = torch.arange(prompt.shape[1], length, device=prompt.device).expand(prompt.shape[0], -1)
+            if topology is not None:  # rows end where their last block does
+                slots = slots.masked_fill(slots - prompt.shape[1] >= whole[:, None], length)
         else:
             base = base.index_put((torch.nn.functional.pad(holes, (0, new_length)),), base.new_tensor(mask_token_id))
             wanted = torch.nn.functional.pad(holes, (0, new_length), value=True)
@@ -140,25 +170,36 @@ class Canvas:
             column = torch.arange(slots.shape[1], device=slots.device)
             slots = slots.masked_fill(column >= count[:, None], length)
         fill = generation_config._pad_token_tensor
+        positions, blocks = positions_of(seen), None
+        if topology is not None:
+            blocks = topology.blocks(positions, given).masked_fill(seen == 0, length)
         return cls(
             base=base,
             slots=slots,
             prompt_length=prompt.shape[1],
             mask=None if mask is None else seen.bool(),
-            positions=positions_of(seen) + model.position_offset,
+            positions=positions + model.position_offset,
             first=seen.bool().long().argmax(1),
             mask_token_id=mask_token_id,
             fill_token_id=None if fill is None else int(fill),
             prompt_embeds=embeds,
             token_types=token_types,
             is_infilling=holes is not None,
+            blocks=blocks,
+            offset=None if topology is None else topology.offset(given),
+            new_length=asked,
             model_kwargs=extra,
         )
 
     def start(self, rules: Rules) -> State:
         """The state before the first forward: every position to decide is undecided."""
         tokens = torch.full_like(self.slots, self.mask_token_id)
-        return State.start(tokens, self.slots < self.length, rules, self.slots)
+        return State.start(tokens, self.slots < self.length, rules, self.slots, self.offset)
+
+    @property
+    def has_earlier_blocks(self) -> torch.Tensor:
+        """Rows `(B,)` of a block-causal call whose prompt fills blocks before the first one of the answer."""
+        return self.blocks.gather(1, self.slots[:, :1])[:, 0] > 0 if self.blocks is not None else self.first < 0
 
     @property
     def may_stop(self) -> torch.Tensor:
@@ -173,7 +214,9 @@ class Canvas:
 
     def select(self: AnyCanvas, index: torch.Tensor) -> AnyCanvas:
         """The canvas of the rows with the `(B',)` indices `index`; a row may be taken several times."""
-        names = ("base", "slots", "mask", "positions", "first", "prompt_embeds", "token_types")
+        names = (
+            "base", "slots", "mask", "positions", "first", "prompt_embeds", "token_types", "blocks", "offset",
+        )  # fmt: skip
         taken = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **taken)
 
@@ -218,6 +261,7 @@ class Canvas:
             cache.at(slots, seen)
 
         # 3. The forward, and the head only where a candidate is decided.
+        mask = self._not_of_later_blocks(mask, slots, end)
         wanted = torch.zeros(self.batch, width, dtype=torch.bool, device=slot.device)
         wanted[row, index] = True
         inputs = self._inputs(model, state, slots) | {"attention_mask": mask}
@@ -249,20 +293,39 @@ class Canvas:
     def _seen(self, state: State, rules: Rules) -> tuple[torch.Tensor, int, torch.Tensor | None]:
         """What a forward sees of the canvas: everything, or so many positions behind a row's last open block.
 
+        Of a block-causal canvas none, since nothing looks at them.
+
         Returns:
             the slots `(B,)` behind what each row sees; S, the largest of them; and the attention mask `(B, S)`, `None`
             where every row sees all S slots.
         """
-        if rules.suffix_length is None:
+        if rules.suffix_length is None and self.blocks is None:
             return torch.full_like(self.first, self.length), self.length, self.mask
-        further = min(rules.suffix_length, self.length)
-        end = (self.prompt_length + state.open_count * rules.block_length + further).clamp_max(self.length)
+        further = min(rules.suffix_length or 0, self.length)
+        end = (self.prompt_length + state.reach(rules) + further).clamp_max(self.length)
         least, seen = torch.stack(end.aminmax()).tolist()  # a host sync
         mask = None if self.mask is None else self.mask[:, :seen]
         if least < seen:
             inside = torch.arange(seen, device=end.device) < end[:, None]
             mask = inside if mask is None else inside & mask
         return end, seen, mask
+
+    def _not_of_later_blocks(
+        self, mask: torch.Tensor | None, slots: slice | torch.Tensor, end: torch.Tensor
+    ) -> torch.Tensor | None:
+        """A mask `(B, S)` of keys with what each of Q queries must not see, `(B, 1, Q, S)`.
+
+        As it is where the forward is over the last block that each row sees, which keeps fast kernels.
+        """
+        if self.blocks is None:
+            return mask
+        asking = self.blocks[:, slots] if isinstance(slots, slice) else self.blocks.gather(1, slots)
+        last = self.blocks.gather(1, end[:, None] - 1)
+        if bool((asking >= last).all()):  # a host sync
+            return mask
+        seen = int(end.max()) if mask is None else mask.shape[1]  # a host sync
+        sees = asking[:, :, None] >= self.blocks[:, None, :seen]
+        return (sees if mask is None else sees & mask[:, None])[:, None]
 
     def _inputs(self, model, state: State, slots: slice | torch.Tensor) -> dict[str, Any]:
         """Tokens (or embeddings) and positions of a forward over `slots`."""

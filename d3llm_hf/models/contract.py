@@ -11,8 +11,10 @@ from transformers.utils.generic import is_flash_attention_requested
 from .cache import SlotCache
 from .cache_name import CACHE, CACHE_NAMES
 from .locality import limited_reach
+from .modeling_common import dense_mask
 from .probes import evaluating, reads_padding
 from .text_config import text_config, text_setting
+from .topology import Traits
 from .wrappers import marked_logits, wrapper_of
 
 
@@ -42,6 +44,9 @@ class CanvasContract(Module):
             its `update` returns.
         supports_padding (`bool`, *optional*): `forward` attends to nothing where `attention_mask` is 0. Where a class
             does not say, short forwards find out when a batch is padded.
+        block_alignment (`str`, *optional*): where the blocks of a block-causal model begin, as in [`Topology`]; their
+            length is `config.block_length`. Where a class does not say, every position sees all others.
+        default_method (`str`, *optional*): the decoding method where neither a call nor a checkpoint names one.
         counts_positions (`bool`): without `position_ids`, `forward` counts positions from the first slot that its
             `attention_mask` leaves in; used where a wrapper drops them.
     """
@@ -52,8 +57,16 @@ class CanvasContract(Module):
     supports_position_index = False
     supports_slot_cache = False
     supports_padding: bool | None = None
+    block_alignment: str | None = None
+    default_method: str | None = None
     config: Any
     device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def traits(self) -> Traits:
+        """What the settings of decoding have to know of the model."""
+        return Traits.of(self, self.config)
 
     @property
     def max_positions(self) -> int | None:
@@ -88,15 +101,18 @@ class CanvasContract(Module):
         row sees), Q slots of this forward (L without a cache), V tokens:
 
         * every slot attends to every slot of its row that `attention_mask` leaves in, later ones included;
+          with block-causal attention L is what the row's open blocks reach, and a mask for each slot says what it
+          sees where not all see the same;
         * an undecided slot holds the mask token, `config.mask_token_id` unless the call names another one;
         * the logits are finite, and row i is about slot i + `logit_shift`;
         * nothing is kept between calls but what lies in `cache`.
 
         Args:
             inputs: `input_ids` `(B, Q)` or `inputs_embeds` `(B, Q, D)`; `position_ids` `(B, Q)`, counted from the
-                first unpadded slot on, `position_offset` being the first; `attention_mask` `(B, L)` bool, `None` where
-                nothing is to be left out (padding, and what a row does not see yet); `token_type_ids` `(B, Q)` where
-                the caller passed them. What the signature of `forward` does not take is left out.
+                first unpadded slot on, `position_offset` being the first; `attention_mask` `(B, L)` bool, or
+                `(B, 1, Q, L)` of block-causal attention, `None` where nothing is to be left out (padding, what a row
+                does not see yet, later blocks); `token_type_ids` `(B, Q)` where the caller passed them. What the
+                signature of `forward` does not take is left out.
             wanted (`(B, Q)` bool): the n slots whose logits are wanted.
             cache: holds a key and a value of all L slots: those of the Q slots are overwritten by this forward, and
                 the attention is over all of them. `None` without a cache.
@@ -110,8 +126,11 @@ class CanvasContract(Module):
         if wrapper is not None:  # a learnt prompt, which its forward puts in front; it has inputs of its own
             own = {"task_ids": inputs["task_ids"][:1]} if "task_ids" in inputs else {}  # one for all: `check_wrapping`
             return marked_logits(wrapper, self.accepted(inputs) | own, wanted)
-        if inputs.get("attention_mask") is not None:  # numbers, as tokenizers make them: some forwards compute with it
-            inputs["attention_mask"] = inputs["attention_mask"].long()
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.ndim == 4:
+            inputs["attention_mask"] = dense_mask(mask, self.dtype, text_config(self.config)._attn_implementation)
+        elif mask is not None:  # numbers, as tokenizers make them: some forwards compute with it
+            inputs["attention_mask"] = mask.long()
         if cache is not None:
             inputs[self.cache_name or CACHE] = cache
         return marked_logits(self, self.accepted(inputs), wanted)
@@ -126,20 +145,34 @@ class CanvasContract(Module):
         replaced = vars(self).get("forward")  # on the instance, as hooks of accelerate are; the cache would keep it
         return _parameters(type(self).forward) if replaced is None else _parameters.__wrapped__(replaced)
 
-    def check_contract(self, attention_mask: torch.Tensor | None, cached: bool, ragged: bool = False) -> None:
+    def check_contract(
+        self, attention_mask: torch.Tensor | None, cached: bool, ragged: bool = False, in_blocks: bool = False
+    ) -> None:
         """What can be known of the contract without a forward, before the first one.
 
         Args:
             attention_mask (`(B, L)` bool, *optional*): of the canvases.
             cached: whether the decoder wants to keep keys and values.
             ragged: whether rows or drafts of one forward may see different numbers of slots, as a mask has to say.
+            in_blocks: whether a mask has to say what each slot sees.
 
         Raises:
             ValueError: for causal attention, for a cache that the model cannot use, for padded rows where `forward`
                 takes no `position_ids`, does not read the mask, or flash-attention would read them together with a
-                cache, and for ragged ones where a mask cannot say so.
+                cache, and for ragged ones or blocks where a mask cannot say so.
         """
         name = type(self).__name__
+        implementation = text_config(self.config)._attn_implementation
+        if in_blocks and implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"Block-causal attention needs a mask for each position (got attention implementation "
+                f'{implementation!r}). Load the model with `attn_implementation="sdpa"` or "eager".'
+            )
+        if in_blocks and not self.accepted({"attention_mask": None}):
+            raise ValueError(
+                f"Block-causal attention needs an `attention_mask` (got {name}, whose forward takes none). Decode "
+                "with a model that takes one."
+            )
         if self._is_causal():
             raise ValueError(
                 f"Attention must not be causal: every position of a canvas sees all others (got {name}, whose config "

@@ -34,8 +34,10 @@ class Rules:
         block_add_threshold: progress of the last block at which the next one is opened.
         block_activation_threshold: progress of the block before at which a block must advance in every step.
         early_stop: a row ends once everything up to its first stop token is decided.
+        whole_blocks: it ends no sooner than the block of the stop token is decided (SDAR).
         eos_fill: positions after the first stop token are filled at once.
-        steps: forwards that a quota or a schedule spreads the answer over; 0 is one for each position.
+        steps: forwards that a quota or a schedule spreads the answer over, or SDAR's each block; 0 is one for each
+            position.
         shift: logits row i predicts the token of slot i + shift (0: LLaDA, 1: Dream).
         kv_cache: which keys and values are kept between forwards, a key of `caching.PLANS` or "none".
         cache_delay: forwards between the end of a block (delayed) or a commit (dkv) and its caching.
@@ -46,8 +48,11 @@ class Rules:
         suffix_length: undecided positions behind the last open block that a forward sees; `None` is all of them.
         cfg_scale: weight of classifier-free guidance against the same canvas with its prompt masked; 0 is off.
         alg_temp: temperature of the choice of positions; 0 takes the cheapest.
+        score_temperature: logits are divided by it before they rank (SDAR).
         score_processed: rank by the logits after temperature, top-p and the like (Dream's samplers), not before.
         credit: decay, exponent and weight of accumulated evidence (dInfer's credit decoding), or `None`.
+        stores_apart: the reference has a forward of its own that only stores keys, of the prompt's whole blocks and of
+            each finished one (SDAR).
         draft_length: canvases that are drafted beyond the decided one and verified in the same forward; 0 is none.
     """
 
@@ -65,6 +70,7 @@ class Rules:
     block_activation_threshold: float = 1.0
     early_stop: bool = False
     eos_fill: bool = False
+    whole_blocks: bool = False
     steps: int = 0
     shift: int = 0
     kv_cache: str = "none"
@@ -76,8 +82,10 @@ class Rules:
     suffix_length: int | None = None
     cfg_scale: float = 0.0
     alg_temp: float = 0.0
+    score_temperature: float = 1.0
     score_processed: bool = False
     credit: tuple[float, float, float] | None = None
+    stores_apart: bool = False
     draft_length: int = 0
 
     @property
@@ -98,6 +106,7 @@ class State:
         rows (`(B,)` long): index of the row in the batch that `generate` was given.
         length (`(B,)` long): positions that the row has to decide; the columns behind them are nobody's.
         slots (`(B, N)` long): where in the text a position lies; neighbours are neighbours there.
+        offset (`(B,)` long): given tokens at the start of the first block; 0 unless blocks are aligned to the text.
         step (`(B,)` long): decoding steps made; one a forward, or several where drafts are verified together.
         open_count (`(B,)` long): blocks that may be decoded.
         active (`(B, K)` bool): blocks that must advance in every step.
@@ -114,6 +123,7 @@ class State:
     rows: torch.Tensor
     length: torch.Tensor
     slots: torch.Tensor
+    offset: torch.Tensor
     step: torch.Tensor
     open_count: torch.Tensor
     active: torch.Tensor
@@ -125,16 +135,23 @@ class State:
 
     @classmethod
     def start(
-        cls, tokens: torch.Tensor, undecided: torch.Tensor, rules: Rules, slots: torch.Tensor | None = None
+        cls,
+        tokens: torch.Tensor,
+        undecided: torch.Tensor,
+        rules: Rules,
+        slots: torch.Tensor | None = None,
+        offset: torch.Tensor | None = None,
     ) -> "State":
         """The canvas before the first forward, with its first block open; its prompt is complete since step 0.
 
         Args:
             tokens, undecided (`(B, N)`): as the attributes; what is undecided comes first in every row.
             slots (`(B, N)`, *optional*): as the attribute; one behind the other unless said otherwise.
+            offset (`(B,)`, *optional*): as the attribute; 0 unless said otherwise.
         """
         (batch, length), device = tokens.shape, tokens.device
-        blocks = -(-length // rules.block_length)
+        first = 0 if offset is None else int(offset.max())
+        blocks = -(-(first + length) // rules.block_length)
 
         def full(*shape: int, value: int = 0, dtype: torch.dtype = torch.long) -> torch.Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
@@ -147,6 +164,7 @@ class State:
             rows=torch.arange(batch, device=device),
             length=undecided.sum(1),
             slots=torch.arange(length, device=device).expand(batch, -1) if slots is None else slots,
+            offset=full(batch) if offset is None else offset,
             step=full(batch),
             open_count=full(batch, value=1),
             active=full(batch, blocks, value=False, dtype=torch.bool),
@@ -156,7 +174,7 @@ class State:
             completed_step=full(batch, blocks + 1, value=UNSTAMPED),
         )
         state.active[:, 0] = rules.block_activation_threshold <= 1
-        state.opened_size[:, 0] = undecided[:, : rules.block_length].sum(1)
+        state.opened_size[:, 0] = state.per_block(undecided, rules)[:, 0]
         state.completed_step[:, 0] = 0
         return state
 
@@ -164,6 +182,26 @@ class State:
         """The states of some rows, `index` being their `(B',)` indices; a row may be taken several times."""
         taken = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "forward"}
         return replace(self, **taken)
+
+    def block_of(self, rules: Rules) -> torch.Tensor:
+        """The block `(B, N)` in which a position lies."""
+        column = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return (column + self.offset[:, None]) // rules.block_length
+
+    def blocks(self, rules: Rules) -> torch.Tensor:
+        """The blocks `(B,)` that a row has; the tables have as many as the longest."""
+        return (self.length + self.offset + rules.block_length - 1) // rules.block_length
+
+    def per_block(self, table: torch.Tensor, rules: Rules) -> torch.Tensor:
+        """Sums a `(B, N)` bool table over blocks: `(B, K)`."""
+        (batch, blocks), length = self.active.shape, table.shape[1]
+        place = torch.arange(blocks * rules.block_length, device=table.device) - self.offset[:, None]
+        inside = (place >= 0) & (place < length)
+        return (table.gather(1, place.clamp(0, length - 1)) & inside).view(batch, blocks, -1).sum(-1)
+
+    def reach(self, rules: Rules, ahead: int = 0) -> torch.Tensor:
+        """Positions `(B,)` up to the end of the last open block, or of `ahead` more."""
+        return (self.open_count + ahead) * rules.block_length - self.offset
 
     def stop(self, stop_ids: torch.Tensor | None, may_stop: torch.Tensor) -> torch.Tensor:
         """Column of the first decided stop token `(B,)` among the positions `(B, N)` at which one ends a row, or N."""
@@ -178,13 +216,6 @@ class State:
             if f.name != "forward"
         }
         return replace(states[0], **joined)
-
-
-def per_block(table: torch.Tensor, block_length: int) -> torch.Tensor:
-    """Sums a `(B, N)` bool table over blocks: `(B, K)`."""
-    batch, length = table.shape
-    padded = torch.nn.functional.pad(table.long(), (0, -length % block_length))
-    return padded.view(batch, -1, block_length).sum(-1)
 
 
 def first_true(table: torch.Tensor) -> torch.Tensor:
@@ -205,10 +236,10 @@ def open_blocks(state: State, rules: Rules, stop: torch.Tensor) -> None:
     Nothing opens behind a stop token that has been filled after (d3LLM, section 3.2
     steps 3 and 4 of its loop: activation first, then opening).
     """
-    left = per_block(state.undecided, rules.block_length)  # (B, K)
+    left = state.per_block(state.undecided, rules)  # (B, K)
     block = torch.arange(left.shape[1], device=left.device)
-
-    size = (state.length[:, None] - block * rules.block_length).clamp(1, rules.block_length)
+    column = torch.arange(state.tokens.shape[1], device=left.device)
+    size = state.per_block(column < state.length[:, None], rules).clamp_min(1)
 
     def reached(fraction: float) -> torch.Tensor:  # (B, K)
         # In float64 as the reference does: in float32 a block of 5 with 2 decided would not reach 0.4.
@@ -222,8 +253,7 @@ def open_blocks(state: State, rules: Rules, stop: torch.Tensor) -> None:
     last = (state.open_count - 1)[:, None]
     far_enough = reached(rules.block_add_threshold).gather(1, last)[:, 0] | (left.gather(1, last)[:, 0] == 0)
     # Its own blocks, not those of the longest row: when a block opens decides what a cache recomputes.
-    own = (state.length + rules.block_length - 1) // rules.block_length
-    grows = far_enough & (state.open_count < own)
+    grows = far_enough & (state.open_count < state.blocks(rules))
     if rules.eos_fill:
         grows &= stop == state.tokens.shape[1]
     opened = grows[:, None] & (block == state.open_count[:, None])
@@ -239,10 +269,10 @@ def candidates(state: State, rules: Rules, ahead: int = 0) -> torch.Tensor:
     Of those ahead, only what a forward sees.
     """
     column = torch.arange(state.tokens.shape[1], device=state.tokens.device)
-    further = ahead * rules.block_length
+    reach = state.reach(rules, ahead)
     if rules.suffix_length is not None:
-        further = min(further, rules.suffix_length)
-    return state.undecided & (column < (state.open_count * rules.block_length + further)[:, None])
+        reach = torch.minimum(reach, state.reach(rules) + rules.suffix_length)
+    return state.undecided & (column < reach[:, None])
 
 
 def commit(state: State, commits: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -265,6 +295,9 @@ def fill_after_stop(state: State, stop: torch.Tensor, fill_token_id: int) -> Non
 def finished(state: State, rules: Rules, stop: torch.Tensor) -> torch.Tensor:
     """Rows that need no further forward: `(B,)` bool."""
     needed = state.undecided
-    if rules.early_stop:
+    if rules.whole_blocks:
+        last = (stop + state.offset) // rules.block_length
+        needed = needed & (state.block_of(rules) <= last[:, None])
+    elif rules.early_stop:
         needed = needed & (torch.arange(needed.shape[1], device=stop.device) <= stop[:, None])
     return ~needed.any(1)

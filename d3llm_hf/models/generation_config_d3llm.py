@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from transformers.generation import GenerationConfig
@@ -17,6 +18,7 @@ from .methods import (
     COMMON,
     DECODERS,
     DEFAULT_METHOD,
+    EXACT,
     METHODS,
     REMASKING,
     SHIFTED_METHODS,
@@ -25,6 +27,7 @@ from .methods import (
 from .plain_values import plain
 from .stock_settings import FLOATS, IDLE, MOST, NUMBER, REFUSED, check_numbers
 from .token_ids import BANNING, NAMING_TOKENS, check_inside, check_kind
+from .topology import PLAIN, Topology, Traits
 
 
 logger = logging.get_logger(__name__)
@@ -88,14 +91,19 @@ class D3LLMGenerationConfig(GenerationConfig):
         decoding_method (`str`): `"d3llm"` (several blocks at once, by entropy), `"dparallel"` (block by block, by
             entropy), `"fast_dllm"` (by confidence or factor), `"dinfer"` (its threshold, hierarchy and credit
             decoders), `"dkv"` (a fixed quota over a cache by token), `"entropy_bound"` (EB-Sampler), `"local_leap"`
-            (LocalLeap), `"llada"` (a fixed quota) or `"dream"` (a schedule).
-        block_length (`int`): positions of a block; the whole answer when unset with `"dream"`.
-        steps (`int`): forwards that a quota or schedule spreads the answer over; one a token when unset.
+            (LocalLeap), `"llada"` (a fixed quota), `"dream"` (a schedule) or `"sdar"` (a quota of each block, or what
+            is surer). The model's own when unset: `"d3llm"`, or `"sdar"` of SDAR.
+        block_length (`int`): positions of a block; when unset the whole answer with `"dream"`, and a block-causal
+            model's own.
+        steps (`int`): forwards that a quota or schedule spreads the answer over, with `"sdar"` each block; one a token
+            when unset.
         remasking (`str`): what ranks positions: `"low_confidence"` (`"maskgit_plus"`), `"entropy"`, `"topk_margin"`,
-            `"random"`, and with `"dream"` also `"origin"`.
+            `"random"`, with `"dream"` also `"origin"`, and with `"sdar"` `"sequential"` (left to right).
         entropy_threshold (`float`): nats under which a position is committed.
-        entropy_bound (`float`): nats that the committed positions may sum to, the least certain one left out.
-        confidence_threshold (`float`): probability from which a position is committed.
+        entropy_bound (`float`): nats that the committed positions may sum to, the least certain one left out; with
+            `"sdar"` they sum to less, and it stands in place of the quota.
+        confidence_threshold (`float`): probability from which a position is committed; with `"sdar"` a higher one,
+            where as many as the quota reach it.
         factor (`float`): Fast-dLLM's factor in place of its threshold: the n surest positions are committed while the
             n-th has a probability of at least `1 - factor / (n + 1)`.
         decoder (`str`): of `"dinfer"`: `"threshold"`, `"hierarchy"` or `"credit"`.
@@ -110,7 +118,8 @@ class D3LLMGenerationConfig(GenerationConfig):
             what follows a stop token at once.
         kv_cache (`str`): which keys and values are kept between forwards: `"none"`, `"prefix"`, `"dual"` (Fast-dLLM),
             `"delayed"` (d3LLM), `"dkv"`, `"dkv_greedy"` (dKV-Cache; the latter with `remasking="random"`),
-            `"vicinity"` (dInfer).
+            `"vicinity"` (dInfer). Block-causal models keep finished blocks, whose keys are `"exact"`, unless told
+            `"none"`; they have no other.
         cache_delay (`int`): forwards between the end of a block (`"delayed"`) or a commit (`"dkv"`) and its caching.
         cache_refresh_interval (`int`): recompute everything every so many forwards; never when unset.
         cache_window (`int`): positions around the decoded ones that are recomputed with them.
@@ -238,7 +247,7 @@ class D3LLMGenerationConfig(GenerationConfig):
     # Names of the settings that a call did not choose, but a checkpoint.
     _inherited = cast("tuple[str, ...]", ())
 
-    def inherit(self, own: "D3LLMGenerationConfig", chosen: dict[str, Any]) -> dict[str, Any]:
+    def inherit(self, own: "D3LLMGenerationConfig", chosen: dict[str, Any], traits: Traits = PLAIN) -> dict[str, Any]:
         """Takes the arguments of a call, then fills what is unset from a checkpoint's config.
 
         The checkpoint's settings count as far as they speak of the same method and cache.
@@ -246,13 +255,14 @@ class D3LLMGenerationConfig(GenerationConfig):
         Args:
             own: the checkpoint's.
             chosen: the arguments.
+            traits: of the model.
 
         Returns:
             arguments that are no settings.
         """
         wanted = {n: chosen.get(n, getattr(self, n)) for n in ("decoding_method", "lossless", "kv_cache")}
         inherited = {name: value for name, value in own.to_dict().items() if not name.startswith("_")}
-        own_method = own.decoding_method or ("llada" if own.lossless else DEFAULT_METHOD)
+        own_method = own.decoding_method or ("llada" if own.lossless else traits.method or DEFAULT_METHOD)
         if own.decoding_method is None and wanted["decoding_method"] is None and own.lossless:
             self.decoding_method = own_method
         if wanted["lossless"] and wanted["decoding_method"] is None and "lossless" not in METHODS[own_method]:
@@ -325,19 +335,38 @@ class D3LLMGenerationConfig(GenerationConfig):
             check_inside(title, getattr(self, name), vocab_size, way_out)
         check_numbers(self, self.named)
 
-    def rules(self, length: int, logit_shift: int) -> Rules:
+    def rules(self, length: int, traits: Traits = PLAIN) -> Rules:
         """The loop's rules for an answer of `length` positions, with the method's values where a field is unset.
+
+        Args:
+            length: of the longest row.
+            traits: of the model.
 
         Raises:
             ValueError: for a field that the method does not use, or fields that exclude each other.
         """
-        return rules_of(self.decoding_method or DEFAULT_METHOD, self._values(logit_shift), length, logit_shift)
+        values = self._values(traits) | {"temperature": self.temperature if self.do_sample else None}
+        return rules_of(self.method_of(traits), values, length, traits)
 
-    def _values(self, logit_shift: int) -> dict[str, Any]:
+    def topology(self, traits: Traits) -> Topology | None:
+        """The blocks of a call, `None` where every position sees all others."""
+        if traits.topology is None:
+            return None
+        return replace(traits.topology, block_length=self._values(traits)["block_length"])
+
+    def method_of(self, traits: Traits) -> str:
+        """The decoding method, whoever named it."""
+        return self.decoding_method or traits.method or DEFAULT_METHOD
+
+    def _values(self, traits: Traits) -> dict[str, Any]:
         """The method's settings, those of its cache, and what is set in their place; checked together."""
-        method = self.decoding_method or DEFAULT_METHOD
+        method = self.method_of(traits)
         known = COMMON | METHODS[method]
-        values = known | (SHIFTED_METHODS.get(method, {}) if logit_shift else {})
+        values = known | (SHIFTED_METHODS.get(method, {}) if traits.logit_shift else {})
+        if traits.topology is not None:
+            values |= {"block_length": traits.topology.block_length}
+            if "kv_cache" not in METHODS[method] and not self.cfg_scale:
+                values["kv_cache"] = "exact"
         cache = self.kv_cache or values["kv_cache"]
         if self.use_cache is False:
             cache = "none"
@@ -364,12 +393,19 @@ class D3LLMGenerationConfig(GenerationConfig):
                 )
             values[name] = value
         values["kv_cache"] = cache
-        self._check(method, values)
+        self._check(method, values, traits)
         return values
 
-    def _check(self, method: str, values: dict[str, Any]) -> None:
+    def _check(self, method: str, values: dict[str, Any], traits: Traits) -> None:
         """Fields that exclude each other."""
         cache = values["kv_cache"]
+        if traits.topology is not None:
+            self._check_block_causal(values)
+        elif cache == "exact":
+            raise ValueError(
+                f'{self.named("kv_cache")[0]} must not be "exact" where all positions see one another (got it): every '
+                "kept key is an approximation then. Choose another cache, or leave it unset."
+            )
         remasking = values.get("remasking")
         if remasking is not None and remasking not in ALLOWED_REMASKING[method]:
             raise ValueError(
@@ -396,11 +432,38 @@ class D3LLMGenerationConfig(GenerationConfig):
                 f'kv_cache="dkv_greedy" needs remasking="random" (got {remasking!r} with decoding_method="{method}"): '
                 'it recomputes what will be decided next, which only chance can tell beforehand. Use `kv_cache="dkv"`.'
             )
+        if values.get("entropy_bound") is not None and values.get("confidence_threshold") is not None:
+            raise ValueError(
+                f"`entropy_bound` takes the place of `confidence_threshold` (got {values['entropy_bound']} and "
+                f"{values['confidence_threshold']}). Set one of them."
+            )
+        if remasking == "sequential" and (self.confidence_threshold, self.entropy_bound) != (None, None):
+            raise ValueError(
+                '`confidence_threshold` and `entropy_bound` are not used by remasking="sequential", which ranks no '
+                f"positions (got {self.confidence_threshold} and {self.entropy_bound}). Leave them unset."
+            )
         if method == "fast_dllm" and self.factor is not None and self.confidence_threshold is not None:
             raise ValueError(
                 f"`factor` takes the place of `confidence_threshold` (got {self.factor} and "
                 f"{self.confidence_threshold}). Set one of them."
             )
+
+    def _check_block_causal(self, values: dict[str, Any]) -> None:
+        """What has no meaning where a position sees nothing of later blocks."""
+        if values["kv_cache"] not in EXACT:
+            raise ValueError(
+                f"{self.named('kv_cache')[0]} must be one of {list(EXACT)} for block-causal attention, whose keys are "
+                f"final (got {values['kv_cache']!r}). Leave it unset, with another method if that is its own."
+            )
+        for name, reason in (
+            ("suffix_length", "no forward sees anything behind the open blocks"),
+            ("lossless", "a draft of a later block would have no forward of its own"),
+        ):
+            if values.get(name) not in (None, False):
+                raise ValueError(
+                    f"{self.named(name)[0]} does not apply to block-causal attention: {reason} (got "
+                    f"{values[name]!r}). Leave it unset."
+                )
 
 
 _INHERITED = frozenset(GenerationConfig().to_dict()) | {"generation_kwargs"}

@@ -12,7 +12,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache import SlotCache
 from .cache_name import given_cache
-from .caching import PLANS, Plan, wasted_by_reference
+from .caching import PLANS, Plan, spent_by_reference
 from .canvas import Canvas
 from .contract import CanvasContract
 from .decoding import (
@@ -50,7 +50,8 @@ class D3LLMGenerationOutput(GenerateDecoderOnlyOutput):
         num_forwards (`(B,)` long): forwards that the row took part in, until it was finished. The cache is filled by
             the same forwards, and drafts are verified by them.
         num_forwards_reference (`(B,)` long): the same by the d3LLM code's count, which adds one when the fill after a
-            stop token ends the row, and one for each block that Fast-dLLM's caches find finished by its first forward.
+            stop token ends the row, and one for each block that Fast-dLLM's caches find finished by its first forward;
+            by SDAR's with `"sdar"`, whose prompt and finished blocks have forwards of their own that store their keys.
         step_map (`(B, N)` long): the forward, from 1, that committed each new token; -1 where none did. With infilling
             `(B, P + N)`, and -1 on the given text as well.
         positions_computed (`(B,)` long): positions pushed through the model, summed over the row's forwards (twice
@@ -116,7 +117,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         own = self.generation_config
         if not isinstance(own, D3LLMGenerationConfig):  # transformers made it, for a model built from its config
             own = D3LLMGenerationConfig.coerce(own)
-        model_kwargs = given.inherit(own, kwargs)
+        model_kwargs = given.inherit(own, kwargs, self.traits)
         if given.do_sample and given.top_k is None:
             given.top_k = 0  # no hidden truncation: transformers would sample from the 50 best tokens
         given.refuse_unfitting()
@@ -138,7 +139,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         if unknown:
             raise ValueError(" ".join(map(unknown_field, unknown)))
         config.validate()
-        rules = config.rules(max(config.max_new_tokens or 0, 1), self.logit_shift)
+        rules = config.rules(max(config.max_new_tokens or 0, 1), self.traits)
         model: Any = self  # transformers annotates these methods for a class of its own
         model._validate_generation_mode(config.get_generation_mode(None), config, {})
         self._check_processors(copy.deepcopy(config), rules)
@@ -242,10 +243,12 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         """
         # 1. Settings become rules, the prompt becomes a canvas
         device = input_ids.device
-        canvas = Canvas.of_prompt(self, input_ids, generation_config, model_kwargs)
-        rules = generation_config.rules(canvas.slots.shape[1], self.logit_shift)
+        topology = generation_config.topology(self.traits)
+        canvas = Canvas.of_prompt(self, input_ids, generation_config, model_kwargs, topology)
+        rules = generation_config.rules(canvas.slots.shape[1], self.traits)
         ragged = rules.suffix_length is not None and canvas.batch + rules.draft_length > 1
-        self.check_contract(canvas.mask, cached=rules.kv_cache != "none", ragged=ragged)
+        in_blocks = topology is not None
+        self.check_contract(canvas.mask, cached=rules.kv_cache != "none", ragged=ragged, in_blocks=in_blocks)
         check_wrapping(self, canvas, rules, is_compiled(generation_config))
         state = canvas.start(rules)
         stop_ids = generation_config._eos_token_tensor
@@ -309,15 +312,15 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 commit(trial, commits, tokens)
                 state, scores = speculation.settle(trial, scores)
                 stop = state.stop(stop_ids, canvas.may_stop)
-                wasted = wasted_by_reference(state, rules)
-                filled = torch.zeros_like(wasted)
+                further = spent_by_reference(state, rules, canvas)
+                filled = torch.zeros_like(state.rows, dtype=torch.bool)
                 if rules.eos_fill and stop_ids is not None and canvas.fill_token_id is not None:
                     filled = state.undecided.any(1)
                     fill_after_stop(state, stop, canvas.fill_token_id)
                 done = finished(state, rules, stop)
 
                 # 7. Rows that are finished, or that a criterion stops, leave the batch
-                keep = ledger.leave(state, done, filled, wasted, scores.broken.amax(1))
+                keep = ledger.leave(state, done, filled, further, scores.broken.amax(1))
                 if keep is not None:
                     state, canvas = state.select(keep), canvas.select(keep)
                     speculation.select(keep)

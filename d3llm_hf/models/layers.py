@@ -59,9 +59,10 @@ else:
 
 
 class BidirectionalAttentionMixin(Module):
-    """The forward of an attention with `q_proj`, `k_proj`, `v_proj` and `o_proj`; every token sees all others.
+    """The forward of an attention with `q_proj`, `k_proj`, `v_proj` and `o_proj`, in which a mask alone hides tokens.
 
-    The rotation happens in the dtype of the cosines.
+    Queries and keys go through `q_norm` and `k_norm` where there are such modules. The rotation happens in the dtype
+    of the cosines.
     """
 
     config: PreTrainedConfig
@@ -87,10 +88,11 @@ class BidirectionalAttentionMixin(Module):
         cache: Cache | None = kwargs.pop(CACHE, None)  # type: ignore[misc]
         asking = hidden_states if kept is None else at_positions(hidden_states, kept)
 
-        def heads(projection: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
-            return projection(states).view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        def heads(projection: torch.nn.Module, states: torch.Tensor, norm: str = "") -> torch.Tensor:
+            split = projection(states).view(*states.shape[:-1], -1, self.head_dim)
+            return (getattr(self, norm)(split) if norm in self._modules else split).transpose(1, 2)
 
-        query, key = heads(self.q_proj, asking), heads(self.k_proj, hidden_states)
+        query, key = heads(self.q_proj, asking, "q_norm"), heads(self.k_proj, hidden_states, "k_norm")
         value = heads(self.v_proj, hidden_states)
         if kept is None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)

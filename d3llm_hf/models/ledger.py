@@ -59,7 +59,9 @@ class Ledger:
         self.canvas = canvas
         self.tokens = state.tokens.clone()
         self.step_map = state.step_map.clone()
-        self.length = state.length.clone()  # columns of the row, fewer where a criterion ends it
+        # Columns of the answer: those to decide, without what lies behind the tokens that were asked for.
+        self.width = self.tokens.shape[1] if canvas.blocks is None else canvas.new_length
+        self.length = state.length.clamp_max(self.width)  # of the row, fewer where a criterion ends it
         self.forwards, self.reference, self.computed = (torch.zeros_like(state.rows) for _ in range(3))
         self.prefix = [0] * canvas.batch
         self.awaited: StoppingCriteriaList | None = None
@@ -75,14 +77,14 @@ class Ledger:
             self.stream.__exit__(kind, error, trace)
 
     def leave(
-        self, state: State, done: torch.Tensor, filled: torch.Tensor, wasted: torch.Tensor, broken: torch.Tensor
+        self, state: State, done: torch.Tensor, filled: torch.Tensor, further: torch.Tensor, broken: torch.Tensor
     ) -> torch.Tensor | None:
         """Books a forward and takes out the rows that ended in it.
 
         Args:
             done, filled (`(B,)` bool): finished rows; rows with undecided positions before the fill behind a stop
                 token.
-            wasted (`(B,)` bool): rows that the reference would give a forward more, for a block that is finished.
+            further (`(B,)` long): forwards that the reference makes beside this one.
             broken (`(B,)` long): what is wrong with the logits of a row, as in [`Scores`].
 
         Returns:
@@ -106,7 +108,7 @@ class Ledger:
                 "`no_repeat_ngram_size`, `suppress_tokens`, the minimum length or your `logits_processor`."
             )
         self.forwards[state.rows] = state.forward
-        self.reference[state.rows] += 1 + wasted.long() + (filled & done).long()
+        self.reference[state.rows] += 1 + further + (filled & done).long()
         if self.criteria or self.stream is not None:
             stopped = self._advance(rows)
             flags = [flag or row in stopped for flag, row in zip(flags, rows, strict=True)]
@@ -124,7 +126,7 @@ class Ledger:
         """Follows the decided prefixes: criteria first, then the stream. Returns the rows that a criterion ends."""
         decided = self.step_map > 0
         stop = stop_position(self.tokens, decided & self.may_stop, self.stop_ids)
-        ends = torch.minimum(first_true(~decided), stop + 1).clamp_max(self.tokens.shape[1]).tolist()
+        ends = torch.minimum(first_true(~decided), stop + 1).clamp_max(self.width).tolist()
         stopped = self._ask_criteria(rows, ends) if self.criteria else set()
         if self.stream is not None:
             limits = torch.minimum(stop + 1, self.length).tolist()
@@ -176,6 +178,6 @@ class Ledger:
             answer = torch.where((column < end[:, None]) | ~self.may_stop, answer, self.fill_token_id)
         tokens = torch.minimum(stop, self.length)
         if not self.canvas.is_infilling:
-            return torch.cat([self.shown, answer], dim=1), steps, tokens
+            return torch.cat([self.shown, answer[:, : self.width]], dim=1), steps[:, : self.width], tokens
         nowhere = replace(self.canvas, base=torch.full_like(self.canvas.base, -1))
         return self.canvas.fill(answer), nowhere.fill(steps), tokens

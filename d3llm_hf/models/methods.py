@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .decoding import Rules
+from .topology import Traits
 
 
 # Name of a remasking strategy -> the score that ranks positions. LLaDA's and Dream's names for the same score.
@@ -19,6 +20,7 @@ REMASKING = {
     "topk_margin": "margin",
     "random": "noise",
     "origin": "noise",
+    "sequential": "confidence",
 }
 DECODERS = {"threshold": "near_best", "hierarchy": "hierarchy", "credit": "near_best"}
 
@@ -31,7 +33,10 @@ CACHES: dict[str, dict[str, Any]] = {
     "dkv": {"cache_delay": 1, "cache_refresh_interval": 8},
     "dkv_greedy": {"cache_delay": 1, "cache_refresh_interval": 2, "cache_window": 4},
     "vicinity": {"cache_window": 16, "cache_warmup": 4, "cache_refresh_interval": None},
+    "exact": {},
 }
+# Those that hold no approximation: what block-causal attention lets be kept, and only it.
+EXACT = ("none", "exact")
 CACHE_FIELDS = {name for settings in CACHES.values() for name in settings}
 
 # What every method has: field -> value where nothing else is said.
@@ -83,6 +88,13 @@ METHODS: dict[str, dict[str, Any]] = {
         "lossless": False,
         "draft_length": 4,
     },
+    "sdar": {
+        "block_length": 4,
+        "steps": None,
+        "remasking": "low_confidence",
+        "confidence_threshold": None,
+        "entropy_bound": None,
+    },
 }
 SHIFTED_METHODS = {"d3llm": {"entropy_threshold": 0.4}, "dparallel": {"entropy_threshold": 0.45}}
 RANKED = ("low_confidence", "maskgit_plus", "entropy", "topk_margin", "random")
@@ -92,6 +104,7 @@ ALLOWED_REMASKING = {
     "dkv": RANKED,
     "llada": RANKED,
     "dream": (*RANKED, "origin"),
+    "sdar": ("low_confidence", "sequential"),
 }
 
 
@@ -104,7 +117,7 @@ def _cost(probability: float | None) -> float:
 RULE_OF: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "remasking": ("score", REMASKING.__getitem__),
     "entropy_threshold": ("threshold", float),
-    "entropy_bound": ("threshold", float),
+    "entropy_bound": ("threshold", lambda bound: math.inf if bound is None else float(bound)),
     "confidence_threshold": ("threshold", _cost),
     "relaxed_threshold": ("relaxed_threshold", _cost),
     "low_threshold": ("relaxed_threshold", _cost),
@@ -126,6 +139,7 @@ RULES: dict[str, dict[str, Any]] = {
     "local_leap": {"score": "confidence", "select": "neighbourhood"},
     "llada": {"select": "quota"},
     "dream": {"select": "schedule", "score_processed": True},
+    "sdar": {"select": "quota_or_threshold", "stores_apart": True},
 }
 
 
@@ -157,6 +171,20 @@ def _schedule(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
     return {"score": "probability"} if values["alg_temp"] and REMASKING[values["remasking"]] == "confidence" else {}
 
 
+def _sdar(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
+    """A stop token ends a row with its block; confidence is that at the temperature, whatever top-k and top-p leave.
+
+    Without a threshold there is none that a probability exceeds.
+    """
+    rules = {"whole_blocks": values["early_stop"], "score_temperature": values["temperature"] or 1.0}
+    if values["remasking"] == "sequential":
+        return rules | {"select": "leftmost"}
+    if values["entropy_bound"] is not None:
+        return rules | {"score": "entropy", "select": "entropy_sum", "threshold": float(values["entropy_bound"])}
+    threshold = values["confidence_threshold"]
+    return rules | {"threshold": -math.inf if threshold is None else _cost(threshold)}
+
+
 # Method -> what depends on several settings, or on the model's family.
 _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "d3llm": _entropy_threshold,
@@ -164,20 +192,24 @@ _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "fast_dllm": _factor,
     "dinfer": _decoder,
     "dream": _schedule,
+    "sdar": _sdar,
 }
 
 
-def rules_of(method: str, values: dict[str, Any], length: int, logit_shift: int) -> Rules:
+def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -> Rules:
     """The loop's rules.
 
     Args:
         method: a key of `METHODS`.
-        values: all its settings, those of its cache and those that every method has.
+        values: all its settings, those of its cache, those that every method has, and the `temperature` at which
+            tokens are drawn, `None` where they are not.
         length: positions to decide, of the longest row.
-        logit_shift: of the model.
+        traits: of the model.
     """
+    logit_shift, block_length = traits.logit_shift, values["block_length"] or length
     rules = {
-        "block_length": min(values["block_length"] or length, length),
+        # A block of block-causal attention goes on behind what was asked for.
+        "block_length": min(block_length, length) if traits.topology is None else block_length,
         "early_stop": values["early_stop"],
         "shift": logit_shift,
         "cfg_scale": values["cfg_scale"],

@@ -320,6 +320,8 @@ class Scorer:
             processed = self._processed(raw.masked_fill(~valid[:, None], 0.0), index, columns)
             if self.rules.score_processed:
                 raw = processed.clone()
+        if self.rules.score_temperature != 1:
+            raw = raw / self.rules.score_temperature
         stats, best, finite = statistics(raw, self.mask_token_id)
         fault = torch.where(finite, 0, NOT_FINITE)
         if valid is not None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from .decoding import Rules, State, first_true, per_block
+from .decoding import Rules, State, first_true
 
 
 def marked_first(cost: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
@@ -103,12 +103,12 @@ def pace(among: torch.Tensor, state: State, rules: Rules) -> tuple[torch.Tensor,
         its steps: its share of `steps`, the earlier blocks one more, or as many as it has positions where there are
         none; its positions; and its steps so far.
     """
-    marked = per_block(among, rules.block_length) > 0
+    marked = state.per_block(among, rules) > 0
     block = first_true(marked).clamp_max(marked.shape[1] - 1)
     size, opened = (table.gather(1, block[:, None])[:, 0] for table in (state.opened_size, state.opened_step))
     steps = size
     if rules.steps:
-        blocks = ((state.length + rules.block_length - 1) // rules.block_length).clamp_min(1)
+        blocks = state.blocks(rules).clamp_min(1)
         steps = rules.steps // blocks + (block < rules.steps % blocks)
     return steps.clamp_min(1), size, state.step - opened
 
@@ -154,6 +154,35 @@ def by_quota_and_threshold(cost: torch.Tensor, among: torch.Tensor, state: State
     return (quota & (cost <= rules.threshold)) | best(cost, among)
 
 
+def block_quota(among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """SDAR's quota `(B,)` of a step: a full block spread evenly over the steps of a block, more in earlier ones.
+
+    It does not depend on how much of the block was given.
+    """
+    _, _, done = pace(among, state, rules)
+    steps = rules.steps or rules.block_length
+    return (rules.block_length // steps + (done < rules.block_length % steps)).clamp_min(1)
+
+
+def by_quota_or_threshold(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """SDAR's dynamic rule: all that are surer than the threshold, if they are as many as the quota; else the quota."""
+    quota, sure = block_quota(among, state, rules), among & (cost < rules.threshold)
+    enough = sure.sum(1) >= quota
+    return torch.where(enough[:, None], sure, cheapest(cost, among, quota))
+
+
+def by_leftmost(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """SDAR's sequential rule: the quota from left to right, whatever it costs."""
+    return among & (among.long().cumsum(1) <= block_quota(among, state, rules)[:, None])
+
+
+def by_entropy_sum(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """JetEngine's bound: the n of lowest entropy that sum to less than it, or the first."""
+    order = marked_first(cost, among).argsort(dim=1, stable=True)
+    total = cost.masked_fill(~among, 0.0).gather(1, order).double().cumsum(1)
+    return among & torch.zeros_like(among).scatter_(1, order, total < rules.threshold) | best(cost, among)
+
+
 SELECTORS: dict[str, Callable[[torch.Tensor, torch.Tensor, State, Rules], torch.Tensor]] = {
     "threshold": by_threshold,
     "near_best": by_near_best,
@@ -165,6 +194,9 @@ SELECTORS: dict[str, Callable[[torch.Tensor, torch.Tensor, State, Rules], torch.
     "schedule": by_schedule,
     "coin": by_coin,
     "quota_and_threshold": by_quota_and_threshold,
+    "quota_or_threshold": by_quota_or_threshold,
+    "leftmost": by_leftmost,
+    "entropy_sum": by_entropy_sum,
 }
 
 
@@ -184,10 +216,9 @@ def choose(
     commits = SELECTORS[rules.select](cost, among, state, rules)
     forced = torch.zeros_like(commits)
     if rules.select == "threshold":
-        left = per_block(among, rules.block_length) > 0
+        left = state.per_block(among, rules) > 0
         first = first_true(state.active & left)  # (B,): K where no active block has work
-        column = torch.arange(among.shape[1], device=among.device)
-        inside = among & (column // rules.block_length == first[:, None])
+        inside = among & (state.block_of(rules) == first[:, None])
         forced = best(force_cost, inside) & ~(commits & inside).any(1, keepdim=True)
         # Whatever the thresholds, a row advances: every forward decides at least one token.
         stuck = ~(commits | forced).any(1, keepdim=True)

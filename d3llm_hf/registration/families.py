@@ -25,14 +25,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Family:
-    """Where the classes of a family lie, and the name transformers knows it by."""
+class Family:
+    """Where the classes of a family lie, and its names: that of transformers and that of people."""
 
     model_type: str
-    config_module: str
+    label: str
+    config_file: str
     config_class: str
-    model_module: str
+    model_file: str
     model_class: str
+
+    @property
+    def config_module(self) -> str:
+        return f"{_MODELS}.{self.config_file}"
+
+    @property
+    def model_module(self) -> str:
+        return f"{_MODELS}.{self.model_file}"
 
     def config(self) -> "type[PreTrainedConfig]":
         return _load(self.config_module, self.config_class)
@@ -47,10 +56,13 @@ def _load(module: str, name: str) -> Any:
 
 _PACKAGE = __package__.partition(".")[0]
 _MODELS = f"{_PACKAGE}.models"
-_FAMILIES = (
-    _Family("llada", f"{_MODELS}.configuration_llada", "LLaDAConfig", f"{_MODELS}.modeling_llada", "LLaDAModelLM"),
-    _Family("Dream", f"{_MODELS}.configuration_dream", "DreamConfig", f"{_MODELS}.modeling_dream", "DreamModel"),
+_ROWS = (
+    Family("llada", "LLaDA", "configuration_llada", "LLaDAConfig", "modeling_llada", "LLaDAModelLM"),
+    Family("Dream", "Dream", "configuration_dream", "DreamConfig", "modeling_dream", "DreamModel"),
+    Family("sdar", "SDAR", "configuration_sdar", "SDARConfig", "modeling_sdar", "SDARForCausalLM"),
 )
+FAMILIES = {family.model_type: family for family in _ROWS}
+"""The families by the `model_type` of their config.json."""
 AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
 
 
@@ -73,8 +85,8 @@ def _register_stand_ins() -> None:
     """After transformers' `AutoConfig` has loaded."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    let_refused_checkpoints_bring_their_code(AutoConfig)
-    for family in _FAMILIES:
+    let_refused_checkpoints_bring_their_code(AutoConfig, FAMILIES)
+    for family in FAMILIES.values():
         if family.config_module not in sys.modules:
             known = {"__module__": family.config_module, "model_type": family.model_type}
             AutoConfig.register(family.model_type, _StandIn(family.config_class, (), known), exist_ok=True)
@@ -84,13 +96,13 @@ def _register_tokenizer() -> None:
     """After transformers' `AutoTokenizer` has loaded: the tokenizer class that Dream's checkpoints name."""
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
-    dream = _FAMILIES[1]
+    dream = FAMILIES["Dream"]
     config = _StandIn(dream.config_class, (), {"__module__": dream.config_module, "model_type": dream.model_type})
     tokenizer = _StandIn("DreamTokenizer", (), {"__module__": f"{_PACKAGE}.hub.tokenization_dream"})
     AutoTokenizer.register(config, fast_tokenizer_class=tokenizer, exist_ok=True)
 
 
-def _register_config(family: _Family) -> None:
+def _register_config(family: Family) -> None:
     """After the config class of `family` has loaded.
 
     `register_for_auto_class` makes transformers copy the code of a class into what it saves; without it a checkpoint
@@ -105,7 +117,7 @@ def _register_config(family: _Family) -> None:
     _register_in_auto_models(config, _StandIn(family.model_class, (), known))
 
 
-def _register_model(family: _Family) -> None:
+def _register_model(family: Family) -> None:
     """After the model class of `family` has loaded."""
     family.model().register_for_auto_class("AutoModel")
     _register_in_auto_models(family.config(), family.model())
@@ -136,7 +148,7 @@ def _actions() -> dict[str, Callable[[], None]]:
     actions: dict[str, Callable[[], None]] = {"transformers.models.auto.configuration_auto": _register_stand_ins}
     actions["transformers.models.auto.tokenization_auto"] = _register_tokenizer
     actions |= {module: partial(_patch, module, name) for module, name in _PEFT.items()}
-    for family in _FAMILIES:
+    for family in FAMILIES.values():
         actions[family.config_module] = partial(_register_config, family)
         actions[family.model_module] = partial(_register_model, family)
     return actions

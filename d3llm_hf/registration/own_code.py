@@ -6,6 +6,7 @@ refuses the config, the code that the checkpoint brings gets its turn.
 
 import functools
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from typing import Any
 _CLASSES = re.compile(r"^class (\w+)", re.MULTILINE)
 
 
-def let_refused_checkpoints_bring_their_code(auto_config: Any) -> None:
-    """Makes `AutoConfig.from_pretrained` load a config that ours refuses by the checkpoint's own code, if trusted."""
+def let_refused_checkpoints_bring_their_code(auto_config: Any, model_types: Collection[str]) -> None:
+    """Makes `AutoConfig.from_pretrained` load a config that ours refuses by the checkpoint's own code, if trusted.
+
+    Args:
+        model_types: of our families.
+    """
     ours = auto_config.from_pretrained.__func__
 
     @functools.wraps(ours)
@@ -25,7 +30,7 @@ def let_refused_checkpoints_bring_their_code(auto_config: Any) -> None:
             from huggingface_hub.errors import StrictDataclassError
 
             refused = isinstance(error, StrictDataclassError) and kwargs.get("trust_remote_code")
-            found = _own_config(pretrained_model_name_or_path, kwargs) if refused else None
+            found = _own_config(pretrained_model_name_or_path, kwargs, model_types) if refused else None
             if found is None:
                 raise
             return found
@@ -33,7 +38,7 @@ def let_refused_checkpoints_bring_their_code(auto_config: Any) -> None:
     auto_config.from_pretrained = classmethod(from_pretrained)
 
 
-def _own_config(name: str, kwargs: dict[str, Any]) -> Any:
+def _own_config(name: str, kwargs: dict[str, Any], model_types: Collection[str]) -> Any:
     """What the checkpoint's config class makes of its config.json; `None` where it brings no code of its own."""
     from transformers import PreTrainedConfig
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -45,7 +50,7 @@ def _own_config(name: str, kwargs: dict[str, Any]) -> Any:
     kwargs = {key: value for key, value in kwargs.items() if key not in taken}
     kwargs |= {"_from_auto": True, "name_or_path": name}
     keys, _ = PreTrainedConfig.get_config_dict(name, **kwargs)
-    if keys.get("model_type") not in ("llada", "Dream") or not brings_own_code(keys):
+    if keys.get("model_type") not in model_types or not brings_own_code(keys):
         return None
     auto_map = keys["auto_map"]
     where: dict[str, Any] = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only") if key in kwargs}

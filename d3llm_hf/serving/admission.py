@@ -182,7 +182,7 @@ def with_settings(model, settings: dict[str, Any]) -> D3LLMGenerationConfig:
     own, config = model.generation_config, D3LLMGenerationConfig()
     if not isinstance(own, D3LLMGenerationConfig):
         own = D3LLMGenerationConfig.coerce(own)
-    config.inherit(own, dict(settings))
+    config.inherit(own, dict(settings), model.traits)
     config.validate()
-    config.rules(config.max_new_tokens or DEFAULT_NEW_TOKENS, model.logit_shift)
+    config.rules(config.max_new_tokens or DEFAULT_NEW_TOKENS, model.traits)
     return config

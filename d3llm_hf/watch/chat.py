@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..models.generation_config_d3llm import D3LLMGenerationConfig
-from ..models.methods import CACHE_FIELDS, DEFAULT_METHOD, METHODS
+from ..models.methods import CACHE_FIELDS, METHODS
 from ..text import encode_chat
 from .streamers import CanvasUpdate, GenerationStream, stream_generate
 
@@ -161,8 +161,8 @@ class Chat:
     def effective(self) -> dict[str, Any]:
         """All decoding settings with the values that count now, whoever said them; None is unset."""
         config = self._config(self.settings)
-        method = {"decoding_method": config.decoding_method or DEFAULT_METHOD}
-        values = config._values(self.model.logit_shift)
+        method = {"decoding_method": config.method_of(self.model.traits)}
+        values = config._values(self.model.traits)
         names = ("max_new_tokens", "do_sample", *(("temperature", "top_p", "top_k") if config.do_sample else ()))
         return method | values | {name: getattr(config, name) for name in names} | self.settings
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..models.generation_config_d3llm import DEFAULT_METHOD
 from ..text import encode_text
 from .row_text import UNFINISHED
 from .streamers import _mask_token_id, stream_generate
@@ -147,7 +146,7 @@ class Recording(Iterator[int]):
         config, _ = model._prepare_generation_config(settings.get("generation_config"), **chosen)
         self._tokenizer, self._prompt = tokenizer, prompt
         self._name = name or model.config._name_or_path or type(model).__name__
-        self._settings = {"decoding_method": config.decoding_method or DEFAULT_METHOD} | settings
+        self._settings = {"decoding_method": config.method_of(model.traits)} | settings
         self._mask = _mask_token_id(model, settings)
         self._prefix: list[int] = []
         self._tokens: list[int] = []

@@ -15,6 +15,7 @@ from thin import some_of
 import d3llm_hf
 from d3llm_hf import export_checkpoint, init_checkpoint
 from d3llm_hf.hub import checkpoints, sources
+from d3llm_hf.registration import families
 
 
 FAMILIES = ("llada", "Dream")
@@ -106,7 +107,7 @@ def test_the_code_that_is_copied_is_what_transformers_would_copy(family):
     from transformers.dynamic_module_utils import get_relative_import_files
 
     files = checkpoints.code_files(family)
-    model = next(file for file in files if file.stem == checkpoints.MODEL_FILES[family][1].split(".")[0])
+    model = next(file for file in files if file.stem == families.FAMILIES[family].model_file)
     assert {str(file) for file in files} == {str(model), *get_relative_import_files(str(model))}
     for file in files:
         imported = re.findall(r"^\s*(?:from|import)\s+([\w.]+)", file.read_text(), re.MULTILINE)
@@ -272,7 +273,7 @@ def test_what_cannot_be_exported_is_refused_with_a_way_out(official, tmp_path):
             export_checkpoint(folder, tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
 
-    refused(ValueError, r"model_type \['llada', 'Dream'\] \(got 'gpt2'", source("gpt2", model_type="gpt2"))
+    refused(ValueError, r"model_type \['llada', 'Dream', 'sdar'\] \(got 'gpt2'", source("gpt2", model_type="gpt2"))
     refused(ValueError, "`alibi` must be False", source("alibi", alibi=True))
     refused(ValueError, "`revision` applies to a `source` on the Hub", official["llada"], revision="main")
     refused(ValueError, "`decoding_method` must be one of", official["llada"], decoding_method="d3lm")

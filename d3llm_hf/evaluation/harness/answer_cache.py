@@ -8,6 +8,7 @@ and device, settings of decoding and of the likelihood. So one file may serve se
 import json
 import uuid
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
@@ -25,7 +26,7 @@ def identity(model: Any, tokenizer: Any, settings: Mapping[str, Any]) -> str:
     about = {
         "version": __version__,
         "model": model_fingerprint(model),
-        "logit_shift": model.logit_shift,
+        "traits": asdict(model.traits),
         "attention": getattr(model.config, "_attn_implementation", None),
         "device": model.device.type,
         "training": model.training,

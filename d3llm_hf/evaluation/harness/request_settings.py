@@ -102,5 +102,5 @@ def request_settings(asked: Mapping[str, Any], own: Mapping[str, Any], max_new_t
 def draws(asked: RequestSettings, model: Any) -> bool:
     """Whether the answer to a request is drawn at random: its tokens, or the order in which they are decided."""
     config = model.check_settings(**asked.generate, max_new_tokens=asked.max_new_tokens)
-    rules = config.rules(asked.max_new_tokens, model.logit_shift)
+    rules = config.rules(asked.max_new_tokens, model.traits)
     return bool(config.do_sample or rules.score == "noise" or rules.alg_temp)

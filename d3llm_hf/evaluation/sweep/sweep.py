@@ -158,7 +158,7 @@ def check_settings(
             return
         config = D3LLMGenerationConfig(**settings, max_new_tokens=length)
         config.validate()
-        config.rules(length, 0)
+        config.rules(length)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{what}: {error}") from error
 

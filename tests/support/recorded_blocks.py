@@ -1,0 +1,96 @@
+"""The recorded runs of block-causal models (`tests/golden`), as settings of the library."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from places import GOLDEN
+from transformers import AutoModelForCausalLM
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One run.
+
+    Attributes:
+        settings: under this library's names.
+        answer: new tokens up to the first stop token, of those that were asked for.
+        unmask_step: forward that decided each of them.
+        forwards: by the reference's count.
+    """
+
+    id: str
+    model: str
+    prompt: tuple[int, ...]
+    settings: dict
+    answer: list[int]
+    unmask_step: list[int] | None
+    forwards: int
+    flags: dict
+
+
+@cache
+def checkpoint(name: str):
+    """The small trained model that the runs were recorded on, whose own generation settings are forgotten."""
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN / name).eval()
+    model.generation_config = type(model.generation_config)()
+    return model
+
+
+def recorded_cases(suite: str, recorded: Callable[[dict], Recorded | None]) -> list[Recorded]:
+    """The robust runs of a suite that are no error and drew nothing."""
+    cases = json.loads((GOLDEN / suite / "cases.json").read_text())["cases"]
+    found = [recorded(case) for case in cases if case.get("robust") and "error" not in case]
+    return [case for case in found if case is not None]
+
+
+def up_to_stop(tokens: list[int], stop_ids: list[int]) -> list[int]:
+    """The tokens until the first stop token, which is one of them."""
+    end = next((index + 1 for index, token in enumerate(tokens) if token in stop_ids), len(tokens))
+    return tokens[:end]
+
+
+def of_sdar(case: dict) -> Recorded | None:
+    """A run of SDAR, TraDo, SDAR's evaluation or JetEngine; `None` of those that a defect or torch's order decides.
+
+    Where tokens were drawn, of one: the surest. Its confidence is then that of the tempered distribution, as the
+    evaluation has it; the others take it of what top-k and top-p left.
+    """
+    args, flags, expected = case["args"], case["flags"], case["expected"]
+    evaluated = case["method"].startswith("sdar_eval")
+    drawn = case["seed"] is not None and args.get("top_k") != 1
+    filtered = not evaluated and (args.get("top_k") or args.get("top_p", 1.0) != 1.0)
+    if drawn or filtered or flags.get("topk_ties") or (flags.get("topk_selected_nonmask") and not evaluated):
+        return None
+    stop_ids = args.get("stopping_criteria_idx", args.get("stop_words")) or []
+    settings = {
+        "max_new_tokens": args.get("gen_length", args.get("max_tokens")),
+        "block_length": args["block_length"],
+        "steps": args["denoising_steps"],
+        "eos_token_id": stop_ids,
+    }
+    if args["temperature"] != 1.0 if "temperature" in args else False:
+        settings |= {"do_sample": True, "temperature": args["temperature"], "top_k": 1}
+    threshold = args.get("confidence_threshold", args.get("threshold", args.get("dynamic_threshold", 0.9)))
+    strategy = args.get("remasking_strategy", "low_confidence_dynamic" if threshold < 1 else "low_confidence_static")
+    if strategy == "low_confidence_dynamic":
+        settings["confidence_threshold"] = threshold or 1e-30  # of 0, which every probability exceeds
+    elif strategy == "sequential":
+        settings["remasking"] = "sequential"
+    elif strategy == "entropy_bounded":
+        settings["entropy_bound"] = args["eb_threshold"] or 0.35
+    start = len(case["prompt"])
+    tokens = expected["sequence"][start:] if "sequence" in expected else expected["completion"]
+    steps = expected["unmask_step"][start:] if "unmask_step" in expected else expected["first_unmask_steps"]
+    answer = up_to_stop(tokens[: settings["max_new_tokens"]], stop_ids)
+    return Recorded(
+        id=case["id"],
+        model=case["model"],
+        prompt=tuple(case["prompt"]),
+        settings=settings,
+        answer=answer,
+        unmask_step=steps[: len(answer)],
+        forwards=expected["n_forwards"],
+        flags=flags,
+    )
