@@ -14,7 +14,16 @@ from typing import Any
 
 from .evaluation.tasks.word_problems import generate_problems
 from .models.generation_config_d3llm import DEFAULT_METHOD
-from .models.methods import ALLOWED_REMASKING, CACHE_FIELDS, CACHES, COMMON, DECODERS, METHODS, SHIFTED_METHODS
+from .models.methods import (
+    ALLOWED_REMASKING,
+    CACHE_FIELDS,
+    CACHES,
+    COMMON,
+    DECODERS,
+    caches_of,
+    defaults_of,
+    methods_of,
+)
 from .settings import SETTINGS
 from .text import encode_chat, encode_text
 from .watch.trace import Recording, Trace
@@ -90,9 +99,7 @@ class Handlers:
     def defaults(self, method: str, cache: str | None = None) -> dict[str, Any]:
         """Setting -> value where nothing else is said, of a method with a cache: the checkpoint's or the method's."""
         own = self.model.generation_config
-        values = COMMON | METHODS[method]
-        if self.model.logit_shift:
-            values |= SHIFTED_METHODS.get(method, {})
+        values = defaults_of(method, self.model.traits)
         is_own = (getattr(own, "decoding_method", None) or self.model.traits.method or DEFAULT_METHOD) == method
         stated = {key: getattr(own, key, None) for key in values} if is_own else {}
         values |= {key: value for key, value in stated.items() if value is not None}
@@ -316,10 +323,10 @@ def build(model, tokenizer, *, name: str, concurrency: int = 2) -> gr.Blocks:
 
 
 def _method_box(handlers: Handlers, label: str, method: str) -> MethodBox:
-    usual = handlers.defaults(method)
+    usual, traits = handlers.defaults(method), handlers.model.traits
     with gr.Row():
-        chooser = gr.Dropdown(list(METHODS), value=method, label=label, filterable=False, min_width=150)
-        cache = gr.Dropdown(list(CACHES), value=usual["kv_cache"], label="Cache", filterable=False, min_width=150)
+        chooser = gr.Dropdown(methods_of(traits), value=method, label=label, filterable=False, min_width=150)
+        cache = gr.Dropdown(caches_of(traits), value=usual["kv_cache"], label="Cache", filterable=False, min_width=150)
     own = [name for name in FIELDS if name not in COMMON and name not in CACHE_FIELDS]
     with gr.Row():
         fields = {name: _field(name, usual, method) for name in own}

@@ -239,6 +239,11 @@ class _Texts:
                 f"`model` must be a masked diffusion language model (got {type(model).__name__}, which has no "
                 "`logit_shift`). Load LLaDA or Dream with `AutoModel.from_pretrained` after `import d3llm_hf`."
             )
+        if model.traits.topology is not None:
+            raise ValueError(
+                f"`model` must see the whole text (got {type(model).__name__}, whose positions see nothing of later "
+                "blocks): its likelihood is another one, which is not implemented. Score with LLaDA or Dream."
+            )
         if mask_token_id is None:
             mask_token_id = getattr(model.generation_config, "mask_token_id", None)
         if mask_token_id is None:

@@ -78,7 +78,7 @@ def test_the_picture_of_the_wings_is_the_house(arrows):
 
 def test_everything_is_looked_at(arrows):
     """The tests above see imports in functions, for types, relative ones, and modules taken from a package."""
-    assert "d3llm_hf.models.configuration_llada" in arrows["d3llm_hf.hub.checkpoints"]  # in a function
+    assert "d3llm_hf.models.topology" in arrows["d3llm_hf.hub.checkpoints"]  # in a function
     assert "d3llm_hf.watch.chat" in arrows["d3llm_hf"]  # for types
     assert "d3llm_hf.evaluation.tables.bench" in arrows["d3llm_hf.evaluation.tables.fill"]  # from . import bench
     assert "trainers.bench.training" in arrows["d3llm_hf.commands.bench"]

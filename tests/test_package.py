@@ -97,7 +97,7 @@ def test_a_stand_in_answers_as_the_class_it_stands_for_and_is_pickled_as_that():
 
     from d3llm_hf.registration import families
 
-    family = families._FAMILIES[0]
+    family = families.FAMILIES["llada"]
     stand_in = families._StandIn(family.config_class, (), {"__module__": family.config_module})
     assert stand_in.attribute_map == d3llm_hf.LLaDAConfig.attribute_map
     assert type(stand_in(d_model=8, n_heads=2)) is d3llm_hf.LLaDAConfig

@@ -44,10 +44,15 @@ def render_card(
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
 
+    from ..models.methods import DEFAULT_METHOD, METHODS
+
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     tensors = tensor_headers(folder).values()
     family = FAMILIES[config["model_type"]].label
+    model_class: Any = FAMILIES[config["model_type"]].model()
+    method = generation.get("decoding_method") or model_class.default_method or DEFAULT_METHOD
+    by_entropy = "entropy_threshold" in METHODS[method]
     kept: dict[str, Any] = {"license": license} if license else {}
     kept |= _kept_metadata(source_card)
     if base_model is not None:
@@ -75,7 +80,9 @@ def render_card(
             parameters=sum(math.prod(tensor["shape"]) for tensor in tensors),
             dtype=", ".join(sorted({tensor["dtype"] for tensor in tensors})),
             context=config.get("max_sequence_length") or config.get("max_position_embeddings") or "unknown",
-            decoding_method=f"`{generation.get('decoding_method') or 'd3llm'}`",
+            decoding_method=f"`{method}`",
+            threshold="entropy_threshold" if by_entropy else "confidence_threshold",
+            bolder="Raising" if by_entropy else "Lowering",
         )
     )
 

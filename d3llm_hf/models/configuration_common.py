@@ -31,6 +31,8 @@ class DerivingConfigMixin(PreTrainedConfig):
             if own != defaults[name] and own != value:
                 raise ValueError(f"`{alias}` is another name of `{name}` (got {value!r} and {own!r}). Leave one out.")
             setattr(self, name, value)
+        if kwargs.get("rope_scaling", 0) is None:  # as official files say it; transformers warns of the very name
+            del kwargs["rope_scaling"]
         return kwargs
 
     @classmethod

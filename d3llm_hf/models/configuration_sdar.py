@@ -101,6 +101,12 @@ class SDARConfig(DerivingConfigMixin, PreTrainedConfig):
                     f"`{name}` must be False (got {getattr(self, name)!r}): a token of SDAR sees its block and all "
                     "earlier ones. Correct config.json."
                 )
+        for name in ("mlp_bias", "qkv_bias"):
+            if getattr(self, name, False):
+                raise ValueError(
+                    f"`{name}` must be False (got {getattr(self, name)!r}): SDAR has no such biases. Correct "
+                    "config.json."
+                )
         if self.block_size < 1:
             raise ValueError(f"`block_size` must be a positive integer (got {self.block_size}). Correct config.json.")
         refuse_another_architecture(

@@ -21,7 +21,7 @@ from .methods import (
     EXACT,
     METHODS,
     REMASKING,
-    SHIFTED_METHODS,
+    defaults_of,
     rules_of,
 )
 from .plain_values import plain
@@ -361,12 +361,9 @@ class D3LLMGenerationConfig(GenerationConfig):
     def _values(self, traits: Traits) -> dict[str, Any]:
         """The method's settings, those of its cache, and what is set in their place; checked together."""
         method = self.method_of(traits)
-        known = COMMON | METHODS[method]
-        values = known | (SHIFTED_METHODS.get(method, {}) if traits.logit_shift else {})
-        if traits.topology is not None:
-            values |= {"block_length": traits.topology.block_length}
-            if "kv_cache" not in METHODS[method] and not self.cfg_scale:
-                values["kv_cache"] = "exact"
+        values = defaults_of(method, traits)
+        if values["kv_cache"] == "exact" and self.cfg_scale:
+            values["kv_cache"] = "none"
         cache = self.kv_cache or values["kv_cache"]
         if self.use_cache is False:
             cache = "none"

@@ -108,6 +108,25 @@ ALLOWED_REMASKING = {
 }
 
 
+def defaults_of(method: str, traits: Traits) -> dict[str, Any]:
+    """The settings of a method on a model where nothing else is said; those of its cache are in `CACHES`."""
+    values = COMMON | METHODS[method] | (SHIFTED_METHODS.get(method, {}) if traits.logit_shift else {})
+    if traits.topology is not None:
+        values["block_length"] = traits.topology.block_length
+        values["kv_cache"] = METHODS[method].get("kv_cache", "exact")
+    return values
+
+
+def caches_of(traits: Traits) -> list[str]:
+    """The caches that a model can have."""
+    return [name for name in CACHES if name == "none" or (name in EXACT) == (traits.topology is not None)]
+
+
+def methods_of(traits: Traits) -> list[str]:
+    """The methods that a model can be decoded with; one may have a cache of its own."""
+    return [name for name in METHODS if defaults_of(name, traits)["kv_cache"] in caches_of(traits)]
+
+
 def _cost(probability: float | None) -> float:
     """The cost of a position with that probability; none is reached by every position."""
     return float("inf") if probability is None else -math.log(probability)

@@ -4,10 +4,15 @@ import json
 
 import pytest
 import torch
-from families import LLADA, largest_difference, tokens
+from families import DREAM, LLADA, SDAR, largest_difference, tokens
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+
+
+@pytest.fixture(params=[LLADA, DREAM, SDAR], ids=lambda family: family.name)
+def family(request):
+    return request.param
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

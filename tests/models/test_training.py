@@ -2,12 +2,17 @@
 
 import pytest
 import torch
-from families import equal_up_to_rounding, flat, gradients, largest_difference, tokens
+from families import DREAM, LLADA, SDAR, equal_up_to_rounding, flat, gradients, largest_difference, tokens
 
 
 peft = pytest.importorskip("peft")
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(params=[LLADA, DREAM, SDAR], ids=lambda family: family.name)
+def family(request):
+    return request.param
 
 
 def loss_of(model):

@@ -8,8 +8,9 @@ import torch
 from places import GOLDEN
 from safetensors.torch import load_file
 
-from d3llm_hf import DreamConfig, DreamModel, LLaDAConfig, LLaDAModel, LLaDAModelLM
+from d3llm_hf import DreamConfig, DreamModel, LLaDAConfig, LLaDAModel, LLaDAModelLM, SDARConfig, SDARForCausalLM
 from d3llm_hf.models.modeling_dream import DreamBaseModel
+from d3llm_hf.models.modeling_sdar import SDARModel
 
 
 VOCABULARY = 64
@@ -77,6 +78,15 @@ DREAM = Family(
         "max_position_embeddings": 128,
         "initializer_range": 0.3,
     },
+    tied="tie_word_embeddings",
+    head="lm_head.weight",
+)
+SDAR = Family(
+    name="sdar",
+    config_class=SDARConfig,
+    model_class=SDARForCausalLM,
+    backbone_class=SDARModel,
+    sizes=DREAM.sizes | {"head_dim": 12},
     tied="tie_word_embeddings",
     head="lm_head.weight",
 )

@@ -85,6 +85,12 @@ class CanvasTrainer(PreparedDataTrainer):
         self.mask_token_id = mask_token_id(model, tokenizer)
         self.label_shift = getattr(model, "logit_shift", 0) if label_shift is None else label_shift
         base = base_of(model)
+        if getattr(base, "block_alignment", None) is not None:
+            raise ValueError(
+                f"`model` must see the whole canvas (got {type(base).__name__}, whose positions see nothing of later "
+                "blocks): training it takes each text twice, noisy and clean, which is not implemented. Train LLaDA, "
+                "Dream or a model that `as_diffusion_lm` takes."
+            )
         self._forward_takes = frozenset(inspect.signature(type(base).forward).parameters)
         self._position_offset = getattr(base, "position_offset", None)
         self._ignores_padding = getattr(base, "supports_padding", None) is False
