@@ -1,4 +1,4 @@
-"""`d3llm bench decode`, `growth`, `quantised` and `all`."""
+"""`d3llm bench decode`, `growth`, `blocks`, `quantised` and `all`."""
 
 import argparse
 import shlex
@@ -68,6 +68,7 @@ COMMITTED: dict[str, str] = {
         "growth --layers 2 --max-new-tokens 64 --prompt-lengths 128 512 2048 --answer-lengths 64 128 256 512 "
         "--batch-sizes 1 2 4 8 --repeats 2"
     ),
+    "bench_blocks": "blocks --prompt-length 1024 --prompt-lengths 128 512 2048 --threads 2",
     "bench_quantised": "quantised",
 }
 
@@ -85,6 +86,18 @@ def add_parsers(benchmarks) -> None:
         growth.add_argument(f"--{option}", type=int, nargs="*", default=[], metavar="N", help=f"{text} to measure")
     growth.add_argument("--no-picture", action="store_true", help="write no SVG beside the results")
     _add_options(growth, _SIZES | _RUNS | _SCHEDULE)
+
+    blocks = new_parser(benchmarks, "blocks", run_blocks, "What block-causal attention saves beside full one")
+    blocks.add_argument("--shape", help="as of decode")
+    blocks.add_argument(
+        "--prompt-lengths",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="N",
+        help="further prompts, with kept blocks alone",
+    )
+    _add_options(blocks, _SIZES | _RUNS | _SCHEDULE)
 
     quantised = new_parser(benchmarks, "quantised", run_quantised, "Accuracy and speed with int8 weights")
     quantised.add_argument("--model", default="d3llm-llada", help="a checkpoint (default: d3llm-llada)")
@@ -180,6 +193,14 @@ def _picture(output: Path, draw: Callable[[dict[str, Any], str], bytes], results
         tell(str(error))
     else:
         tell(f"wrote {picture}")
+
+
+def run_blocks(args: argparse.Namespace) -> None:
+    from ..bench.blocks import blocks_bench, measure_blocks
+
+    bench = blocks_bench(_bench(args))
+    with only_writer(args.output, "--output"):
+        _write(args, measure_blocks(bench, args.prompt_lengths))
 
 
 def run_quantised(args: argparse.Namespace) -> None:

@@ -73,6 +73,12 @@ _GROWTH: dict[str, Callable[[dict[str, Any]], str]] = {
     "median": lambda row: f"{row['ms_median_step']:.1f}",
     **{name: _DECODE[name] for name in ("positions per token", "same tokens")},
 }
+_BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tokens/s": _DECODE["tokens/s"],
+    "positions per token": lambda row: f"{row['positions_per_token']:.1f}",
+    "forwards": _DECODE["forwards"],
+    "ms a step": lambda row: f"{row['ms_median_step']:.1f}",
+}
 _QUANTISED: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy": lambda row: f"{row['accuracy']:.1f} %",
     **{name: _DECODE[name] for name in ("same tokens", "tokens per forward")},
@@ -177,6 +183,25 @@ def growth_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def blocks_table(results: dict[str, Any]) -> str:
+    """The Markdown of a results file of `d3llm bench blocks`."""
+    shape = results["shape"]
+
+    def name(row: dict[str, Any]) -> str:
+        return f"prompt {row['prompt_length']}, {row['name']}"
+
+    lines = _lines("decoding", _BLOCKS, _with_cuda(results, name))
+    lines += [
+        "",
+        f"A random SDAR ({shape['layers']} layers of width {shape['d_model']}, {shape['vocab_size']} tokens) in "
+        f"{shape['dtype']}, {shape['new_tokens']} new tokens in blocks of {shape['block_length']}, "
+        f"{shape['schedule']} of them a forward, batch {shape['batch_size']}. Full attention: the same "
+        "weights with every position seeing all others. A step is from one forward to the next, the median of a "
+        f"turn; times are medians over {shape['repeats']} turns. {_where(results)} Regenerate: `{results['command']}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def quantised_table(results: dict[str, Any]) -> str:
     """The Markdown of a results file of `d3llm bench quantised`."""
     libraries = ", ".join(f"{name} {version}" for name, version in results["libraries"].items() if version)
@@ -195,5 +220,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench_train": training_table,
     "bench_decode": decoding_table,
     "bench_growth": growth_table,
+    "bench_blocks": blocks_table,
     "bench_quantised": quantised_table,
 }
