@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .decoding import Rules
-from .topology import Traits
+from .topology import Topology, Traits
 
 
 # Name of a remasking strategy -> the score that ranks positions. LLaDA's and Dream's names for the same score.
@@ -95,7 +95,17 @@ METHODS: dict[str, dict[str, Any]] = {
         "confidence_threshold": None,
         "entropy_bound": None,
     },
+    "d2f": {
+        "block_length": 32,
+        "confidence_threshold": 0.9,
+        "block_add_threshold": 0.1,
+        "block_activation_threshold": 0.95,
+        "kv_cache": "exact",
+    },
 }
+# Method -> where its blocks begin, of one that brings block-causal attention whatever the model's class says: an
+# adapter of LLaDA or Dream was trained with it.
+ALIGNMENT_OF = {"d2f": "prompt"}
 SHIFTED_METHODS = {"d3llm": {"entropy_threshold": 0.4}, "dparallel": {"entropy_threshold": 0.45}}
 RANKED = ("low_confidence", "maskgit_plus", "entropy", "topk_margin", "random")
 ALLOWED_REMASKING = {
@@ -140,6 +150,15 @@ RULES: dict[str, dict[str, Any]] = {
     "llada": {"select": "quota"},
     "dream": {"select": "schedule", "score_processed": True},
     "sdar": {"select": "quota_or_threshold", "stores_apart": True},
+    "d2f": {
+        "score": "confidence",
+        "select": "threshold",
+        "inclusive": False,
+        "force_each": True,
+        "stop_closes": True,
+        "starts_with_one": True,
+        "score_processed": True,
+    },
 }
 
 
@@ -196,6 +215,13 @@ _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
 }
 
 
+def topology_of(method: str, traits: Traits) -> Topology | None:
+    """The blocks of a call before its settings: the method's own, or those of the model with `traits`, if any."""
+    if traits.topology is not None or method not in ALIGNMENT_OF:
+        return traits.topology
+    return Topology(METHODS[method]["block_length"], ALIGNMENT_OF[method])
+
+
 def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -> Rules:
     """The loop's rules.
 
@@ -209,7 +235,7 @@ def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -
     logit_shift, block_length = traits.logit_shift, values["block_length"] or length
     rules = {
         # A block of block-causal attention goes on behind what was asked for.
-        "block_length": min(block_length, length) if traits.topology is None else block_length,
+        "block_length": block_length if topology_of(method, traits) else min(block_length, length),
         "early_stop": values["early_stop"],
         "shift": logit_shift,
         "cfg_scale": values["cfg_scale"],
@@ -228,4 +254,4 @@ def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -
     return Rules(**rules)
 
 
-__all__ = ["CACHES", "METHODS", "rules_of"]
+__all__ = ["CACHES", "METHODS", "rules_of", "topology_of"]
