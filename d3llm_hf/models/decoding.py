@@ -26,6 +26,8 @@ class Rules:
         select: which candidates are committed, a key of `selection.SELECTORS`.
         threshold: cost (nats of entropy, or negative log-probability) under which a candidate is committed.
         inclusive: whether a cost equal to the threshold is committed.
+        force_score: what ranks the position that a standing block is helped with, a key of `scoring.SCORES`; `None`
+            is `score`, or the entropy where that is noise.
         force_best: also commit the cheapest candidate of the row, wherever it lies.
         greedy_force: a token forced into the first active block is the most probable one, even when sampling (LLaDA).
         relaxed_threshold: second, higher cost that suffices in some places (dInfer's hierarchy, LocalLeap).
@@ -64,6 +66,7 @@ class Rules:
     select: str
     threshold: float = float("inf")
     inclusive: bool = True
+    force_score: str | None = None
     force_best: bool = False
     greedy_force: bool = False
     relaxed_threshold: float = float("inf")

@@ -102,6 +102,7 @@ class D3LLMGenerationConfig(GenerationConfig):
             when unset.
         remasking (`str`): what ranks positions: `"low_confidence"` (`"maskgit_plus"`), `"entropy"`, `"topk_margin"`,
             `"random"`, with `"dream"` also `"origin"`, and with `"sdar"` `"sequential"` (left to right).
+            With `"d2f"` it ranks only what is committed where nothing reaches the threshold.
         entropy_threshold (`float`): nats under which a position is committed.
         entropy_bound (`float`): nats that the committed positions may sum to, the least certain one left out; with
             `"sdar"` they sum to less, and it stands in place of the quota.

@@ -97,6 +97,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "d2f": {
         "block_length": 32,
+        "remasking": "low_confidence",
         "confidence_threshold": 0.9,
         "block_add_threshold": 0.1,
         "block_activation_threshold": 0.95,
@@ -115,6 +116,7 @@ ALLOWED_REMASKING = {
     "llada": RANKED,
     "dream": (*RANKED, "origin"),
     "sdar": ("low_confidence", "sequential"),
+    "d2f": ("low_confidence", "entropy", "topk_margin"),
 }
 
 
@@ -151,7 +153,6 @@ RULES: dict[str, dict[str, Any]] = {
     "dream": {"select": "schedule", "score_processed": True},
     "sdar": {"select": "quota_or_threshold", "stores_apart": True},
     "d2f": {
-        "score": "confidence",
         "select": "threshold",
         "inclusive": False,
         "force_each": True,
@@ -204,6 +205,12 @@ def _sdar(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
     return rules | {"threshold": -math.inf if threshold is None else _cost(threshold)}
 
 
+def _forced(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
+    """The threshold is one of the confidence, whatever ranks the position that is forced."""
+    forced = REMASKING[values["remasking"]]
+    return {"score": "confidence", "force_score": None if forced == "confidence" else forced}
+
+
 # Method -> what depends on several settings, or on the model's family.
 _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "d3llm": _entropy_threshold,
@@ -212,6 +219,7 @@ _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "dinfer": _decoder,
     "dream": _schedule,
     "sdar": _sdar,
+    "d2f": _forced,
 }
 
 

@@ -108,15 +108,12 @@ def of_sdar(case: dict) -> Recorded | None:
 
 
 def of_d2f(case: dict) -> Recorded | None:
-    """A run of D2F's evaluation loop or demo; `None` of those that drew tokens, or decoded nothing.
-
-    Two other sampling strategies are not here: they rank the position that is forced by another score than the
-    threshold reads.
-    """
+    """A run of D2F's evaluation loop or demo; `None` of those that drew tokens, or were asked for less than a block."""
     args, expected = case["args"], case["expected"]
     length = args["max_new_tokens"] // args["block_size"] * args["block_size"]  # rounded down there, up here
-    if case["flags"]["uses_rng"] or "sampling_strategy" in args or not length:
+    if case["flags"]["uses_rng"] or not length:
         return None
+    strategies = {"margin_confidence": "topk_margin", "neg_entropy": "entropy"}
     start = len(case["prompt"])
     answer = up_to_stop(expected["sequence"][start:], [case["eos_token_id"]])
     return Recorded(
@@ -127,6 +124,7 @@ def of_d2f(case: dict) -> Recorded | None:
             "decoding_method": "d2f",
             "max_new_tokens": length,
             "block_length": args["block_size"],
+            "remasking": strategies.get(args.get("sampling_strategy"), "low_confidence"),
             "confidence_threshold": args["skip_threshold"],
             "block_add_threshold": args["block_add_threshold"],
             "block_activation_threshold": args["decoded_token_threshold"],
