@@ -458,7 +458,7 @@ class D3LLMGenerationConfig(GenerationConfig):
         alignment = ALIGNMENT_OF.get(method, topology.alignment)
         if alignment != topology.alignment:
             raise ValueError(
-                f"{self.named('decoding_method')[0]} must not be \"{method}\" for a model whose blocks begin with the "
+                f'{self.named("decoding_method")[0]} must not be "{method}" for a model whose blocks begin with the '
                 f"{topology.alignment} (got it): the method's begin with the end of the {alignment}. Leave it unset, "
                 "for the model's own."
             )

@@ -108,7 +108,7 @@ def of_sdar(case: dict) -> Recorded | None:
 
 
 def of_d2f(case: dict) -> Recorded | None:
-    """A run of D2F's evaluation loop or demo; `None` of those that drew tokens, or were asked for less than a block."""
+    """A run of D2F's evaluation loop or demo; `None` where tokens were drawn, or less than a block was asked for."""
     args, expected = case["args"], case["expected"]
     length = args["max_new_tokens"] // args["block_size"] * args["block_size"]  # rounded down there, up here
     if case["flags"]["uses_rng"] or not length:
