@@ -326,7 +326,9 @@ def _method_box(handlers: Handlers, label: str, method: str) -> MethodBox:
     usual, traits = handlers.defaults(method), handlers.model.traits
     with gr.Row():
         chooser = gr.Dropdown(methods_of(traits), value=method, label=label, filterable=False, min_width=150)
-        cache = gr.Dropdown(caches_of(traits), value=usual["kv_cache"], label="Cache", filterable=False, min_width=150)
+        cache = gr.Dropdown(
+            caches_of(method, traits), value=usual["kv_cache"], label="Cache", filterable=False, min_width=150
+        )
     own = [name for name in FIELDS if name not in COMMON and name not in CACHE_FIELDS]
     with gr.Row():
         fields = {name: _field(name, usual, method) for name in own}
@@ -337,7 +339,8 @@ def _method_box(handlers: Handlers, label: str, method: str) -> MethodBox:
 
     def on_method(method: str):
         usual = handlers.defaults(method)
-        return [usual["kv_cache"], *(gr.update(**_shown(name, usual, method)) for name in FIELDS)]
+        kept = gr.update(choices=caches_of(method, traits), value=usual["kv_cache"])
+        return [kept, *(gr.update(**_shown(name, usual, method)) for name in FIELDS)]
 
     def on_cache(method: str, cache: str):
         usual = handlers.defaults(method, cache)

@@ -4,7 +4,7 @@
 SETTINGS: dict[str, tuple[type, str]] = {
     "decoding_method": (
         str,
-        "d3llm, dparallel, fast_dllm, dinfer, dkv, entropy_bound, local_leap, llada, dream or sdar",
+        "d3llm, dparallel, fast_dllm, dinfer, dkv, entropy_bound, local_leap, llada, dream, sdar or d2f",
     ),
     "block_length": (int, "positions of a block"),
     "steps": (int, "forwards that the answer is spread over (llada, dream, dkv), or each block (sdar)"),
@@ -23,8 +23,8 @@ SETTINGS: dict[str, tuple[type, str]] = {
     "credit_decay": (float, "fraction of a token's credit that is kept from forward to forward (dinfer, credit)"),
     "credit_exponent": (float, "exponent of a probability's credit (dinfer, credit)"),
     "credit_weight": (float, "weight of the credit beside the logits (dinfer, credit)"),
-    "block_add_threshold": (float, "decided fraction of a block at which the next one opens (d3llm)"),
-    "block_activation_threshold": (float, "decided fraction at which the next block must advance (d3llm)"),
+    "block_add_threshold": (float, "decided fraction of a block at which the next one opens (d3llm, d2f)"),
+    "block_activation_threshold": (float, "decided fraction at which the next block must advance (d3llm, d2f)"),
     "early_stop": (bool, "end once everything up to the first stop token is decided"),
     "kv_cache": (str, "keys and values kept: none, prefix, dual, delayed, dkv, dkv_greedy, vicinity; exact of blocks"),
     "cache_delay": (int, "forwards between the end of a block (delayed) or a decision (dkv) and its caching"),

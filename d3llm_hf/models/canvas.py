@@ -144,7 +144,8 @@ class Canvas:
         if holes is not None and topology is not None:
             raise ValueError(
                 "`infill_mask` and `infill` need a model that sees the text behind a hole (got block-causal attention "
-                f"with blocks of {topology.block_length}). Infill with LLaDA or Dream."
+                f"with blocks of {topology.block_length}). Infill with LLaDA or Dream, and a method without blocks of "
+                "its own."
             )
         given, asked = seen.sum(1), new_length
         if topology is not None:

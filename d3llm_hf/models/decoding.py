@@ -26,6 +26,8 @@ class Rules:
         select: which candidates are committed, a key of `selection.SELECTORS`.
         threshold: cost (nats of entropy, or negative log-probability) under which a candidate is committed.
         inclusive: whether a cost equal to the threshold is committed.
+        force_score: what ranks the position that a standing block is helped with, a key of `scoring.SCORES`; `None`
+            is `score`, or the entropy where that is noise.
         force_best: also commit the cheapest candidate of the row, wherever it lies.
         greedy_force: a token forced into the first active block is the most probable one, even when sampling (LLaDA).
         relaxed_threshold: second, higher cost that suffices in some places (dInfer's hierarchy, LocalLeap).
@@ -51,6 +53,9 @@ class Rules:
         score_temperature: logits are divided by it before they rank (SDAR).
         score_processed: rank by the logits after temperature, top-p and the like (Dream's samplers), not before.
         credit: decay, exponent and weight of accumulated evidence (dInfer's credit decoding), or `None`.
+        force_each: every active block that would stand still commits its cheapest position, not only the first (D2F).
+        stop_closes: no further block opens once a stop token is decided, wherever it lies (D2F).
+        starts_with_one: the first forward has one block open, whatever the threshold of the next (D2F).
         stores_apart: the reference has a forward of its own that only stores keys, of the prompt's whole blocks and of
             each finished one (SDAR).
         draft_length: canvases that are drafted beyond the decided one and verified in the same forward; 0 is none.
@@ -61,6 +66,7 @@ class Rules:
     select: str
     threshold: float = float("inf")
     inclusive: bool = True
+    force_score: str | None = None
     force_best: bool = False
     greedy_force: bool = False
     relaxed_threshold: float = float("inf")
@@ -85,6 +91,9 @@ class Rules:
     score_temperature: float = 1.0
     score_processed: bool = False
     credit: tuple[float, float, float] | None = None
+    force_each: bool = False
+    stop_closes: bool = False
+    starts_with_one: bool = False
     stores_apart: bool = False
     draft_length: int = 0
 
@@ -234,7 +243,7 @@ def open_blocks(state: State, rules: Rules, stop: torch.Tensor) -> None:
     """Activates blocks whose predecessor is far enough, and opens at most one more block per row.
 
     Nothing opens behind a stop token that has been filled after (d3LLM, section 3.2
-    steps 3 and 4 of its loop: activation first, then opening).
+    steps 3 and 4 of its loop: activation first, then opening), nor with `stop_closes`.
     """
     left = state.per_block(state.undecided, rules)  # (B, K)
     block = torch.arange(left.shape[1], device=left.device)
@@ -254,8 +263,10 @@ def open_blocks(state: State, rules: Rules, stop: torch.Tensor) -> None:
     far_enough = reached(rules.block_add_threshold).gather(1, last)[:, 0] | (left.gather(1, last)[:, 0] == 0)
     # Its own blocks, not those of the longest row: when a block opens decides what a cache recomputes.
     grows = far_enough & (state.open_count < state.blocks(rules))
-    if rules.eos_fill:
+    if rules.eos_fill or rules.stop_closes:
         grows &= stop == state.tokens.shape[1]
+    if rules.starts_with_one:
+        grows &= state.step > 0
     opened = grows[:, None] & (block == state.open_count[:, None])
     state.active |= opened & ready
     state.opened_step = torch.where(opened, state.step[:, None], state.opened_step)
@@ -300,4 +311,6 @@ def finished(state: State, rules: Rules, stop: torch.Tensor) -> torch.Tensor:
         needed = needed & (state.block_of(rules) <= last[:, None])
     elif rules.early_stop:
         needed = needed & (torch.arange(needed.shape[1], device=stop.device) <= stop[:, None])
+    elif rules.stop_closes:  # what will never open is nobody's
+        needed = torch.where((stop < needed.shape[1])[:, None], candidates(state, rules), needed)
     return ~needed.any(1)

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from .decoding import Rules
 from .foreign_settings import RENAMED, translated
 from .methods import (
+    ALIGNMENT_OF,
     ALLOWED_REMASKING,
     CACHE_FIELDS,
     CACHES,
@@ -23,6 +24,7 @@ from .methods import (
     REMASKING,
     defaults_of,
     rules_of,
+    topology_of,
 )
 from .plain_values import plain
 from .stock_settings import FLOATS, IDLE, MOST, NUMBER, REFUSED, check_numbers
@@ -91,19 +93,21 @@ class D3LLMGenerationConfig(GenerationConfig):
         decoding_method (`str`): `"d3llm"` (several blocks at once, by entropy), `"dparallel"` (block by block, by
             entropy), `"fast_dllm"` (by confidence or factor), `"dinfer"` (its threshold, hierarchy and credit
             decoders), `"dkv"` (a fixed quota over a cache by token), `"entropy_bound"` (EB-Sampler), `"local_leap"`
-            (LocalLeap), `"llada"` (a fixed quota), `"dream"` (a schedule) or `"sdar"` (a quota of each block, or what
-            is surer). The model's own when unset: `"d3llm"`, or `"sdar"` of SDAR.
+            (LocalLeap), `"llada"` (a fixed quota), `"dream"` (a schedule), `"sdar"` (a quota of each block, or what
+            is surer) or `"d2f"` (several blocks at once, by confidence, none of which sees a later one: for LLaDA or
+            Dream with an adapter of D2F). The model's own when unset: `"d3llm"`, or `"sdar"` of SDAR.
         block_length (`int`): positions of a block; when unset the whole answer with `"dream"`, and a block-causal
             model's own.
         steps (`int`): forwards that a quota or schedule spreads the answer over, with `"sdar"` each block; one a token
             when unset.
         remasking (`str`): what ranks positions: `"low_confidence"` (`"maskgit_plus"`), `"entropy"`, `"topk_margin"`,
             `"random"`, with `"dream"` also `"origin"`, and with `"sdar"` `"sequential"` (left to right).
+            With `"d2f"` it ranks only what is committed where nothing reaches the threshold.
         entropy_threshold (`float`): nats under which a position is committed.
         entropy_bound (`float`): nats that the committed positions may sum to, the least certain one left out; with
             `"sdar"` they sum to less, and it stands in place of the quota.
         confidence_threshold (`float`): probability from which a position is committed; with `"sdar"` a higher one,
-            where as many as the quota reach it.
+            where as many as the quota reach it, and with `"d2f"` a higher one (its `skip_threshold`).
         factor (`float`): Fast-dLLM's factor in place of its threshold: the n surest positions are committed while the
             n-th has a probability of at least `1 - factor / (n + 1)`.
         decoder (`str`): of `"dinfer"`: `"threshold"`, `"hierarchy"` or `"credit"`.
@@ -115,7 +119,8 @@ class D3LLMGenerationConfig(GenerationConfig):
         block_activation_threshold (`float`): decided fraction of a block at which its successor must advance in every
             step (the reference's `decoded_token_threshold`).
         early_stop (`bool`): end a row once everything up to its first stop token is decided. With `"d3llm"` also fill
-            what follows a stop token at once.
+            what follows a stop token at once. With `"d2f"` no block opens once a stop token is decided; False is its
+            published loop, which decides all blocks that are open by then to their ends.
         kv_cache (`str`): which keys and values are kept between forwards: `"none"`, `"prefix"`, `"dual"` (Fast-dLLM),
             `"delayed"` (d3LLM), `"dkv"`, `"dkv_greedy"` (dKV-Cache; the latter with `remasking="random"`),
             `"vicinity"` (dInfer). Block-causal models keep finished blocks, whose keys are `"exact"`, unless told
@@ -350,9 +355,8 @@ class D3LLMGenerationConfig(GenerationConfig):
 
     def topology(self, traits: Traits) -> Topology | None:
         """The blocks of a call, `None` where every position sees all others."""
-        if traits.topology is None:
-            return None
-        return replace(traits.topology, block_length=self._values(traits)["block_length"])
+        topology = topology_of(self.method_of(traits), traits)
+        return topology and replace(topology, block_length=self._values(traits)["block_length"])
 
     def method_of(self, traits: Traits) -> str:
         """The decoding method, whoever named it."""
@@ -361,6 +365,7 @@ class D3LLMGenerationConfig(GenerationConfig):
     def _values(self, traits: Traits) -> dict[str, Any]:
         """The method's settings, those of its cache, and what is set in their place; checked together."""
         method = self.method_of(traits)
+        topology = topology_of(method, traits)
         values = defaults_of(method, traits)
         if values["kv_cache"] == "exact" and self.cfg_scale:
             values["kv_cache"] = "none"
@@ -390,14 +395,14 @@ class D3LLMGenerationConfig(GenerationConfig):
                 )
             values[name] = value
         values["kv_cache"] = cache
-        self._check(method, values, traits)
+        self._check(method, values, topology)
         return values
 
-    def _check(self, method: str, values: dict[str, Any], traits: Traits) -> None:
+    def _check(self, method: str, values: dict[str, Any], topology: Topology | None) -> None:
         """Fields that exclude each other."""
         cache = values["kv_cache"]
-        if traits.topology is not None:
-            self._check_block_causal(values)
+        if topology is not None:
+            self._check_block_causal(method, values, topology)
         elif cache == "exact":
             raise ValueError(
                 f'{self.named("kv_cache")[0]} must not be "exact" where all positions see one another (got it): every '
@@ -445,8 +450,15 @@ class D3LLMGenerationConfig(GenerationConfig):
                 f"{self.confidence_threshold}). Set one of them."
             )
 
-    def _check_block_causal(self, values: dict[str, Any]) -> None:
+    def _check_block_causal(self, method: str, values: dict[str, Any], topology: Topology) -> None:
         """What has no meaning where a position sees nothing of later blocks."""
+        alignment = ALIGNMENT_OF.get(method, topology.alignment)
+        if alignment != topology.alignment:
+            raise ValueError(
+                f'{self.named("decoding_method")[0]} must not be "{method}" for a model whose blocks begin with the '
+                f"{topology.alignment} (got it): the method's begin with the end of the {alignment}. Leave it unset, "
+                "for the model's own."
+            )
         if values["kv_cache"] not in EXACT:
             raise ValueError(
                 f"{self.named('kv_cache')[0]} must be one of {list(EXACT)} for block-causal attention, whose keys are "

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .decoding import Rules
-from .topology import Traits
+from .topology import Topology, Traits
 
 
 # Name of a remasking strategy -> the score that ranks positions. LLaDA's and Dream's names for the same score.
@@ -95,7 +95,18 @@ METHODS: dict[str, dict[str, Any]] = {
         "confidence_threshold": None,
         "entropy_bound": None,
     },
+    "d2f": {
+        "block_length": 32,
+        "remasking": "low_confidence",
+        "confidence_threshold": 0.9,
+        "block_add_threshold": 0.1,
+        "block_activation_threshold": 0.95,
+        "kv_cache": "exact",
+    },
 }
+# Method -> where its blocks begin, of one that brings block-causal attention whatever the model's class says: an
+# adapter of LLaDA or Dream was trained with it.
+ALIGNMENT_OF = {"d2f": "prompt"}
 SHIFTED_METHODS = {"d3llm": {"entropy_threshold": 0.4}, "dparallel": {"entropy_threshold": 0.45}}
 RANKED = ("low_confidence", "maskgit_plus", "entropy", "topk_margin", "random")
 ALLOWED_REMASKING = {
@@ -105,26 +116,29 @@ ALLOWED_REMASKING = {
     "llada": RANKED,
     "dream": (*RANKED, "origin"),
     "sdar": ("low_confidence", "sequential"),
+    "d2f": ("low_confidence", "entropy", "topk_margin"),
 }
 
 
 def defaults_of(method: str, traits: Traits) -> dict[str, Any]:
     """The settings of a method on a model where nothing else is said; those of its cache are in `CACHES`."""
     values = COMMON | METHODS[method] | (SHIFTED_METHODS.get(method, {}) if traits.logit_shift else {})
-    if traits.topology is not None:
-        values["block_length"] = traits.topology.block_length
+    topology = topology_of(method, traits)
+    if topology is not None:
+        values["block_length"] = topology.block_length
         values["kv_cache"] = METHODS[method].get("kv_cache", "exact")
     return values
 
 
-def caches_of(traits: Traits) -> list[str]:
-    """The caches that a model can have."""
-    return [name for name in CACHES if name == "none" or (name in EXACT) == (traits.topology is not None)]
+def caches_of(method: str, traits: Traits) -> list[str]:
+    """The caches that a method can have on a model."""
+    in_blocks = topology_of(method, traits) is not None
+    return [name for name in CACHES if name == "none" or (name in EXACT) == in_blocks]
 
 
 def methods_of(traits: Traits) -> list[str]:
     """The methods that a model can be decoded with; one may have a cache of its own."""
-    return [name for name in METHODS if defaults_of(name, traits)["kv_cache"] in caches_of(traits)]
+    return [name for name in METHODS if defaults_of(name, traits)["kv_cache"] in caches_of(name, traits)]
 
 
 def _cost(probability: float | None) -> float:
@@ -159,6 +173,14 @@ RULES: dict[str, dict[str, Any]] = {
     "llada": {"select": "quota"},
     "dream": {"select": "schedule", "score_processed": True},
     "sdar": {"select": "quota_or_threshold", "stores_apart": True},
+    "d2f": {
+        "select": "threshold",
+        "inclusive": False,
+        "force_each": True,
+        "stop_closes": True,
+        "starts_with_one": True,
+        "score_processed": True,
+    },
 }
 
 
@@ -204,6 +226,12 @@ def _sdar(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
     return rules | {"threshold": -math.inf if threshold is None else _cost(threshold)}
 
 
+def _forced(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
+    """The threshold is one of the confidence, whatever ranks the position that is forced."""
+    forced = REMASKING[values["remasking"]]
+    return {"score": "confidence", "force_score": None if forced == "confidence" else forced}
+
+
 # Method -> what depends on several settings, or on the model's family.
 _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "d3llm": _entropy_threshold,
@@ -212,7 +240,15 @@ _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "dinfer": _decoder,
     "dream": _schedule,
     "sdar": _sdar,
+    "d2f": _forced,
 }
+
+
+def topology_of(method: str, traits: Traits) -> Topology | None:
+    """The blocks of a call before its settings: the method's own, or those of the model with `traits`, if any."""
+    if traits.topology is not None or method not in ALIGNMENT_OF:
+        return traits.topology
+    return Topology(METHODS[method]["block_length"], ALIGNMENT_OF[method])
 
 
 def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -> Rules:
@@ -228,7 +264,7 @@ def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -
     logit_shift, block_length = traits.logit_shift, values["block_length"] or length
     rules = {
         # A block of block-causal attention goes on behind what was asked for.
-        "block_length": min(block_length, length) if traits.topology is None else block_length,
+        "block_length": block_length if topology_of(method, traits) else min(block_length, length),
         "early_stop": values["early_stop"],
         "shift": logit_shift,
         "cfg_scale": values["cfg_scale"],
@@ -247,4 +283,4 @@ def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -
     return Rules(**rules)
 
 
-__all__ = ["CACHES", "METHODS", "rules_of"]
+__all__ = ["CACHES", "METHODS", "rules_of", "topology_of"]

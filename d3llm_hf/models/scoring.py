@@ -261,6 +261,7 @@ class Scorer:
         self.rules, self.mask_token_id = rules, mask_token_id
         self.sampler, self.sampling, self.processors = sampler, sampling, processors
         self.credit = Credit(*rules.credit) if rules.credit else None
+        self.force_score = rules.force_score or ("entropy" if rules.score == "noise" else None)
 
     def __call__(
         self, logits: torch.Tensor, state: State, canvas: Canvas, where: tuple[torch.Tensor, torch.Tensor]
@@ -274,7 +275,8 @@ class Scorer:
         if kernel is not None:
             stats, best, finite = kernel(logits, self.mask_token_id)
             cost = self._cost(stats, stats.top, rows, steps, columns)
-            tokens, entropy, fault = best, stats.entropy, torch.where(finite, 0, NOT_FINITE)
+            force = self._force_cost(stats, stats.top, cost)
+            tokens, fault = best, torch.where(finite, 0, NOT_FINITE)
         else:
             size = max(1, CHUNK_ELEMENTS // logits.shape[1])
             chunks = [slice(start, start + size) for start in range(0, logits.shape[0], size)]
@@ -282,7 +284,7 @@ class Scorer:
                 self._chunk(logits[chunk].float(), where[0][chunk], rows[chunk], steps[chunk], columns[chunk])
                 for chunk in chunks
             ]
-            tokens, best, cost, entropy, fault = (torch.cat(part) for part in zip(*parts, strict=True))
+            tokens, best, cost, force, fault = (torch.cat(part) for part in zip(*parts, strict=True))
 
         rules = self.rules
         if rules.alg_temp:
@@ -294,7 +296,7 @@ class Scorer:
             tokens=chosen,
             best_tokens=state.tokens.index_put(where, best) if rules.greedy_force else chosen,
             cost=costs,
-            force_cost=table.index_put(where, entropy) if rules.score == "noise" else costs,
+            force_cost=costs if self.force_score is None else table.index_put(where, force),
             broken=torch.zeros_like(state.tokens).index_put(where, fault),
         )
 
@@ -306,7 +308,7 @@ class Scorer:
         steps: torch.Tensor,
         columns: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Tokens, best tokens, costs, entropies and faults of some candidates, `(m,)` each.
+        """Tokens, best tokens, costs, those of forced commits, and faults of some candidates, `(m,)` each.
 
         Args:
             index: rows of the state; `rows` are those of the batch that `generate` was given.
@@ -329,8 +331,9 @@ class Scorer:
             left = processed.amax(-1).isfinite()
             fault = torch.where(valid, torch.where(left, fault, NOTHING_LEFT), NOT_FINITE)
         tokens = self.sampler.tokens(processed, rows, steps, columns) if self.sampling else best
-        cost = self._cost(stats, raw.gather(1, tokens[:, None])[:, 0], rows, steps, columns)
-        return tokens, best, cost, stats.entropy, fault
+        chosen = raw.gather(1, tokens[:, None])[:, 0]
+        cost = self._cost(stats, chosen, rows, steps, columns)
+        return tokens, best, cost, self._force_cost(stats, chosen, cost), fault
 
     def _cost(
         self, stats: Statistics, chosen: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor, columns: torch.Tensor
@@ -338,6 +341,10 @@ class Scorer:
         """Ranks `(m,)` candidates, whose tokens have the logits `chosen`."""
         noise = self.sampler.noise(rows, steps, columns) if self.rules.score == "noise" else None
         return SCORES[self.rules.score](stats, chosen, noise)
+
+    def _force_cost(self, stats: Statistics, chosen: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
+        """Ranks `(m,)` candidates for forced commits; by their `cost` unless said otherwise."""
+        return cost if self.force_score is None else SCORES[self.force_score](stats, chosen, None)
 
     def _processed(self, scores: torch.Tensor, index: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Processed `(m, V)` scores; the mask token takes no part in them, so that it is no rank of a top-k."""

@@ -34,6 +34,21 @@ def cheapest(cost: torch.Tensor, among: torch.Tensor, count: torch.Tensor) -> to
     return among & (ranks(cost, among) < count[:, None])
 
 
+def best_of_each(cost: torch.Tensor, among: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """The cheapest marked position `(B, N)` of each group of a row, the leftmost among equals.
+
+    Args:
+        group (`(B, N)` long): numbers below N.
+    """
+    shown = cost.masked_fill(~among, float("inf"))
+    lowest = torch.full_like(cost, float("inf")).scatter_reduce(1, group, shown, "amin")
+    equals = among & (cost == lowest.gather(1, group))
+    column = torch.arange(cost.shape[1], device=cost.device).expand_as(group)
+    places = column.masked_fill(~equals, cost.shape[1])
+    leftmost = torch.full_like(group, cost.shape[1]).scatter_reduce(1, group, places, "amin")
+    return equals & (column == leftmost.gather(1, group))
+
+
 def by_threshold(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
     """Every candidate whose cost is under the threshold; with `force_best` the cheapest of the row in any case."""
     under = cost <= rules.threshold if rules.inclusive else cost < rules.threshold
@@ -73,13 +88,7 @@ def by_hierarchy(cost: torch.Tensor, among: torch.Tensor, state: State, rules: R
     follows = torch.nn.functional.pad(among[:, :-1] & (state.slots.diff(dim=1) == 1), (1, 0))  # no text in between
     starts = among & ~follows
     run = (starts.long().cumsum(1) - 1).clamp_min(0)  # (B, N): which run of neighbours a candidate belongs to
-    lowest = torch.full_like(cost, float("inf")).scatter_reduce(1, run, cost.masked_fill(~among, float("inf")), "amin")
-    first_of = among & (cost == lowest.gather(1, run))
-    column = torch.arange(cost.shape[1], device=cost.device).expand_as(run)
-    leftmost = torch.full_like(run, cost.shape[1]).scatter_reduce(
-        1, run, column.masked_fill(~first_of, cost.shape[1]), "amin"
-    )
-    of_run = first_of & (column == leftmost.gather(1, run)) & (cost < rules.relaxed_threshold)
+    of_run = best_of_each(cost, among, run) & (cost < rules.relaxed_threshold)
     surest = cost.masked_fill(~among, float("inf")).amin(1, keepdim=True)
     spread = (of_run | (cost < rules.threshold)) & (surest <= rules.relaxed_threshold)
     return among & spread | best(cost, among)
@@ -211,15 +220,20 @@ def choose(
 
     Returns:
         `(B, N)` bool of the commits, and of those among them that were forced: the cheapest position of the first
-        active block that would otherwise stand still.
+        active block, or with `force_each` of every one, that would otherwise stand still.
     """
     commits = SELECTORS[rules.select](cost, among, state, rules)
     forced = torch.zeros_like(commits)
     if rules.select == "threshold":
-        left = state.per_block(among, rules) > 0
-        first = first_true(state.active & left)  # (B,): K where no active block has work
-        inside = among & (state.block_of(rules) == first[:, None])
-        forced = best(force_cost, inside) & ~(commits & inside).any(1, keepdim=True)
+        active = state.active & (state.per_block(among, rules) > 0)
+        block = state.block_of(rules)
+        if rules.force_each:
+            still = active & (state.per_block(commits, rules) == 0)
+            forced = best_of_each(force_cost, among & still.gather(1, block), block)
+        else:
+            first = first_true(active)  # (B,): K where no active block has work
+            inside = among & (block == first[:, None])
+            forced = best(force_cost, inside) & ~(commits & inside).any(1, keepdim=True)
         # Whatever the thresholds, a row advances: every forward decides at least one token.
         stuck = ~(commits | forced).any(1, keepdim=True)
         commits = commits | forced | (best(force_cost, among) & stuck)

@@ -241,7 +241,7 @@ def static_shapes(
         yield canvas, cache
         return
     config = generation_config.compile_config
-    refuse(model, rules, config)
+    refuse(model, canvas, rules, config)
     shapes, device = Shapes.of(canvas, rules), canvas.base.device
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     numbers = device, model.dtype, autocast, torch.is_inference_mode_enabled()
@@ -264,7 +264,7 @@ def static_shapes(
         yield static, buffers
 
 
-def refuse(model: CanvasContract, rules: Rules, config: CompileConfig) -> None:
+def refuse(model: CanvasContract, canvas: Canvas, rules: Rules, config: CompileConfig) -> None:
     """Raises a ValueError, with the way out, for what has no static shapes or cannot be compiled in one graph."""
     name = type(model).__name__
     places = set(map(str, getattr(model, "hf_device_map", {}).values()))
@@ -273,7 +273,7 @@ def refuse(model: CanvasContract, rules: Rules, config: CompileConfig) -> None:
     reasons = {
         "`lossless`, whose drafts make batches of any size (unset one of them)": rules.draft_length > 0,
         "`cfg_scale`, which doubles the batch (unset one of them)": rules.cfg_scale > 0,
-        "block-causal attention, whose canvas grows (leave `compile_config` unset)": model.traits.topology is not None,
+        "block-causal attention, whose canvas grows (leave `compile_config` unset)": canvas.blocks is not None,
         "`suffix_length`, with which the canvas grows (unset one of them)": rules.suffix_length is not None,
         "`dynamic=True`: every forward has one of few static shapes (leave `dynamic` unset)": config.dynamic is True,
         'flash-attention, which takes padding out (load the model with `attn_implementation="sdpa"`)': (

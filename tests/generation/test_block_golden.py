@@ -1,12 +1,14 @@
 """Every recorded run of block-causal models without a defect in it: tokens, their order, and counts of forwards."""
 
+from collections import Counter
+
 import pytest
 import torch
-from recorded_blocks import Recorded, checkpoint, of_sdar, recorded_cases
+from recorded_blocks import Recorded, checkpoint, of_d2f, of_sdar, recorded_cases
 from thin import covering
 
 
-CASES = recorded_cases("sdar", of_sdar)
+CASES = recorded_cases("sdar", of_sdar) + recorded_cases("d2f", of_d2f)
 PAD = 3
 
 
@@ -25,8 +27,8 @@ def test_a_recorded_run_is_reproduced_token_for_token_and_forward_for_forward(ca
     assert answer == case.answer + [PAD] * (len(answer) - len(case.answer))
     assert int(output.num_forwards_reference) == case.forwards
     if case.unmask_step is not None:
-        assert output.step_map[0, : len(case.answer)].tolist() == case.unmask_step
+        assert output.step_map[0, : len(case.unmask_step)].tolist() == case.unmask_step
 
 
 def test_no_recorded_run_is_left_out_by_accident():
-    assert len(CASES) == 53
+    assert Counter(case.settings.get("decoding_method", "sdar") for case in CASES) == {"sdar": 53, "d2f": 39}

@@ -8,12 +8,15 @@ from functools import cache
 from places import GOLDEN
 from transformers import AutoModelForCausalLM
 
+import d3llm_hf  # noqa: F401  # the Auto classes learn of its families
+
 
 @dataclass(frozen=True)
 class Recorded:
     """One run.
 
     Attributes:
+        model: folder of the model, or of its adapter.
         settings: under this library's names.
         answer: new tokens up to the first stop token, of those that were asked for.
         unmask_step: forward that decided each of them.
@@ -32,8 +35,16 @@ class Recorded:
 
 @cache
 def checkpoint(name: str):
-    """The small trained model that the runs were recorded on, whose own generation settings are forgotten."""
-    model = AutoModelForCausalLM.from_pretrained(GOLDEN / name).eval()
+    """The small trained model that the runs were recorded on, whose own generation settings are forgotten.
+
+    Of the folder of an adapter the model with it.
+    """
+    adapter = GOLDEN / name / "adapter_config.json"
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else name
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN / base)
+    if base != name:
+        model.load_adapter(str(GOLDEN / name))
+    model.eval()
     model.generation_config = type(model.generation_config)()
     return model
 
@@ -93,4 +104,35 @@ def of_sdar(case: dict) -> Recorded | None:
         unmask_step=steps[: len(answer)],
         forwards=expected["n_forwards"],
         flags=flags,
+    )
+
+
+def of_d2f(case: dict) -> Recorded | None:
+    """A run of D2F's evaluation loop or demo; `None` where tokens were drawn, or less than a block was asked for."""
+    args, expected = case["args"], case["expected"]
+    length = args["max_new_tokens"] // args["block_size"] * args["block_size"]  # rounded down there, up here
+    if case["flags"]["uses_rng"] or not length:
+        return None
+    strategies = {"margin_confidence": "topk_margin", "neg_entropy": "entropy"}
+    start = len(case["prompt"])
+    answer = up_to_stop(expected["sequence"][start:], [case["eos_token_id"]])
+    return Recorded(
+        id=case["id"],
+        model=case["adapter"],
+        prompt=tuple(case["prompt"]),
+        settings={
+            "decoding_method": "d2f",
+            "max_new_tokens": length,
+            "block_length": args["block_size"],
+            "remasking": strategies.get(args.get("sampling_strategy"), "low_confidence"),
+            "confidence_threshold": args["skip_threshold"],
+            "block_add_threshold": args["block_add_threshold"],
+            "block_activation_threshold": args["decoded_token_threshold"],
+            "early_stop": False,
+            "eos_token_id": [case["eos_token_id"]],
+        },
+        answer=answer,
+        unmask_step=expected["unmask_step"][start:],  # of what follows the stop token as well
+        forwards=expected["n_forwards"],
+        flags=case["flags"],
     )
