@@ -95,6 +95,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "confidence_threshold": None,
         "entropy_bound": None,
     },
+    "llada2": {
+        "block_length": 32,
+        "steps": None,
+        "confidence_threshold": 0.95,
+        "min_commits": 1,
+        "edit_threshold": None,
+        "max_post_steps": 16,
+    },
 }
 SHIFTED_METHODS = {"d3llm": {"entropy_threshold": 0.4}, "dparallel": {"entropy_threshold": 0.45}}
 RANKED = ("low_confidence", "maskgit_plus", "entropy", "topk_margin", "random")
@@ -109,8 +117,8 @@ ALLOWED_REMASKING = {
 
 
 def _cost(probability: float | None) -> float:
-    """The cost of a position with that probability; none is reached by every position."""
-    return float("inf") if probability is None else -math.log(probability)
+    """The cost of a position with that probability; none and 0 are exceeded by every position."""
+    return -math.log(probability) if probability else float("inf")
 
 
 # Setting -> the rule that it becomes, and how. Others keep their names, or need a closer look below.
@@ -123,6 +131,9 @@ RULE_OF: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "low_threshold": ("relaxed_threshold", _cost),
     "leap_radius": ("radius", int),
     "steps": ("steps", lambda steps: steps or 0),
+    "min_commits": ("min_commits", int),
+    "edit_threshold": ("edit_threshold", lambda probability: None if probability is None else _cost(probability)),
+    "max_post_steps": ("max_post_steps", int),
     "alg_temp": ("alg_temp", float),
     "block_add_threshold": ("block_add_threshold", float),
     "block_activation_threshold": ("block_activation_threshold", float),
@@ -140,6 +151,7 @@ RULES: dict[str, dict[str, Any]] = {
     "llada": {"select": "quota"},
     "dream": {"select": "schedule", "score_processed": True},
     "sdar": {"select": "quota_or_threshold", "stores_apart": True},
+    "llada2": {"score": "confidence", "select": "quota_or_threshold"},
 }
 
 
@@ -185,6 +197,13 @@ def _sdar(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
     return rules | {"threshold": -math.inf if threshold is None else _cost(threshold)}
 
 
+def _llada2(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
+    """LLaDA2.0 always ends with the block of a stop token, and before it where told to stop early; 2.1 only then."""
+    edits = values["edit_threshold"] is not None
+    whole_blocks = values["early_stop"] if edits else not values["early_stop"]
+    return {"whole_blocks": whole_blocks, "score_processed": values["temperature"] is not None}
+
+
 # Method -> what depends on several settings, or on the model's family.
 _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "d3llm": _entropy_threshold,
@@ -193,6 +212,7 @@ _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "dinfer": _decoder,
     "dream": _schedule,
     "sdar": _sdar,
+    "llada2": _llada2,
 }
 
 
