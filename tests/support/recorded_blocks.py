@@ -8,6 +8,8 @@ from functools import cache
 from places import GOLDEN
 from transformers import AutoModelForCausalLM
 
+import d3llm_hf  # noqa: F401 (registers the families)
+
 
 @dataclass(frozen=True)
 class Recorded:
