@@ -29,6 +29,9 @@ _MODULE_OF = {
     "D3LLMGenerationOutput": "models.generation_d3llm",
     "DreamConfig": "models.configuration_dream",
     "DreamModel": "models.modeling_dream",
+    "LLaDA2MoeConfig": "models.configuration_llada2",
+    "LLaDA2MoeModel": "models.modeling_llada2",
+    "LLaDA2MoeModelLM": "models.modeling_llada2",
     "LLaDAConfig": "models.configuration_llada",
     "LLaDAModel": "models.modeling_llada",
     "LLaDAModelLM": "models.modeling_llada",
@@ -60,6 +63,9 @@ __all__ = [
     "D3LLMGenerationOutput",
     "DreamConfig",
     "DreamModel",
+    "LLaDA2MoeConfig",
+    "LLaDA2MoeModel",
+    "LLaDA2MoeModelLM",
     "LLaDAConfig",
     "LLaDAModel",
     "LLaDAModelLM",
@@ -107,11 +113,13 @@ if TYPE_CHECKING:
     from .models.cache import SlotCache
     from .models.configuration_dream import DreamConfig
     from .models.configuration_llada import LLaDAConfig
+    from .models.configuration_llada2 import LLaDA2MoeConfig
     from .models.configuration_sdar import SDARConfig
     from .models.generation_config_d3llm import D3LLMGenerationConfig
     from .models.generation_d3llm import D3LLMGenerationMixin, D3LLMGenerationOutput
     from .models.modeling_dream import DreamModel
     from .models.modeling_llada import LLaDAModel, LLaDAModelLM
+    from .models.modeling_llada2 import LLaDA2MoeModel, LLaDA2MoeModelLM
     from .models.modeling_sdar import SDARForCausalLM
     from .text import encode_chat, encode_infill, encode_text
     from .watch.chat import Chat

@@ -4,10 +4,11 @@
 SETTINGS: dict[str, tuple[type, str]] = {
     "decoding_method": (
         str,
-        "d3llm, dparallel, fast_dllm, dinfer, dkv, entropy_bound, local_leap, llada, dream, sdar or d2f",
+        "d3llm, dparallel, fast_dllm, dinfer, dkv, entropy_bound, local_leap, llada, dream, sdar, llada2 or d2f",
     ),
     "block_length": (int, "positions of a block"),
-    "steps": (int, "forwards that the answer is spread over (llada, dream, dkv), or each block (sdar)"),
+    "steps": (int, "forwards that the answer is spread over (llada, dream, dkv), or each block (sdar, llada2)"),
+    "min_commits": (int, "positions that every forward decides at least (llada2)"),
     "remasking": (
         str,
         "what ranks positions: entropy, low_confidence, maskgit_plus, topk_margin, random, origin, sequential",
@@ -15,6 +16,8 @@ SETTINGS: dict[str, tuple[type, str]] = {
     "entropy_threshold": (float, "nats under which a position is decided (d3llm, dparallel); higher is bolder"),
     "entropy_bound": (float, "nats that the decided positions may sum to (entropy_bound); higher is bolder"),
     "confidence_threshold": (float, "probability from which a position is decided; lower is bolder"),
+    "edit_threshold": (float, "probability above which another token replaces a decided one (llada2)"),
+    "max_post_steps": (int, "forwards that look at a decided block once more (llada2, with edit-threshold)"),
     "relaxed_threshold": (float, "probability that suffices near a sure position (local_leap)"),
     "low_threshold": (float, "probability from which the surest of a run is decided (dinfer, hierarchy)"),
     "leap_radius": (int, "positions around a sure one in which relaxed-threshold holds (local_leap)"),

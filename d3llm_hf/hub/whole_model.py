@@ -27,9 +27,9 @@ def misfits(folder: Path, config: Mapping[str, Any]) -> str:
     model_class: Any = FAMILIES[config["model_type"]].model()
     with torch.device("meta"):
         model = model_class(model_class.config_class.from_dict(dict(config)))
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.stored_tensors().items()}
     found = {
-        _in_memory(model_class, name): tuple(header["shape"])
+        _stored(model_class, name): tuple(header["shape"])
         for name, header in tensor_headers(folder).items()
         if not name.endswith("rotary_emb.inv_freq")  # computed, whatever a file says
     }
@@ -42,6 +42,6 @@ def misfits(folder: Path, config: Mapping[str, Any]) -> str:
     return f"with {other[0]} of shape {found[other[0]]}, not {wanted[other[0]]}" if other else ""
 
 
-def _in_memory(model_class: Any, name: str) -> str:
+def _stored(model_class: Any, name: str) -> str:
     name = model_class.own_tensor_name(name)
     return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"  # of a backbone that was saved alone

@@ -28,7 +28,7 @@ class Plan:
         self.state, self.rules, self.among, self.sampler = state, rules, among, sampler
         self.slots = slots = state.slots
         self.slot = torch.arange(length, device=slots.device)  # (L,)
-        self.left = state.per_block(state.undecided, rules)  # (B, K)
+        self.left = state.per_block(state.pending, rules)  # (B, K)
         self.is_open = torch.arange(self.left.shape[1], device=slots.device) < state.open_count[:, None]
 
     def edge(self, block: torch.Tensor, *, end: bool) -> torch.Tensor:
@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def start(self) -> torch.Tensor:
-        """First slot `(B,)` of the first open block with something undecided."""
+        """First slot `(B,)` of the first open block that is not finished."""
         return self.edge(((self.left > 0) & self.is_open).long().argmax(1), end=False)
 
     @property
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def changed(self) -> torch.Tensor:
-        """Slots `(B, L)` that were decided since the last forward: what is kept of them belongs to the mask token."""
+        """Slots `(B, L)` decided or replaced since the last forward: what is kept of them is of another token."""
         return self.spread(self.state.changed)
 
     def spread(self, marked: torch.Tensor) -> torch.Tensor:
@@ -172,9 +172,10 @@ def delayed(plan: Plan) -> torch.Tensor:
 
 
 def exact(plan: Plan) -> torch.Tensor:
-    """Of block-causal attention: finished blocks are kept from the forward that follows their last commit.
+    """Of block-causal attention: finished blocks are kept from the first forward that saw them as they are.
 
-    That forward stores them beside what it decides, so there is none that only stores.
+    It is the one that follows their last commit and stores them beside what it decides, or one that replaced nothing
+    in them; so there is none that only stores.
     """
     state = plan.state
     clean = (plan.left == 0) & (state.per_block(state.changed, plan.rules) == 0)
@@ -201,12 +202,12 @@ def spent_by_reference(state: State, rules: Rules, canvas: Canvas) -> torch.Tens
     blocks of the prompt, and one for each block that was finished.
     """
     if rules.stores_apart:
-        left, changed = state.per_block(state.undecided, rules), state.per_block(state.changed, rules)
+        left, changed = state.per_block(state.pending, rules), state.per_block(state.changed, rules)
         stored = ((left == 0) & (changed > 0)).sum(1)
         return stored + canvas.has_earlier_blocks.long() if state.forward == 1 else stored
     by_threshold = rules.select == "threshold" and rules.block_add_threshold >= 1
     if rules.kv_cache not in ("prefix", "dual") or rules.early_stop or not by_threshold:
         return torch.zeros_like(state.rows)
     last = (state.open_count - 1)[:, None]
-    left = state.per_block(state.undecided, rules).gather(1, last)[:, 0]
+    left = state.per_block(state.pending, rules).gather(1, last)[:, 0]
     return ((left == 0) & (state.opened_step.gather(1, last)[:, 0] == state.step - 1)).long()

@@ -2,7 +2,7 @@
 
 The answer region of a batch is one table `(B, N)`: rows x positions to decide, in the order of the text. A step is
 
-    open_blocks  ->  candidates  ->  choose (selection.py)  ->  commit  ->  fill_after_stop  ->  finished
+    open_blocks  ->  candidates  ->  choose (selection.py)  ->  commit  ->  revise  ->  fill_after_stop  ->  finished
 
 and `caching.py` says which slots of the canvas the step's forward recomputes. A decoding method is a `Rules` object.
 """
@@ -36,10 +36,11 @@ class Rules:
         block_add_threshold: progress of the last block at which the next one is opened.
         block_activation_threshold: progress of the block before at which a block must advance in every step.
         early_stop: a row ends once everything up to its first stop token is decided.
-        whole_blocks: it ends no sooner than the block of the stop token is decided (SDAR).
+        whole_blocks: it ends no sooner than the block of the stop token is decided (SDAR, LLaDA2).
         eos_fill: positions after the first stop token are filled at once.
-        steps: forwards that a quota or a schedule spreads the answer over, or SDAR's each block; 0 is one for each
-            position.
+        steps: forwards that a quota or a schedule spreads the answer over, or SDAR's and LLaDA2's each block; 0 is one
+            for each position.
+        min_commits: quota of a step where `steps` is 0 (LLaDA2).
         shift: logits row i predicts the token of slot i + shift (0: LLaDA, 1: Dream).
         kv_cache: which keys and values are kept between forwards, a key of `caching.PLANS` or "none".
         cache_delay: forwards between the end of a block (delayed) or a commit (dkv) and its caching.
@@ -59,6 +60,9 @@ class Rules:
         stores_apart: the reference has a forward of its own that only stores keys, of the prompt's whole blocks and of
             each finished one (SDAR).
         draft_length: canvases that are drafted beyond the decided one and verified in the same forward; 0 is none.
+        edit_threshold: cost under which another token takes the place of a decided one while its block is open
+            (LLaDA2.1), `None` where what is decided stays.
+        max_post_steps: forwards, after the last position of a block was decided, in which its tokens may be replaced.
     """
 
     block_length: int
@@ -78,6 +82,7 @@ class Rules:
     eos_fill: bool = False
     whole_blocks: bool = False
     steps: int = 0
+    min_commits: int = 1
     shift: int = 0
     kv_cache: str = "none"
     cache_delay: int = 0
@@ -96,6 +101,8 @@ class Rules:
     starts_with_one: bool = False
     stores_apart: bool = False
     draft_length: int = 0
+    edit_threshold: float | None = None
+    max_post_steps: int = 0
 
     @property
     def left_to_right(self) -> bool:
@@ -110,8 +117,9 @@ class State:
     Attributes:
         tokens (`(B, N)` long): the answer region of the canvas; the mask token where undecided.
         undecided (`(B, N)` bool): by position, never by token id.
-        changed (`(B, N)` bool): decided since the last forward, whose keys are still those of the mask token.
-        step_map (`(B, N)` long): the forward (from 1) that committed the token, -1 where none did.
+        unsettled (`(B, N)` bool): decided, but may still change; nowhere unless the rules edit.
+        changed (`(B, N)` bool): decided or replaced since the last forward, whose keys are still of what was there.
+        step_map (`(B, N)` long): the forward (from 1) that committed the position, -1 where none did.
         rows (`(B,)` long): index of the row in the batch that `generate` was given.
         length (`(B,)` long): positions that the row has to decide; the columns behind them are nobody's.
         slots (`(B, N)` long): where in the text a position lies; neighbours are neighbours there.
@@ -122,11 +130,13 @@ class State:
         opened_step, opened_size (`(B, K)` long): step before which, and undecided positions with which, it opened.
         cached (`(B,)` long): leading blocks (prompt included) whose keys and values are kept.
         completed_step (`(B, K + 1)` long): the forward from which a finished block's caching delay counts.
+        reviews (`(B, K)` long): forwards that looked at a block in which nothing was undecided, and might replace.
         forward (`int`): forwards made; every row in the state took part in all of them.
     """
 
     tokens: torch.Tensor
     undecided: torch.Tensor
+    unsettled: torch.Tensor
     changed: torch.Tensor
     step_map: torch.Tensor
     rows: torch.Tensor
@@ -140,6 +150,7 @@ class State:
     opened_size: torch.Tensor
     cached: torch.Tensor
     completed_step: torch.Tensor
+    reviews: torch.Tensor
     forward: int = 0
 
     @classmethod
@@ -168,6 +179,7 @@ class State:
         state = cls(
             tokens=tokens,
             undecided=undecided,
+            unsettled=torch.zeros_like(undecided),
             changed=torch.zeros_like(undecided),
             step_map=full(batch, length, value=-1),
             rows=torch.arange(batch, device=device),
@@ -181,6 +193,7 @@ class State:
             opened_size=full(batch, blocks),
             cached=full(batch),
             completed_step=full(batch, blocks + 1, value=UNSTAMPED),
+            reviews=full(batch, blocks),
         )
         state.active[:, 0] = rules.block_activation_threshold <= 1
         state.opened_size[:, 0] = state.per_block(undecided, rules)[:, 0]
@@ -191,6 +204,11 @@ class State:
         """The states of some rows, `index` being their `(B',)` indices; a row may be taken several times."""
         taken = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "forward"}
         return replace(self, **taken)
+
+    @property
+    def pending(self) -> torch.Tensor:
+        """Positions `(B, N)` that are not what they will be: a block with one is not finished."""
+        return self.undecided | self.unsettled
 
     def block_of(self, rules: Rules) -> torch.Tensor:
         """The block `(B, N)` in which a position lies."""
@@ -245,7 +263,7 @@ def open_blocks(state: State, rules: Rules, stop: torch.Tensor) -> None:
     Nothing opens behind a stop token that has been filled after (d3LLM, section 3.2
     steps 3 and 4 of its loop: activation first, then opening), nor with `stop_closes`.
     """
-    left = state.per_block(state.undecided, rules)  # (B, K)
+    left = state.per_block(state.pending, rules)  # (B, K)
     block = torch.arange(left.shape[1], device=left.device)
     column = torch.arange(state.tokens.shape[1], device=left.device)
     size = state.per_block(column < state.length[:, None], rules).clamp_min(1)
@@ -295,6 +313,30 @@ def commit(state: State, commits: torch.Tensor, tokens: torch.Tensor) -> None:
     state.step = state.step + 1
 
 
+def revise(state: State, rules: Rules, commits: torch.Tensor, tokens: torch.Tensor, cost: torch.Tensor) -> None:
+    """Replaces decided tokens by what the same forward is surer of, and settles the blocks that are through with it.
+
+    A block is through with a forward that began with all of it decided and replaced nothing, or with the last of
+    `max_post_steps` such forwards, or, where there are none, once all of it is decided.
+
+    Args:
+        state: after the `commits` `(B, N)` of the forward.
+        tokens, cost (`(B, N)`): what the forward would have at each unsettled position, and at what cost.
+    """
+    if rules.edit_threshold is None:
+        return
+    looked_at, hidden = state.unsettled, state.per_block(state.undecided | commits, rules)
+    edits = looked_at & (tokens != state.tokens) & (cost < rules.edit_threshold)
+    state.tokens = torch.where(edits, tokens, state.tokens)
+    state.changed = state.changed | edits
+    reviewed = (hidden == 0) & (state.per_block(looked_at, rules) > 0)
+    state.reviews = state.reviews + reviewed
+    through = reviewed & ((state.per_block(edits, rules) == 0) | (state.reviews >= rules.max_post_steps))
+    if not rules.max_post_steps:
+        through = state.per_block(state.undecided, rules) == 0
+    state.unsettled = (looked_at | commits) & ~through.gather(1, state.block_of(rules))
+
+
 def fill_after_stop(state: State, stop: torch.Tensor, fill_token_id: int) -> None:
     """Decides everything after the first stop token at once, so that no forward is spent on it."""
     after = torch.arange(state.tokens.shape[1], device=stop.device) > stop[:, None]
@@ -305,7 +347,7 @@ def fill_after_stop(state: State, stop: torch.Tensor, fill_token_id: int) -> Non
 
 def finished(state: State, rules: Rules, stop: torch.Tensor) -> torch.Tensor:
     """Rows that need no further forward: `(B,)` bool."""
-    needed = state.undecided
+    needed = state.pending
     if rules.whole_blocks:
         last = (stop + state.offset) // rules.block_length
         needed = needed & (state.block_of(rules) <= last[:, None])

@@ -39,10 +39,13 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "decoding_method": ((str,), "one of {methods}", lambda v: v in METHODS),
     "block_length": ((int,), "a positive integer", lambda v: v > 0),
     "steps": ((int,), "a positive integer", lambda v: v > 0),
+    "min_commits": ((int,), "a positive integer (positions)", lambda v: v > 0),
     "remasking": ((str,), "one of {remasking}", lambda v: v in REMASKING),
     "entropy_threshold": (NUMBER, "a number (nats), inf to commit everything", lambda v: not math.isnan(v)),
     "entropy_bound": (NUMBER, "a non-negative number (nats)", lambda v: v >= 0),
     "confidence_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
+    "edit_threshold": (NUMBER, "a probability in [0, 1]", lambda v: 0 <= v <= 1),
+    "max_post_steps": ((int,), "a non-negative integer (forwards)", lambda v: v >= 0),
     "relaxed_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
     "low_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
     "leap_radius": ((int,), "a non-negative integer (positions)", lambda v: v >= 0),
@@ -80,6 +83,14 @@ def _are_seeds(value: int | list[int] | tuple[int, ...]) -> bool:
     return len(seeds) > 0 and all(type(seed) is int and seed >= 0 for seed in seeds)
 
 
+# What a call chooses, and what of a checkpoint it takes the place of.
+TAKES_PLACE = (
+    ("factor", "confidence_threshold"),
+    ("confidence_threshold", "factor"),
+    ("steps", "min_commits"),
+    ("min_commits", "steps"),
+    ("edit_threshold", "steps"),
+)
 CALL_FIELDS = ("decoding_method", "infill", "seed", "mask_token_id")
 
 
@@ -94,20 +105,26 @@ class D3LLMGenerationConfig(GenerationConfig):
             entropy), `"fast_dllm"` (by confidence or factor), `"dinfer"` (its threshold, hierarchy and credit
             decoders), `"dkv"` (a fixed quota over a cache by token), `"entropy_bound"` (EB-Sampler), `"local_leap"`
             (LocalLeap), `"llada"` (a fixed quota), `"dream"` (a schedule), `"sdar"` (a quota of each block, or what
-            is surer) or `"d2f"` (several blocks at once, by confidence, none of which sees a later one: for LLaDA or
-            Dream with an adapter of D2F). The model's own when unset: `"d3llm"`, or `"sdar"` of SDAR.
+            is surer), `"llada2"` (the same, with edits), or `"d2f"` (several blocks at once, by confidence, none of
+            which sees a later one: for LLaDA or Dream with an adapter of D2F). The model's own when unset: `"d3llm"`,
+            `"sdar"` of SDAR and `"llada2"` of LLaDA2.
         block_length (`int`): positions of a block; when unset the whole answer with `"dream"`, and a block-causal
             model's own.
-        steps (`int`): forwards that a quota or schedule spreads the answer over, with `"sdar"` each block; one a token
-            when unset.
+        steps (`int`): forwards that a quota or schedule spreads the answer over, with `"sdar"` and `"llada2"` each
+            block; one a token when unset.
+        min_commits (`int`): with `"llada2"`, in place of `steps`: positions that every forward commits at least.
         remasking (`str`): what ranks positions: `"low_confidence"` (`"maskgit_plus"`), `"entropy"`, `"topk_margin"`,
             `"random"`, with `"dream"` also `"origin"`, and with `"sdar"` `"sequential"` (left to right).
             With `"d2f"` it ranks only what is committed where nothing reaches the threshold.
         entropy_threshold (`float`): nats under which a position is committed.
         entropy_bound (`float`): nats that the committed positions may sum to, the least certain one left out; with
             `"sdar"` they sum to less, and it stands in place of the quota.
-        confidence_threshold (`float`): probability from which a position is committed; with `"sdar"` a higher one,
-            where as many as the quota reach it, and with `"d2f"` a higher one (its `skip_threshold`).
+        confidence_threshold (`float`): probability from which a position is committed; with `"sdar"` and `"llada2"` a
+            higher one, where as many as the quota reach it, and with `"d2f"` a higher one (its `skip_threshold`).
+        edit_threshold (`float`): of LLaDA2.1: while a block is decoded, a higher probability of another token replaces
+            a decided one. Nothing is replaced when unset, as in LLaDA2.0.
+        max_post_steps (`int`): with `edit_threshold`, forwards that look once more at a block that is decided, as long
+            as they replace something; 0 is none.
         factor (`float`): Fast-dLLM's factor in place of its threshold: the n surest positions are committed while the
             n-th has a probability of at least `1 - factor / (n + 1)`.
         decoder (`str`): of `"dinfer"`: `"threshold"`, `"hierarchy"` or `"credit"`.
@@ -120,7 +137,8 @@ class D3LLMGenerationConfig(GenerationConfig):
             step (the reference's `decoded_token_threshold`).
         early_stop (`bool`): end a row once everything up to its first stop token is decided. With `"d3llm"` also fill
             what follows a stop token at once. With `"d2f"` no block opens once a stop token is decided; False is its
-            published loop, which decides all blocks that are open by then to their ends.
+            published loop, which decides all blocks that are open by then to their ends. With `"llada2"` a row ends
+            with the block of its stop token if told False, and with `edit_threshold` that is what True means.
         kv_cache (`str`): which keys and values are kept between forwards: `"none"`, `"prefix"`, `"dual"` (Fast-dLLM),
             `"delayed"` (d3LLM), `"dkv"`, `"dkv_greedy"` (dKV-Cache; the latter with `remasking="random"`),
             `"vicinity"` (dInfer). Block-causal models keep finished blocks, whose keys are `"exact"`, unless told
@@ -151,10 +169,13 @@ class D3LLMGenerationConfig(GenerationConfig):
     decoding_method: str | None
     block_length: int | None
     steps: int | None
+    min_commits: int | None
     remasking: str | None
     entropy_threshold: float | None
     entropy_bound: float | None
     confidence_threshold: float | None
+    edit_threshold: float | None
+    max_post_steps: int | None
     relaxed_threshold: float | None
     low_threshold: float | None
     leap_radius: int | None
@@ -277,8 +298,8 @@ class D3LLMGenerationConfig(GenerationConfig):
             inherited = {n: v for n, v in inherited.items() if n != "decoding_method" and n not in CACHE_FIELDS}
         elif wanted["kv_cache"] not in (None, own.kv_cache):  # and its delays to its cache
             inherited = {n: v for n, v in inherited.items() if n not in CACHE_FIELDS}
-        for one, other in (("factor", "confidence_threshold"), ("confidence_threshold", "factor")):
-            if chosen.get(one, getattr(self, one)) is not None:  # one takes the other's place
+        for one, other in TAKES_PLACE:
+            if chosen.get(one, getattr(self, one)) is not None:
                 inherited.pop(other, None)
         inherited.pop("use_cache", None)  # official configs say False of a cache that is not ours; a call may say so
         asked = next((v for v in (chosen.get("infill"), self.infill, own.infill) if v is not None), False)
@@ -444,10 +465,29 @@ class D3LLMGenerationConfig(GenerationConfig):
                 '`confidence_threshold` and `entropy_bound` are not used by remasking="sequential", which ranks no '
                 f"positions (got {self.confidence_threshold} and {self.entropy_bound}). Leave them unset."
             )
+        if method == "llada2":
+            self._check_llada2(values)
         if method == "fast_dllm" and self.factor is not None and self.confidence_threshold is not None:
             raise ValueError(
                 f"`factor` takes the place of `confidence_threshold` (got {self.factor} and "
                 f"{self.confidence_threshold}). Set one of them."
+            )
+
+    def _check_llada2(self, values: dict[str, Any]) -> None:
+        """What of LLaDA2.0 has no meaning for LLaDA2.1, and the other way round."""
+        if self.steps is not None and self.min_commits is not None:
+            raise ValueError(
+                f"`min_commits` takes the place of `steps` (got {self.min_commits} and {self.steps}). Set one of them."
+            )
+        if self.steps is not None and values["edit_threshold"] is not None:
+            raise ValueError(
+                f"{self.named('steps')[0]} is not used with `edit_threshold`, where a block takes the forwards that "
+                f"it needs (got {self.steps} and {values['edit_threshold']}). Pass `min_commits` in its place."
+            )
+        if self.max_post_steps is not None and values["edit_threshold"] is None:
+            raise ValueError(
+                f"{self.named('max_post_steps')[0]} needs `edit_threshold`, without which nothing is looked at again "
+                f"(got {self.max_post_steps}). Set both, or leave it unset."
             )
 
     def _check_block_causal(self, method: str, values: dict[str, Any], topology: Topology) -> None:

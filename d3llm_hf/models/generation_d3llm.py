@@ -22,6 +22,7 @@ from .decoding import (
     fill_after_stop,
     finished,
     open_blocks,
+    revise,
 )
 from .generation_config_d3llm import WAY_OUT, D3LLMGenerationConfig, unknown_field
 from .half_precision import fast_products
@@ -52,8 +53,8 @@ class D3LLMGenerationOutput(GenerateDecoderOnlyOutput):
         num_forwards_reference (`(B,)` long): the same by the d3LLM code's count, which adds one when the fill after a
             stop token ends the row, and one for each block that Fast-dLLM's caches find finished by its first forward;
             by SDAR's with `"sdar"`, whose prompt and finished blocks have forwards of their own that store their keys.
-        step_map (`(B, N)` long): the forward, from 1, that committed each new token; -1 where none did. With infilling
-            `(B, P + N)`, and -1 on the given text as well.
+        step_map (`(B, N)` long): the forward, from 1, that committed each new token, the first one where it was
+            replaced; -1 where none did. With infilling `(B, P + N)`, and -1 on the given text as well.
         positions_computed (`(B,)` long): positions pushed through the model, summed over the row's forwards (twice
             with guidance, and over all drafted canvases): the cost that tokens per forward hide.
 
@@ -235,9 +236,9 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         1. Settings become rules, the prompt becomes a canvas (of static shapes where `compile_config` asks for them).
         2. Draft canvases beyond the decided ones, where the rules ask for it.
         3. Open blocks and plan which slots the next forward recomputes.
-        4. Forward them; logits of the candidates only.
+        4. Forward them; logits of the candidates only, and of decided positions that may still change.
         5. Score the candidates: a token and a cost each.
-        6. Commit what the rules choose, keep the drafts that came true; fill after a stop token.
+        6. Commit what the rules choose, replace, keep the drafts that came true; fill after a stop token.
         7. Rows that are finished, or that a criterion stops, leave the batch.
         8. Pad behind the stop tokens and count.
         """
@@ -293,8 +294,9 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                     plan = Plan(trial, rules, among, drawn.length, sampler)
                     recompute, among = PLANS[rules.kv_cache](plan), plan.among
 
-                # 4. Forward them; logits of the candidates only
-                scored = candidates(trial, rules, ahead=1) if rules.draft_length else among
+                # 4. Forward them; logits of the candidates only, and of decided positions that may still change
+                asked = among | trial.unsettled
+                scored = candidates(trial, rules, ahead=1) if rules.draft_length else asked
                 row, column = scored.nonzero(as_tuple=True)  # (n,) each
                 where = row, column
                 logits, computed = drawn.forward(self, trial, rules, cache, recompute, where)
@@ -302,14 +304,15 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
 
                 # 5. Score the candidates: a token and a cost each
                 scores = scorer(logits, trial, drawn, where)
-                scores.broken *= among  # of what is looked at for drafts alone nothing is asked
+                scores.broken *= asked  # of what is looked at for drafts alone nothing is asked
 
-                # 6. Commit what the rules choose, keep the drafts that came true; fill after a stop token
+                # 6. Commit what the rules choose, replace, keep the drafts that came true; fill after a stop token
                 commits, forced = choose(scores.cost, scores.force_cost, among, trial, rules)
                 tokens = torch.where(forced, scores.best_tokens, scores.tokens)
                 commits = scorer.processors.compatible(commits, tokens, scores.cost, trial, drawn)
                 trial.forward += 1
                 commit(trial, commits, tokens)
+                revise(trial, rules, commits, tokens, scores.cost)
                 state, scores = speculation.settle(trial, scores)
                 stop = state.stop(stop_ids, canvas.may_stop)
                 further = spent_by_reference(state, rules, canvas)

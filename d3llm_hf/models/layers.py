@@ -47,9 +47,11 @@ def _mask_at(attention_mask: torch.Tensor | None, positions: torch.Tensor) -> to
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`(B, H, L, d)` queries or keys turned by `(B, L, d)` cosines and sines."""
+    """`(B, H, L, d)` queries or keys turned by `(B, L, r)` cosines and sines: the first r dimensions, or all."""
     cos, sin = cos[:, None], sin[:, None]
-    return x * cos + rotate_half(x) * sin
+    turned, rest = x.tensor_split([cos.shape[-1]], dim=-1)
+    turned = turned * cos + rotate_half(turned) * sin
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 if TYPE_CHECKING:  # what they are mixed into
@@ -62,7 +64,7 @@ class BidirectionalAttentionMixin(Module):
     """The forward of an attention with `q_proj`, `k_proj`, `v_proj` and `o_proj`, in which a mask alone hides tokens.
 
     Queries and keys go through `q_norm` and `k_norm` where there are such modules. The rotation happens in the dtype
-    of the cosines.
+    of the cosines; where these are narrower than a head, the dimensions behind them are not turned.
     """
 
     config: PreTrainedConfig
@@ -94,11 +96,14 @@ class BidirectionalAttentionMixin(Module):
 
         query, key = heads(self.q_proj, asking, "q_norm"), heads(self.k_proj, hidden_states, "k_norm")
         value = heads(self.v_proj, hidden_states)
-        if kept is None:
+        if kept is None and position_embeddings[0].shape[-1] == self.head_dim:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         else:
-            query = _rotated(query, *(at_positions(table, kept) for table in position_embeddings))
-            key, attention_mask = _rotated(key, *position_embeddings), _mask_at(attention_mask, kept)
+            asked = position_embeddings
+            if kept is not None:
+                asked = at_positions(position_embeddings[0], kept), at_positions(position_embeddings[1], kept)
+                attention_mask = _mask_at(attention_mask, kept)
+            query, key = _rotated(query, *asked), _rotated(key, *position_embeddings)
         query, key = query.to(value.dtype), key.to(value.dtype)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)

@@ -59,6 +59,7 @@ class Ledger:
         self.canvas = canvas
         self.tokens = state.tokens.clone()
         self.step_map = state.step_map.clone()
+        self.unsettled = state.unsettled.clone()
         # Columns of the answer: those to decide, without what lies behind the tokens that were asked for.
         self.width = self.tokens.shape[1] if canvas.blocks is None else canvas.new_length
         self.length = state.length.clamp_max(self.width)  # of the row, fewer where a criterion ends it
@@ -95,6 +96,7 @@ class Ledger:
                 batch and the forward.
         """
         self.tokens[state.rows], self.step_map[state.rows] = state.tokens, state.step_map
+        self.unsettled[state.rows] = state.unsettled
         flags, wrong, rows = torch.stack([done.long(), broken.long(), state.rows]).tolist()  # a host sync
         if NOT_FINITE in wrong:
             raise ValueError(
@@ -123,8 +125,11 @@ class Ledger:
         return f"Lower {named}, or check the weights and the dtype" if named else "Check the weights and the dtype"
 
     def _advance(self, rows: list[int]) -> set[int]:
-        """Follows the decided prefixes: criteria first, then the stream. Returns the rows that a criterion ends."""
-        decided = self.step_map > 0
+        """Follows the decided prefixes: criteria first, then the stream. Returns the rows that a criterion ends.
+
+        What may still change is not decided: nobody is shown a token that turns out to be another one.
+        """
+        decided = (self.step_map > 0) & ~self.unsettled
         stop = stop_position(self.tokens, decided & self.may_stop, self.stop_ids)
         ends = torch.minimum(first_true(~decided), stop + 1).clamp_max(self.width).tolist()
         stopped = self._ask_criteria(rows, ends) if self.criteria else set()

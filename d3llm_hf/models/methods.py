@@ -103,6 +103,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "block_activation_threshold": 0.95,
         "kv_cache": "exact",
     },
+    "llada2": {
+        "block_length": 32,
+        "steps": None,
+        "confidence_threshold": 0.95,
+        "min_commits": 1,
+        "edit_threshold": None,
+        "max_post_steps": 16,
+    },
 }
 # Method -> where its blocks begin, of one that brings block-causal attention whatever the model's class says: an
 # adapter of LLaDA or Dream was trained with it.
@@ -142,8 +150,8 @@ def methods_of(traits: Traits) -> list[str]:
 
 
 def _cost(probability: float | None) -> float:
-    """The cost of a position with that probability; none is reached by every position."""
-    return float("inf") if probability is None else -math.log(probability)
+    """The cost of a position with that probability; none and 0 are exceeded by every position."""
+    return -math.log(probability) if probability else float("inf")
 
 
 # Setting -> the rule that it becomes, and how. Others keep their names, or need a closer look below.
@@ -156,6 +164,9 @@ RULE_OF: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "low_threshold": ("relaxed_threshold", _cost),
     "leap_radius": ("radius", int),
     "steps": ("steps", lambda steps: steps or 0),
+    "min_commits": ("min_commits", int),
+    "edit_threshold": ("edit_threshold", lambda probability: None if probability is None else _cost(probability)),
+    "max_post_steps": ("max_post_steps", int),
     "alg_temp": ("alg_temp", float),
     "block_add_threshold": ("block_add_threshold", float),
     "block_activation_threshold": ("block_activation_threshold", float),
@@ -181,6 +192,7 @@ RULES: dict[str, dict[str, Any]] = {
         "starts_with_one": True,
         "score_processed": True,
     },
+    "llada2": {"score": "confidence", "select": "quota_or_threshold"},
 }
 
 
@@ -232,6 +244,13 @@ def _forced(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
     return {"score": "confidence", "force_score": None if forced == "confidence" else forced}
 
 
+def _llada2(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
+    """LLaDA2.0 always ends with the block of a stop token, and before it where told to stop early; 2.1 only then."""
+    edits = values["edit_threshold"] is not None
+    whole_blocks = values["early_stop"] if edits else not values["early_stop"]
+    return {"whole_blocks": whole_blocks, "score_processed": values["temperature"] is not None}
+
+
 # Method -> what depends on several settings, or on the model's family.
 _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "d3llm": _entropy_threshold,
@@ -241,6 +260,7 @@ _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "dream": _schedule,
     "sdar": _sdar,
     "d2f": _forced,
+    "llada2": _llada2,
 }
 
 

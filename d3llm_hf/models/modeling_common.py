@@ -99,11 +99,8 @@ class Kept:
         return hidden_states if self.among is None else hidden_states.flatten(0, 1)[self.among]
 
 
-class Float32RotaryMixin:
-    """Keeps the frequencies of a rotary embedding in float32 when the model is cast (`.to(dtype)`, DeepSpeed's bf16).
-
-    In bfloat16 a frequency is off by up to 0.2 %: at position 1000 the fastest pairs are turned by a radian too much.
-    """
+class Float32BuffersMixin:
+    """Keeps the buffers of a module in their dtype when the model is cast (`.to(dtype)`, DeepSpeed's bf16)."""
 
     def _apply(self, fn, recurse=True):
         before = dict(self.named_buffers(recurse=False))
@@ -112,6 +109,13 @@ class Float32RotaryMixin:
             if getattr(self, name).dtype != buffer.dtype:
                 setattr(self, name, buffer.to(getattr(self, name).device))
         return self
+
+
+class Float32RotaryMixin(Float32BuffersMixin):
+    """Keeps the frequencies of a rotary embedding in float32.
+
+    In bfloat16 a frequency is off by up to 0.2 %: at position 1000 the fastest pairs are turned by a radian too much.
+    """
 
 
 if TYPE_CHECKING:  # what it is mixed into

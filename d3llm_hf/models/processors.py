@@ -149,6 +149,9 @@ LEFT_TO_RIGHT: dict[type, str] = {
     lp.SynthIDTextWatermarkLogitsProcessor: "logits_processor",
 }
 
+# These read the decided text on both sides of a position.
+READING_AROUND = (lp.NoRepeatNGramLogitsProcessor, lp.RepetitionPenaltyLogitsProcessor)
+
 
 def _biases(processor: lp.SequenceBiasLogitsProcessor) -> dict[tuple[int, ...], float]:
     """The sequences of a processor; as in transformers a word of no tokens is none."""
@@ -250,8 +253,15 @@ class Processors:
                     f"left to right (got {kind.__name__} with blocks of {rules.block_length} positions, decided in "
                     'any order). Pass `block_length=1` with decoding_method "llada", "dparallel" or "d3llm".'
                 )
-            if kind in (lp.NoBadWordsLogitsProcessor, lp.SequenceBiasLogitsProcessor):
+            biased = kind in (lp.NoBadWordsLogitsProcessor, lp.SequenceBiasLogitsProcessor)
+            if biased:
                 _check_biases(processor, vocab_size)
+            spans = biased and any(len(sequence) > 1 for sequence in _biases(processor))
+            if rules.edit_threshold is not None and (spans or kind in READING_AROUND):
+                raise ValueError(
+                    "`edit_threshold` cannot be combined with what reads the text around a position: its own token, "
+                    f"and tokens that may change, would count against it (got {kind.__name__}). Unset one of them."
+                )
 
     def __bool__(self) -> bool:
         return bool(self.steps) or bool(self.constraints) or self.repairs

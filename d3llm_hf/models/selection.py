@@ -166,11 +166,12 @@ def by_quota_and_threshold(cost: torch.Tensor, among: torch.Tensor, state: State
 def block_quota(among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
     """SDAR's quota `(B,)` of a step: a full block spread evenly over the steps of a block, more in earlier ones.
 
-    It does not depend on how much of the block was given.
+    It does not depend on how much of the block was given. Without steps it is the least that the rules commit.
     """
+    if not rules.steps:
+        return torch.full_like(state.step, rules.min_commits)
     _, _, done = pace(among, state, rules)
-    steps = rules.steps or rules.block_length
-    return (rules.block_length // steps + (done < rules.block_length % steps)).clamp_min(1)
+    return (rules.block_length // rules.steps + (done < rules.block_length % rules.steps)).clamp_min(1)
 
 
 def by_quota_or_threshold(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:

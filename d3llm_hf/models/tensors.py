@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:  # what it is mixed into
+    import torch
     from transformers.modeling_utils import PreTrainedModel
 else:
     PreTrainedModel = object
@@ -43,8 +44,12 @@ class WholeCheckpointMixin(PreTrainedModel):
 
     @staticmethod
     def own_tensor_name(name: str) -> str:
-        """The name in memory of what has this name in a checkpoint."""
+        """The name in [`stored_tensors`] of what has this name in a checkpoint."""
         return name
+
+    def stored_tensors(self) -> "dict[str, torch.Tensor]":
+        """The tensors as a checkpoint has them: those in memory, unless a family splits or joins them."""
+        return self.state_dict()
 
 
 def described(missing: Collection[str], unplaced: Collection[str]) -> str:

@@ -1,7 +1,8 @@
 """What happened in one call of `generate`: which token was decided in which forward, for people to look at.
 
-A forward only decides positions, it never takes a token back, so that a canvas of any forward is known from the last
-one and the step map. Only what lies behind the first stop token goes away: a trace keeps it for the forwards before.
+A forward only decides positions, it never takes one back, so that a canvas of any forward is known from the last one
+and the step map. Only what lies behind the first stop token goes away: a trace keeps it for the forwards before. Where
+a token was replaced (`edit_threshold`), a trace shows the last one from the forward that decided its position on.
 """
 
 import dataclasses
@@ -170,8 +171,10 @@ class Recording(Iterator[int]):
         self._steps += [-1] * new
         forward = len(self._lengths) + 1
         for position, token in enumerate(canvas):
-            if token != self._mask and self._steps[position] < 0:
-                self._tokens[position], self._steps[position] = token, forward
+            if token != self._mask:
+                self._tokens[position] = token
+                if self._steps[position] < 0:
+                    self._steps[position] = forward
         self._lengths.append(len(canvas))
         self._seconds.append(round(update.seconds, 6))
         return forward

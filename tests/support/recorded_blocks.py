@@ -136,3 +136,62 @@ def of_d2f(case: dict) -> Recorded | None:
         forwards=expected["n_forwards"],
         flags=case["flags"],
     )
+
+
+# Runs that a defect of the reference decides, as quirks.json has them, and what is done in its place.
+LLADA2_DEFECTS = {
+    "dllm20_abandoned_masks": "the sampler goes on to the next block and leaves masks behind; here a row ends",
+    "eos_in_prompt": "a stop token of the prompt is taken for one of the answer; here only new tokens stop",
+    "zero_steps": "masks are returned; here `steps` must be positive",
+    "not_robust": "rounding decides the run",
+    "uses_rng": "torch's generator decides the run",
+}
+
+
+def of_llada2(case: dict) -> Recorded | None:
+    """A run of LLaDA2.0's or 2.1's own `generate` or of dllm's samplers; `None` of those in `LLADA2_DEFECTS`.
+
+    A run of a sampler, which goes on behind a stop token, counts up to it.
+    """
+    quirks = json.loads((GOLDEN / "llada2" / "quirks.json").read_text())
+    left_out = {id for title, ids in quirks.items() if title.split(" ")[0] in LLADA2_DEFECTS for id in ids}
+    args, expected = case["args"], case["expected"]
+    if case["id"] in left_out or len(case["prompts"]) > 1:
+        return None
+    stop_ids, prompt = [case["eos_token_id"]], case["prompts"][0]
+    length = args.get("gen_length", args.get("max_new_tokens"))
+    settings = {
+        "max_new_tokens": length,
+        "block_length": args.get("block_length", args.get("block_size")),
+        "confidence_threshold": args["threshold"] or 1e-30,  # of 0, which every probability exceeds
+        "early_stop": args["eos_early_stop"],
+        "eos_token_id": stop_ids,
+        "mask_token_id": case["mask_id"],
+    }
+    if "editing_threshold" in args:
+        settings |= {
+            "edit_threshold": args["editing_threshold"],
+            "max_post_steps": args["max_post_steps"],
+            "min_commits": args["num_to_transfer"],
+        }
+    else:
+        steps = args.get("steps", args.get("steps_per_block"))
+        settings["steps"] = min(steps, length // args.get("minimal_topk", 1))
+    if args["temperature"]:
+        settings |= {"do_sample": True, "temperature": args["temperature"], "top_k": args["top_k"]}
+    own = case["method"].startswith("hf")
+    tokens = expected["returned"] if own else expected["returned"][len(prompt) :]
+    answer = up_to_stop(tokens[:length], stop_ids)
+    windows = expected["forward_lengths"]
+    if case["method"] == "dllm20.sample" and set(answer) & set(stop_ids):
+        windows = [window for window in windows if window < len(prompt) + len(answer) + settings["block_length"]]
+    return Recorded(
+        id=case["id"],
+        model=case["model"],
+        prompt=tuple(prompt),
+        settings=settings,
+        answer=answer,
+        unmask_step=expected["unmask_step"][len(prompt) : len(prompt) + len(answer)],
+        forwards=len(windows),
+        flags=case["flags"],
+    )
