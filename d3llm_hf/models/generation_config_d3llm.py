@@ -19,6 +19,7 @@ from .methods import (
     DECODERS,
     DEFAULT_METHOD,
     EXACT,
+    INSIDE_BLOCKS,
     METHODS,
     REMASKING,
     SHIFTED_METHODS,
@@ -36,6 +37,7 @@ logger = logging.get_logger(__name__)
 FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "decoding_method": ((str,), "one of {methods}", lambda v: v in METHODS),
     "block_length": ((int,), "a positive integer", lambda v: v > 0),
+    "sub_block_length": ((int,), "a positive integer (positions)", lambda v: v > 0),
     "steps": ((int,), "a positive integer", lambda v: v > 0),
     "remasking": ((str,), "one of {remasking}", lambda v: v in REMASKING),
     "entropy_threshold": (NUMBER, "a number (nats), inf to commit everything", lambda v: not math.isnan(v)),
@@ -91,10 +93,13 @@ class D3LLMGenerationConfig(GenerationConfig):
         decoding_method (`str`): `"d3llm"` (several blocks at once, by entropy), `"dparallel"` (block by block, by
             entropy), `"fast_dllm"` (by confidence or factor), `"dinfer"` (its threshold, hierarchy and credit
             decoders), `"dkv"` (a fixed quota over a cache by token), `"entropy_bound"` (EB-Sampler), `"local_leap"`
-            (LocalLeap), `"llada"` (a fixed quota), `"dream"` (a schedule) or `"sdar"` (a quota of each block, or what
-            is surer). The model's own when unset: `"d3llm"`, or `"sdar"` of SDAR.
+            (LocalLeap), `"llada"` (a fixed quota), `"dream"` (a schedule), `"sdar"` (a quota of each block, or what
+            is surer) or `"fast_dllm_v2"` (by confidence, in parts of a block). The model's own when unset: `"d3llm"`,
+            `"sdar"` of SDAR, or `"fast_dllm_v2"` of Fast-dLLM v2.
         block_length (`int`): positions of a block; when unset the whole answer with `"dream"`, and a block-causal
             model's own.
+        sub_block_length (`int`): positions of the parts of a block that are decided one after the other
+            (`"fast_dllm_v2"`); it divides `block_length`.
         steps (`int`): forwards that a quota or schedule spreads the answer over, with `"sdar"` each block; one a token
             when unset.
         remasking (`str`): what ranks positions: `"low_confidence"` (`"maskgit_plus"`), `"entropy"`, `"topk_margin"`,
@@ -103,7 +108,7 @@ class D3LLMGenerationConfig(GenerationConfig):
         entropy_bound (`float`): nats that the committed positions may sum to, the least certain one left out; with
             `"sdar"` they sum to less, and it stands in place of the quota.
         confidence_threshold (`float`): probability from which a position is committed; with `"sdar"` a higher one,
-            where as many as the quota reach it.
+            where as many as the quota reach it, and with `"fast_dllm_v2"` a higher one.
         factor (`float`): Fast-dLLM's factor in place of its threshold: the n surest positions are committed while the
             n-th has a probability of at least `1 - factor / (n + 1)`.
         decoder (`str`): of `"dinfer"`: `"threshold"`, `"hierarchy"` or `"credit"`.
@@ -119,7 +124,8 @@ class D3LLMGenerationConfig(GenerationConfig):
         kv_cache (`str`): which keys and values are kept between forwards: `"none"`, `"prefix"`, `"dual"` (Fast-dLLM),
             `"delayed"` (d3LLM), `"dkv"`, `"dkv_greedy"` (dKV-Cache; the latter with `remasking="random"`),
             `"vicinity"` (dInfer). Block-causal models keep finished blocks, whose keys are `"exact"`, unless told
-            `"none"`; they have no other.
+            `"none"`; they have no other, but for `"exact_dual"` with `"fast_dllm_v2"`, which also keeps, approximately, the
+            rest of the block while a part of it is being decided.
         cache_delay (`int`): forwards between the end of a block (`"delayed"`) or a commit (`"dkv"`) and its caching.
         cache_refresh_interval (`int`): recompute everything every so many forwards; never when unset.
         cache_window (`int`): positions around the decoded ones that are recomputed with them.
@@ -145,6 +151,7 @@ class D3LLMGenerationConfig(GenerationConfig):
 
     decoding_method: str | None
     block_length: int | None
+    sub_block_length: int | None
     steps: int | None
     remasking: str | None
     entropy_threshold: float | None
@@ -400,11 +407,17 @@ class D3LLMGenerationConfig(GenerationConfig):
         """Fields that exclude each other."""
         cache = values["kv_cache"]
         if traits.topology is not None:
-            self._check_block_causal(values)
-        elif cache == "exact":
+            self._check_block_causal(method, values)
+        elif cache in ("exact", *INSIDE_BLOCKS.values()):
             raise ValueError(
-                f'{self.named("kv_cache")[0]} must not be "exact" where all positions see one another (got it): every '
-                "kept key is an approximation then. Choose another cache, or leave it unset."
+                f'{self.named("kv_cache")[0]} must not be "{cache}" where all positions see one another (got it): '
+                "every kept key is an approximation then. Choose another cache, or leave it unset."
+            )
+        part = values.get("sub_block_length")
+        if part is not None and values["block_length"] % part:
+            raise ValueError(
+                f"{self.named('sub_block_length')[0]} must divide `block_length` (got {part} and "
+                f"{values['block_length']}). Pass a divisor, or `block_length` itself for blocks without parts."
             )
         remasking = values.get("remasking")
         if remasking is not None and remasking not in ALLOWED_REMASKING[method]:
@@ -448,12 +461,14 @@ class D3LLMGenerationConfig(GenerationConfig):
                 f"{self.confidence_threshold}). Set one of them."
             )
 
-    def _check_block_causal(self, values: dict[str, Any]) -> None:
+    def _check_block_causal(self, method: str, values: dict[str, Any]) -> None:
         """What has no meaning where a position sees nothing of later blocks."""
-        if values["kv_cache"] not in EXACT:
+        fitting = [*EXACT, INSIDE_BLOCKS[method]] if method in INSIDE_BLOCKS else [*EXACT]
+        if values["kv_cache"] not in fitting:
             raise ValueError(
-                f"{self.named('kv_cache')[0]} must be one of {list(EXACT)} for block-causal attention, whose keys are "
-                f"final (got {values['kv_cache']!r}). Leave it unset, with another method if that is its own."
+                f'{self.named("kv_cache")[0]} must be one of {fitting} for block-causal attention with '
+                f'decoding_method="{method}", whose keys are final (got {values["kv_cache"]!r}). Leave it unset, with '
+                "another method if that is its own."
             )
         for name, reason in (
             ("suffix_length", "no forward sees anything behind the open blocks"),

@@ -34,9 +34,12 @@ CACHES: dict[str, dict[str, Any]] = {
     "dkv_greedy": {"cache_delay": 1, "cache_refresh_interval": 2, "cache_window": 4},
     "vicinity": {"cache_window": 16, "cache_warmup": 4, "cache_refresh_interval": None},
     "exact": {},
+    "exact_dual": {},
 }
 # Those that hold no approximation: what block-causal attention lets be kept, and only it.
 EXACT = ("none", "exact")
+# Method -> a further cache of block-causal attention, with approximations inside the block that is being decided.
+INSIDE_BLOCKS = {"fast_dllm_v2": "exact_dual"}
 CACHE_FIELDS = {name for settings in CACHES.values() for name in settings}
 
 # What every method has: field -> value where nothing else is said.
@@ -95,6 +98,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "confidence_threshold": None,
         "entropy_bound": None,
     },
+    "fast_dllm_v2": {"block_length": 32, "sub_block_length": 8, "confidence_threshold": 0.9},
 }
 SHIFTED_METHODS = {"d3llm": {"entropy_threshold": 0.4}, "dparallel": {"entropy_threshold": 0.45}}
 RANKED = ("low_confidence", "maskgit_plus", "entropy", "topk_margin", "random")
@@ -122,6 +126,7 @@ RULE_OF: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "relaxed_threshold": ("relaxed_threshold", _cost),
     "low_threshold": ("relaxed_threshold", _cost),
     "leap_radius": ("radius", int),
+    "sub_block_length": ("sub_block_length", int),
     "steps": ("steps", lambda steps: steps or 0),
     "alg_temp": ("alg_temp", float),
     "block_add_threshold": ("block_add_threshold", float),
@@ -140,6 +145,14 @@ RULES: dict[str, dict[str, Any]] = {
     "llada": {"select": "quota"},
     "dream": {"select": "schedule", "score_processed": True},
     "sdar": {"select": "quota_or_threshold", "stores_apart": True},
+    "fast_dllm_v2": {
+        "score": "confidence",
+        "select": "threshold",
+        "inclusive": False,
+        "force_best": True,
+        "stores_apart": True,
+        "first_alone": True,
+    },
 }
 
 
@@ -185,6 +198,11 @@ def _sdar(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
     return rules | {"threshold": -math.inf if threshold is None else _cost(threshold)}
 
 
+def _fast_dllm_v2(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
+    """Where tokens are drawn, confidence is that of the distribution they are drawn from."""
+    return {"score_processed": values["temperature"] is not None}
+
+
 # Method -> what depends on several settings, or on the model's family.
 _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "d3llm": _entropy_threshold,
@@ -193,6 +211,7 @@ _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "dinfer": _decoder,
     "dream": _schedule,
     "sdar": _sdar,
+    "fast_dllm_v2": _fast_dllm_v2,
 }
 
 
@@ -225,6 +244,8 @@ def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -
     rules |= RULES[method]
     if method in _FURTHER:
         rules |= _FURTHER[method](values, bool(logit_shift))
+    if traits.topology is None or not logit_shift:  # no row before a block predicts its first token, or sees nothing of it
+        rules.pop("first_alone", None)
     return Rules(**rules)
 
 
