@@ -117,7 +117,8 @@ class State:
         open_count (`(B,)` long): blocks that may be decoded.
         active (`(B, K)` bool): blocks that must advance in every step.
         opened_step, opened_size (`(B, K)` long): step before which, and undecided positions with which, it opened.
-        alone (`(B,)` bool): the next forward decides the first position of the last open block, and sees nothing of it.
+        alone (`(B,)` bool): the next forward decides only the first position of the last open block, and sees nothing
+            of that block.
         cached (`(B,)` long): leading blocks (prompt included) whose keys and values are kept.
         completed_step (`(B, K + 1)` long): the forward from which a finished block's caching delay counts.
         forward (`int`): forwards made; every row in the state took part in all of them.
@@ -209,7 +210,7 @@ class State:
         return (table.gather(1, place.clamp(0, length - 1)) & inside).view(batch, blocks, -1).sum(-1)
 
     def reach(self, rules: Rules, ahead: int = 0) -> torch.Tensor:
-        """Positions `(B,)` up to the end of the last open block, or of `ahead` more; up to one that is decided alone."""
+        """Positions `(B,)` up to the end of the last open block, or of `ahead` more; to one that is decided alone."""
         end = (self.open_count + ahead) * rules.block_length - self.offset
         return torch.where(self.alone, end - rules.block_length + 1, end)
 

@@ -124,8 +124,8 @@ class D3LLMGenerationConfig(GenerationConfig):
         kv_cache (`str`): which keys and values are kept between forwards: `"none"`, `"prefix"`, `"dual"` (Fast-dLLM),
             `"delayed"` (d3LLM), `"dkv"`, `"dkv_greedy"` (dKV-Cache; the latter with `remasking="random"`),
             `"vicinity"` (dInfer). Block-causal models keep finished blocks, whose keys are `"exact"`, unless told
-            `"none"`; they have no other, but for `"exact_dual"` with `"fast_dllm_v2"`, which also keeps, approximately, the
-            rest of the block while a part of it is being decided.
+            `"none"`; they have no other, but for `"exact_dual"` with `"fast_dllm_v2"`, which also keeps, as an
+            approximation, the rest of the block while a part of it is being decided.
         cache_delay (`int`): forwards between the end of a block (`"delayed"`) or a commit (`"dkv"`) and its caching.
         cache_refresh_interval (`int`): recompute everything every so many forwards; never when unset.
         cache_window (`int`): positions around the decoded ones that are recomputed with them.
@@ -466,7 +466,7 @@ class D3LLMGenerationConfig(GenerationConfig):
         fitting = [*EXACT, INSIDE_BLOCKS[method]] if method in INSIDE_BLOCKS else [*EXACT]
         if values["kv_cache"] not in fitting:
             raise ValueError(
-                f'{self.named("kv_cache")[0]} must be one of {fitting} for block-causal attention with '
+                f"{self.named('kv_cache')[0]} must be one of {fitting} for block-causal attention with "
                 f'decoding_method="{method}", whose keys are final (got {values["kv_cache"]!r}). Leave it unset, with '
                 "another method if that is its own."
             )

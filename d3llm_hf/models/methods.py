@@ -244,7 +244,7 @@ def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -
     rules |= RULES[method]
     if method in _FURTHER:
         rules |= _FURTHER[method](values, bool(logit_shift))
-    if traits.topology is None or not logit_shift:  # no row before a block predicts its first token, or sees nothing of it
+    if traits.topology is None or not logit_shift:  # no row that sees nothing of a block predicts its first token
         rules.pop("first_alone", None)
     return Rules(**rules)
 

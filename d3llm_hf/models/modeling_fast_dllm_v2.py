@@ -66,9 +66,7 @@ class Fast_dLLM_QwenModel(BidirectionalBackboneMixin, Fast_dLLM_QwenPreTrainedMo
         self.post_init()
 
 
-class Fast_dLLM_QwenForCausalLM(
-    MaskedDiffusionLMMixin, Fast_dLLM_QwenPreTrainedModel, D3LLMGenerationMixin
-):
+class Fast_dLLM_QwenForCausalLM(MaskedDiffusionLMMixin, Fast_dLLM_QwenPreTrainedModel, D3LLMGenerationMixin):
     """Fast-dLLM v2: logits row i predicts token i + 1, from the block of token i and all earlier ones."""
 
     model: Fast_dLLM_QwenModel

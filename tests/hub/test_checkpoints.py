@@ -273,7 +273,11 @@ def test_what_cannot_be_exported_is_refused_with_a_way_out(official, tmp_path):
             export_checkpoint(folder, tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
 
-    refused(ValueError, r"model_type \['llada', 'Dream', 'sdar'\] \(got 'gpt2'", source("gpt2", model_type="gpt2"))
+    refused(
+        ValueError,
+        r"model_type \['llada', 'Dream', 'sdar', 'Fast_dLLM_Qwen'\] \(got 'gpt2'",
+        source("gpt2", model_type="gpt2"),
+    )
     refused(ValueError, "`alibi` must be False", source("alibi", alibi=True))
     refused(ValueError, "`revision` applies to a `source` on the Hub", official["llada"], revision="main")
     refused(ValueError, "`decoding_method` must be one of", official["llada"], decoding_method="d3lm")
