@@ -29,6 +29,8 @@ _MODULE_OF = {
     "D3LLMGenerationOutput": "models.generation_d3llm",
     "DreamConfig": "models.configuration_dream",
     "DreamModel": "models.modeling_dream",
+    "Fast_dLLM_QwenConfig": "models.configuration_fast_dllm_v2",
+    "Fast_dLLM_QwenForCausalLM": "models.modeling_fast_dllm_v2",
     "LLaDA2MoeConfig": "models.configuration_llada2",
     "LLaDA2MoeModel": "models.modeling_llada2",
     "LLaDA2MoeModelLM": "models.modeling_llada2",
@@ -63,6 +65,8 @@ __all__ = [
     "D3LLMGenerationOutput",
     "DreamConfig",
     "DreamModel",
+    "Fast_dLLM_QwenConfig",
+    "Fast_dLLM_QwenForCausalLM",
     "LLaDA2MoeConfig",
     "LLaDA2MoeModel",
     "LLaDA2MoeModelLM",
@@ -112,12 +116,14 @@ if TYPE_CHECKING:
     from .metrics.aup.curve import aup_score, bootstrap_aup
     from .models.cache import SlotCache
     from .models.configuration_dream import DreamConfig
+    from .models.configuration_fast_dllm_v2 import Fast_dLLM_QwenConfig
     from .models.configuration_llada import LLaDAConfig
     from .models.configuration_llada2 import LLaDA2MoeConfig
     from .models.configuration_sdar import SDARConfig
     from .models.generation_config_d3llm import D3LLMGenerationConfig
     from .models.generation_d3llm import D3LLMGenerationMixin, D3LLMGenerationOutput
     from .models.modeling_dream import DreamModel
+    from .models.modeling_fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
     from .models.modeling_llada import LLaDAModel, LLaDAModelLM
     from .models.modeling_llada2 import LLaDA2MoeModel, LLaDA2MoeModelLM
     from .models.modeling_sdar import SDARForCausalLM

@@ -13,6 +13,7 @@ from .models.locality import limited_reach
 from .models.probes import (
     close,
     evaluating,
+    keeps_to_blocks,
     logits_of,
     long_text,
     ordinary_tokens,
@@ -29,13 +30,14 @@ def as_diffusion_lm(
     mask_token_id: int | None = None,
     logit_shift: int | None = None,
     bidirectional: bool = False,
+    block_length: int | None = None,
     generation_config: GenerationConfig | None = None,
 ) -> Any:
     """Makes `model.generate` decode by diffusion, in place: no weight is copied, and the forward stays as it is.
 
     The model's class becomes a subclass of itself with [`D3LLMGenerationMixin`] in front, under the same name, so what
-    `save_pretrained` writes is a checkpoint of the stock class. Mask token and shift go into `config`, where this
-    function finds them when the checkpoint is loaded again.
+    `save_pretrained` writes is a checkpoint of the stock class. Mask token, shift and blocks go into `config`, where
+    this function finds them when the checkpoint is loaded again.
 
     A few short forwards (of at most 72 tokens) check the contract, and find out whether a cache works and whether the
     padding of a batch is read. They are left out where the weights are not in place yet (on the meta device, or
@@ -50,6 +52,11 @@ def as_diffusion_lm(
             (`...ForCausalLM`: what starts from autoregressive weights keeps their shift, as Dream does), 0 for others.
         bidirectional (`bool`): first set `config.is_causal = False`, which makes the decoders of transformers attend
             to all positions. Without training, what such a model writes is of no use.
+        block_length (`int`, *optional*): decode by blocks of so many tokens, counted from the beginning of the text,
+            where a token sees its block and all earlier ones, as the model has to be trained for. Keys of finished
+            blocks are kept and exact. Goes into `config.block_length`, beside `config.block_alignment`; what these
+            say when unset. It sets `config.is_causal = False` too, so that what the masks of `generate` leave in is
+            seen; a forward of yours without such a mask sees all positions.
         generation_config ([`~transformers.GenerationConfig`], *optional*): defaults of `generate`; the model's own
             when unset.
 
@@ -59,7 +66,8 @@ def as_diffusion_lm(
     Raises:
         TypeError: for anything but a model of transformers.
         ValueError: for encoder-decoders, models without logits, causal attention, a missing mask token or one outside
-            the vocabulary, another shift, or positions that are not counted as `position_offset` says. The model is
+            the vocabulary, another shift, or positions that are not counted as `position_offset` says; for blocks
+            without tokens, in a model with windows, or where attention follows no mask of each position. The model is
             then as it was.
 
     Example:
@@ -89,20 +97,27 @@ def as_diffusion_lm(
         )
     mask_token_id = _mask_token_id(base, mask_token_id)
     logit_shift = _logit_shift(base, logit_shift)
+    block_length = _block_length(base, block_length)
     stock: Any = type(base)
     held = dict(vars(base))
     try:
-        if bidirectional:
+        if bidirectional or block_length is not None:  # without a mask, transformers would fall back to causal
             text.is_causal = False
         config.mask_token_id, config.logit_shift = mask_token_id, logit_shift
         if not isinstance(base, D3LLMGenerationMixin):
             base.__class__ = _with_decoder(stock)
         decoder: Any = base  # of its new class
         decoder.logit_shift = logit_shift
-        decoder.check_contract(None, cached=False)
+        if block_length is not None:
+            config.block_length, config.block_alignment = block_length, decoder.block_alignment or "text"
+            decoder.block_alignment = config.block_alignment
+        in_blocks = decoder.block_alignment is not None
+        decoder.check_contract(None, cached=False, in_blocks=in_blocks)
         if all(weight.numel() and not weight.is_meta for weight in base.parameters()):
             with evaluating(base):
                 _check_forward(base, stock, mask_token_id)
+                if in_blocks:
+                    _check_blocks(base, stock, mask_token_id)
                 if not decoder.supports_slot_cache:
                     decoder.supports_slot_cache = _takes_slot_cache(base, mask_token_id)
                 if decoder.supports_padding is None:
@@ -169,6 +184,27 @@ def _logit_shift(model: PreTrainedModel, given: int | None) -> int:
     return shift
 
 
+def _block_length(model: Any, given: int | None) -> int | None:
+    """That of the call or the config, `None` where every position sees all others."""
+    found = given
+    if given is None and getattr(model.config, "block_alignment", None) is not None:
+        found = text_setting(model.config, "block_length")
+    if found is None:
+        return None
+    if type(found) is not int or found < 1:
+        raise ValueError(
+            f"`block_length` must be a positive integer (got {found!r}). Pass the tokens of a block, or leave it "
+            "unset where every position sees all others."
+        )
+    limit = limited_reach(model)
+    if limit is not None:
+        raise ValueError(
+            f"`block_length` needs attention that reaches all earlier blocks (got {type(model).__name__}, in which "
+            f"{limit} says that some layer does not). Leave it unset, or take a model without windows."
+        )
+    return found
+
+
 def _generation_config(model: PreTrainedModel, given: GenerationConfig | None) -> D3LLMGenerationConfig:
     config = given if given is not None else getattr(model, "generation_config", None)
     if config is None:
@@ -214,6 +250,14 @@ def _check_forward(model: Any, stock: type, mask_token_id: int) -> None:
             f"Attention must not be causal, nor causal by blocks: in {name} the beginning of a text of "
             f"{text.shape[1]} tokens reaches its end, and the end does not reach the beginning. Let every block "
             "attend to all, and train the model so."
+        )
+
+
+def _check_blocks(model: Any, stock: type, mask_token_id: int) -> None:
+    if not keeps_to_blocks(model, long_text(model, mask_token_id)):
+        raise ValueError(
+            f"`block_length` needs a model that follows a mask of each position (got {stock.__name__}, whose first "
+            "block sees what a 4-D `attention_mask` hides from it). Leave it unset."
         )
 
 

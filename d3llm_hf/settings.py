@@ -4,15 +4,14 @@
 SETTINGS: dict[str, tuple[type, str]] = {
     "decoding_method": (
         str,
-        "d3llm, dparallel, fast_dllm, dinfer, dkv, entropy_bound, local_leap, llada, dream, sdar, llada2 or d2f",
+        "d3llm, dparallel, fast_dllm, dinfer, dkv, entropy_bound, local_leap, llada, dream, sdar, llada2, "
+        "fast_dllm_v2 or d2f",
     ),
     "block_length": (int, "positions of a block"),
+    "sub_block_length": (int, "positions of the parts of a block that are decided in order (fast_dllm_v2)"),
     "steps": (int, "forwards that the answer is spread over (llada, dream, dkv), or each block (sdar, llada2)"),
     "min_commits": (int, "positions that every forward decides at least (llada2)"),
-    "remasking": (
-        str,
-        "what ranks positions: entropy, low_confidence, maskgit_plus, topk_margin, random, origin, sequential",
-    ),
+    "remasking": (str, "entropy, low_confidence, maskgit_plus, topk_margin, random, origin or sequential"),
     "entropy_threshold": (float, "nats under which a position is decided (d3llm, dparallel); higher is bolder"),
     "entropy_bound": (float, "nats that the decided positions may sum to (entropy_bound); higher is bolder"),
     "confidence_threshold": (float, "probability from which a position is decided; lower is bolder"),
@@ -29,7 +28,10 @@ SETTINGS: dict[str, tuple[type, str]] = {
     "block_add_threshold": (float, "decided fraction of a block at which the next one opens (d3llm, d2f)"),
     "block_activation_threshold": (float, "decided fraction at which the next block must advance (d3llm, d2f)"),
     "early_stop": (bool, "end once everything up to the first stop token is decided"),
-    "kv_cache": (str, "keys and values kept: none, prefix, dual, delayed, dkv, dkv_greedy, vicinity; exact of blocks"),
+    "kv_cache": (
+        str,
+        "keys kept: none, prefix, dual, delayed, dkv, dkv_greedy, vicinity, exact or exact_dual",
+    ),
     "cache_delay": (int, "forwards between the end of a block (delayed) or a decision (dkv) and its caching"),
     "cache_refresh_interval": (int, "recompute everything every so many forwards"),
     "cache_window": (int, "positions around the decoded ones that are recomputed (vicinity, dkv_greedy)"),

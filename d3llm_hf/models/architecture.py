@@ -93,6 +93,9 @@ OUR_CLASSES = (
     "SDARForCausalLM",
     "SDARModel",
     "SDARPreTrainedModel",
+    "Fast_dLLM_QwenForCausalLM",
+    "Fast_dLLM_QwenModel",
+    "Fast_dLLM_QwenPreTrainedModel",
 )
 """Names of the model classes here, which are those of the official code: transformers renames tensors by them."""
 

@@ -65,6 +65,10 @@ class Plan:
         inside = self.slot >= (start - self.rules.shift)[:, None]
         return inside if end is None else inside & (self.slot < end[:, None])
 
+    def between(self, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        """Slots `(B, L)` from `start` to before `end`."""
+        return (self.slot >= start[:, None]) & (self.slot < end[:, None])
+
     @property
     def changed(self) -> torch.Tensor:
         """Slots `(B, L)` decided or replaced since the last forward: what is kept of them is of another token."""
@@ -180,7 +184,25 @@ def exact(plan: Plan) -> torch.Tensor:
     state = plan.state
     clean = (plan.left == 0) & (state.per_block(state.changed, plan.rules) == 0)
     start = plan.edge(clean.long().cumprod(1).sum(1), end=False)
-    return plan.window(start if state.forward else torch.zeros_like(start), plan.end)
+    # What predicts the first of them is final; where that is a candidate, the forward takes it in of itself.
+    return plan.between(start if state.forward else torch.zeros_like(start), plan.end)
+
+
+def exact_dual(plan: Plan) -> torch.Tensor:
+    """Fast-dLLM v2's cache of sub-blocks: of the last block only the sub-block that is being decided, once that began.
+
+    All that lies before the block is exact. The block is recomputed in its first forward, and while the first slot of
+    the sub-block is undecided.
+    """
+    state, rules = plan.state, plan.rules
+    length = rules.sub_block_length
+    first = plan.among.long().argmax(1) + state.offset
+    start = first // length * length - state.offset  # (B,) column of the sub-block's first slot, or before the first
+    begun = (start < 0) | ~state.undecided.gather(1, start.clamp_min(0)[:, None])[:, 0]
+    block = (state.open_count - 1) * rules.block_length - state.offset
+    seen = state.step - plan.opened > (rules.first_alone & (block >= 0)).long()  # by more than what decides its first
+    slot = state.slots[:, 0] + start
+    return torch.where((begun & seen)[:, None], plan.between(slot, slot + length), exact(plan))
 
 
 # A plan gives the slots `(B, L)` to recompute.
@@ -192,18 +214,19 @@ PLANS: dict[str, Callable[[Plan], torch.Tensor]] = {
     "dkv_greedy": dkv_greedy,
     "vicinity": vicinity,
     "exact": exact,
+    "exact_dual": exact_dual,
 }
 
 
 def spent_by_reference(state: State, rules: Rules, canvas: Canvas) -> torch.Tensor:
     """Forwards `(B,)` that a method's own code would have made beside the present one.
 
-    Fast-dLLM's first code: one more where the step that opened a block finished it. SDAR's: one that stores the whole
-    blocks of the prompt, and one for each block that was finished.
+    Fast-dLLM's first code: one more where the step that opened a block finished it. SDAR's and Fast-dLLM v2's: one
+    that stores the whole blocks of the prompt, and one for each block that was finished, less what is one already.
     """
     if rules.stores_apart:
         left, changed = state.per_block(state.pending, rules), state.per_block(state.changed, rules)
-        stored = ((left == 0) & (changed > 0)).sum(1)
+        stored = ((left == 0) & (changed > 0)).sum(1) - state.alone.long()
         return stored + canvas.has_earlier_blocks.long() if state.forward == 1 else stored
     by_threshold = rules.select == "threshold" and rules.block_add_threshold >= 1
     if rules.kv_cache not in ("prefix", "dual") or rules.early_stop or not by_threshold:

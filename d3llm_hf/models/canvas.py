@@ -294,7 +294,8 @@ class Canvas:
     def _seen(self, state: State, rules: Rules) -> tuple[torch.Tensor, int, torch.Tensor | None]:
         """What a forward sees of the canvas: everything, or so many positions behind a row's last open block.
 
-        Of a block-causal canvas none, since nothing looks at them.
+        Of a block-causal canvas none, since nothing looks at them; nor a position that is decided alone, which the
+        one before it predicts, unless none is before it.
 
         Returns:
             the slots `(B,)` behind what each row sees; S, the largest of them; and the attention mask `(B, S)`, `None`
@@ -303,7 +304,8 @@ class Canvas:
         if rules.suffix_length is None and self.blocks is None:
             return torch.full_like(self.first, self.length), self.length, self.mask
         further = min(rules.suffix_length or 0, self.length)
-        end = (self.prompt_length + state.reach(rules) + further).clamp_max(self.length)
+        end = (self.prompt_length + state.reach(rules) - state.alone.long() + further).clamp_max(self.length)
+        end = torch.maximum(end, self.first + 1)
         least, seen = torch.stack(end.aminmax()).tolist()  # a host sync
         mask = None if self.mask is None else self.mask[:, :seen]
         if least < seen:

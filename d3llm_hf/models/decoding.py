@@ -59,6 +59,10 @@ class Rules:
         starts_with_one: the first forward has one block open, whatever the threshold of the next (D2F).
         stores_apart: the reference has a forward of its own that only stores keys, of the prompt's whole blocks and of
             each finished one (SDAR).
+        sub_block_length: candidates are those of the first so many positions of a block that have some, counted from
+            the block's start; 0 is the whole block (Fast-dLLM v2).
+        first_alone: a block's first position is decided by itself, in a forward that ends with the block before
+            (Fast-dLLM v2).
         draft_length: canvases that are drafted beyond the decided one and verified in the same forward; 0 is none.
         edit_threshold: cost under which another token takes the place of a decided one while its block is open
             (LLaDA2.1), `None` where what is decided stays.
@@ -100,6 +104,8 @@ class Rules:
     stop_closes: bool = False
     starts_with_one: bool = False
     stores_apart: bool = False
+    sub_block_length: int = 0
+    first_alone: bool = False
     draft_length: int = 0
     edit_threshold: float | None = None
     max_post_steps: int = 0
@@ -128,6 +134,8 @@ class State:
         open_count (`(B,)` long): blocks that may be decoded.
         active (`(B, K)` bool): blocks that must advance in every step.
         opened_step, opened_size (`(B, K)` long): step before which, and undecided positions with which, it opened.
+        alone (`(B,)` bool): the next forward decides only the first position of the last open block, and sees nothing
+            of that block.
         cached (`(B,)` long): leading blocks (prompt included) whose keys and values are kept.
         completed_step (`(B, K + 1)` long): the forward from which a finished block's caching delay counts.
         reviews (`(B, K)` long): forwards that looked at a block in which nothing was undecided, and might replace.
@@ -148,6 +156,7 @@ class State:
     active: torch.Tensor
     opened_step: torch.Tensor
     opened_size: torch.Tensor
+    alone: torch.Tensor
     cached: torch.Tensor
     completed_step: torch.Tensor
     reviews: torch.Tensor
@@ -191,6 +200,7 @@ class State:
             active=full(batch, blocks, value=False, dtype=torch.bool),
             opened_step=full(batch, blocks),
             opened_size=full(batch, blocks),
+            alone=full(batch, value=False, dtype=torch.bool),
             cached=full(batch),
             completed_step=full(batch, blocks + 1, value=UNSTAMPED),
             reviews=full(batch, blocks),
@@ -227,8 +237,9 @@ class State:
         return (table.gather(1, place.clamp(0, length - 1)) & inside).view(batch, blocks, -1).sum(-1)
 
     def reach(self, rules: Rules, ahead: int = 0) -> torch.Tensor:
-        """Positions `(B,)` up to the end of the last open block, or of `ahead` more."""
-        return (self.open_count + ahead) * rules.block_length - self.offset
+        """Positions `(B,)` up to the end of the last open block, or of `ahead` more; to one that is decided alone."""
+        end = (self.open_count + ahead) * rules.block_length - self.offset
+        return torch.where(self.alone, end - rules.block_length + 1, end)
 
     def stop(self, stop_ids: torch.Tensor | None, may_stop: torch.Tensor) -> torch.Tensor:
         """Column of the first decided stop token `(B,)` among the positions `(B, N)` at which one ends a row, or N."""
@@ -290,6 +301,10 @@ def open_blocks(state: State, rules: Rules, stop: torch.Tensor) -> None:
     state.opened_step = torch.where(opened, state.step[:, None], state.opened_step)
     state.opened_size = torch.where(opened, left, state.opened_size)
     state.open_count = state.open_count + grows
+    if rules.first_alone:
+        last = (state.open_count - 1)[:, None]
+        untouched = left.gather(1, last)[:, 0] == state.opened_size.gather(1, last)[:, 0]
+        state.alone = untouched & (last[:, 0] * rules.block_length >= state.offset)
 
 
 def candidates(state: State, rules: Rules, ahead: int = 0) -> torch.Tensor:
@@ -301,7 +316,11 @@ def candidates(state: State, rules: Rules, ahead: int = 0) -> torch.Tensor:
     reach = state.reach(rules, ahead)
     if rules.suffix_length is not None:
         reach = torch.minimum(reach, state.reach(rules) + rules.suffix_length)
-    return state.undecided & (column < reach[:, None])
+    among = state.undecided & (column < reach[:, None])
+    if rules.sub_block_length:
+        part = (column + state.offset[:, None]) // rules.sub_block_length
+        among &= part == part.gather(1, among.long().argmax(1, keepdim=True))
+    return among
 
 
 def commit(state: State, commits: torch.Tensor, tokens: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from .methods import (
     DECODERS,
     DEFAULT_METHOD,
     EXACT,
+    INSIDE_BLOCKS,
     METHODS,
     REMASKING,
     defaults_of,
@@ -38,6 +39,7 @@ logger = logging.get_logger(__name__)
 FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "decoding_method": ((str,), "one of {methods}", lambda v: v in METHODS),
     "block_length": ((int,), "a positive integer", lambda v: v > 0),
+    "sub_block_length": ((int,), "a positive integer (positions)", lambda v: v > 0),
     "steps": ((int,), "a positive integer", lambda v: v > 0),
     "min_commits": ((int,), "a positive integer (positions)", lambda v: v > 0),
     "remasking": ((str,), "one of {remasking}", lambda v: v in REMASKING),
@@ -105,11 +107,14 @@ class D3LLMGenerationConfig(GenerationConfig):
             entropy), `"fast_dllm"` (by confidence or factor), `"dinfer"` (its threshold, hierarchy and credit
             decoders), `"dkv"` (a fixed quota over a cache by token), `"entropy_bound"` (EB-Sampler), `"local_leap"`
             (LocalLeap), `"llada"` (a fixed quota), `"dream"` (a schedule), `"sdar"` (a quota of each block, or what
-            is surer), `"llada2"` (the same, with edits), or `"d2f"` (several blocks at once, by confidence, none of
-            which sees a later one: for LLaDA or Dream with an adapter of D2F). The model's own when unset: `"d3llm"`,
-            `"sdar"` of SDAR and `"llada2"` of LLaDA2.
+            is surer), `"llada2"` (the same, with edits), `"fast_dllm_v2"` (by confidence, in parts of a block), or
+            `"d2f"` (several blocks at once, by confidence, none of which sees a later one: for LLaDA or Dream with an
+            adapter of D2F). The model's own when unset: `"d3llm"`, or that of the same name for SDAR, LLaDA2 and
+            Fast-dLLM v2.
         block_length (`int`): positions of a block; when unset the whole answer with `"dream"`, and a block-causal
             model's own.
+        sub_block_length (`int`): positions of the parts of a block that are decided one after the other
+            (`"fast_dllm_v2"`); it divides `block_length`.
         steps (`int`): forwards that a quota or schedule spreads the answer over, with `"sdar"` and `"llada2"` each
             block; one a token when unset.
         min_commits (`int`): with `"llada2"`, in place of `steps`: positions that every forward commits at least.
@@ -120,7 +125,7 @@ class D3LLMGenerationConfig(GenerationConfig):
         entropy_bound (`float`): nats that the committed positions may sum to, the least certain one left out; with
             `"sdar"` they sum to less, and it stands in place of the quota.
         confidence_threshold (`float`): probability from which a position is committed; with `"sdar"` and `"llada2"` a
-            higher one, where as many as the quota reach it, and with `"d2f"` a higher one (its `skip_threshold`).
+            higher one, where as many as the quota reach it, and with `"fast_dllm_v2"` and `"d2f"` a higher one.
         edit_threshold (`float`): of LLaDA2.1: while a block is decoded, a higher probability of another token replaces
             a decided one. Nothing is replaced when unset, as in LLaDA2.0.
         max_post_steps (`int`): with `edit_threshold`, forwards that look once more at a block that is decided, as long
@@ -142,7 +147,8 @@ class D3LLMGenerationConfig(GenerationConfig):
         kv_cache (`str`): which keys and values are kept between forwards: `"none"`, `"prefix"`, `"dual"` (Fast-dLLM),
             `"delayed"` (d3LLM), `"dkv"`, `"dkv_greedy"` (dKV-Cache; the latter with `remasking="random"`),
             `"vicinity"` (dInfer). Block-causal models keep finished blocks, whose keys are `"exact"`, unless told
-            `"none"`; they have no other.
+            `"none"`; they have no other, but for `"exact_dual"` with `"fast_dllm_v2"`, which also keeps, as an
+            approximation, the rest of the block while a part of it is being decided.
         cache_delay (`int`): forwards between the end of a block (`"delayed"`) or a commit (`"dkv"`) and its caching.
         cache_refresh_interval (`int`): recompute everything every so many forwards; never when unset.
         cache_window (`int`): positions around the decoded ones that are recomputed with them.
@@ -168,6 +174,7 @@ class D3LLMGenerationConfig(GenerationConfig):
 
     decoding_method: str | None
     block_length: int | None
+    sub_block_length: int | None
     steps: int | None
     min_commits: int | None
     remasking: str | None
@@ -424,10 +431,16 @@ class D3LLMGenerationConfig(GenerationConfig):
         cache = values["kv_cache"]
         if topology is not None:
             self._check_block_causal(method, values, topology)
-        elif cache == "exact":
+        elif cache in ("exact", *INSIDE_BLOCKS.values()):
             raise ValueError(
-                f'{self.named("kv_cache")[0]} must not be "exact" where all positions see one another (got it): every '
-                "kept key is an approximation then. Choose another cache, or leave it unset."
+                f'{self.named("kv_cache")[0]} must not be "{cache}" where all positions see one another (got it): '
+                "every kept key is an approximation then. Choose another cache, or leave it unset."
+            )
+        part = values.get("sub_block_length")
+        if part is not None and values["block_length"] % part:
+            raise ValueError(
+                f"{self.named('sub_block_length')[0]} must divide `block_length` (got {part} and "
+                f"{values['block_length']}). Pass a divisor, or `block_length` itself for blocks without parts."
             )
         remasking = values.get("remasking")
         if remasking is not None and remasking not in ALLOWED_REMASKING[method]:
@@ -499,10 +512,12 @@ class D3LLMGenerationConfig(GenerationConfig):
                 f"{topology.alignment} (got it): the method's begin with the end of the {alignment}. Leave it unset, "
                 "for the model's own."
             )
-        if values["kv_cache"] not in EXACT:
+        fitting = [*EXACT, INSIDE_BLOCKS[method]] if method in INSIDE_BLOCKS else [*EXACT]
+        if values["kv_cache"] not in fitting:
             raise ValueError(
-                f"{self.named('kv_cache')[0]} must be one of {list(EXACT)} for block-causal attention, whose keys are "
-                f"final (got {values['kv_cache']!r}). Leave it unset, with another method if that is its own."
+                f"{self.named('kv_cache')[0]} must be one of {fitting} for block-causal attention with "
+                f'decoding_method="{method}", whose keys are final (got {values["kv_cache"]!r}). Leave it unset, with '
+                "another method if that is its own."
             )
         for name, reason in (
             ("suffix_length", "no forward sees anything behind the open blocks"),

@@ -52,7 +52,10 @@ class D3LLMGenerationOutput(GenerateDecoderOnlyOutput):
             the same forwards, and drafts are verified by them.
         num_forwards_reference (`(B,)` long): the same by the d3LLM code's count, which adds one when the fill after a
             stop token ends the row, and one for each block that Fast-dLLM's caches find finished by its first forward;
-            by SDAR's with `"sdar"`, whose prompt and finished blocks have forwards of their own that store their keys.
+            by SDAR's with `"sdar"`, whose prompt and finished blocks have forwards of their own that store their keys;
+            and so by Fast-dLLM v2's with `"fast_dllm_v2"`.
+        num_store_forwards (`(B,)` long): forwards among `num_forwards` that only stored finished blocks, and read the
+            first token of the next one behind them; 0 with other methods than `"fast_dllm_v2"`.
         step_map (`(B, N)` long): the forward, from 1, that committed each new token, the first one where it was
             replaced; -1 where none did. With infilling `(B, P + N)`, and -1 on the given text as well.
         positions_computed (`(B,)` long): positions pushed through the model, summed over the row's forwards (twice
@@ -65,6 +68,7 @@ class D3LLMGenerationOutput(GenerateDecoderOnlyOutput):
     tokens_per_forward: torch.Tensor | None = None
     num_forwards: torch.Tensor | None = None
     num_forwards_reference: torch.Tensor | None = None
+    num_store_forwards: torch.Tensor | None = None
     step_map: torch.Tensor | None = None
     positions_computed: torch.Tensor | None = None
 
@@ -301,6 +305,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 where = row, column
                 logits, computed = drawn.forward(self, trial, rules, cache, recompute, where)
                 ledger.computed.index_add_(0, trial.rows, computed)
+                ledger.stored.index_add_(0, trial.rows, trial.alone.long())
 
                 # 5. Score the candidates: a token and a cost each
                 scores = scorer(logits, trial, drawn, where)
@@ -339,6 +344,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
             tokens_per_forward=lengths.float() / ledger.forwards.clamp_min(1),
             num_forwards=ledger.forwards,
             num_forwards_reference=ledger.reference,
+            num_store_forwards=ledger.stored,
             step_map=step_map,
             positions_computed=ledger.computed,
         )

@@ -63,7 +63,7 @@ class Ledger:
         # Columns of the answer: those to decide, without what lies behind the tokens that were asked for.
         self.width = self.tokens.shape[1] if canvas.blocks is None else canvas.new_length
         self.length = state.length.clamp_max(self.width)  # of the row, fewer where a criterion ends it
-        self.forwards, self.reference, self.computed = (torch.zeros_like(state.rows) for _ in range(3))
+        self.forwards, self.reference, self.computed, self.stored = (torch.zeros_like(state.rows) for _ in range(4))
         self.prefix = [0] * canvas.batch
         self.awaited: StoppingCriteriaList | None = None
 

@@ -34,9 +34,12 @@ CACHES: dict[str, dict[str, Any]] = {
     "dkv_greedy": {"cache_delay": 1, "cache_refresh_interval": 2, "cache_window": 4},
     "vicinity": {"cache_window": 16, "cache_warmup": 4, "cache_refresh_interval": None},
     "exact": {},
+    "exact_dual": {},
 }
 # Those that hold no approximation: what block-causal attention lets be kept, and only it.
 EXACT = ("none", "exact")
+# Method -> a further cache of block-causal attention, with approximations inside the block that is being decided.
+INSIDE_BLOCKS = {"fast_dllm_v2": "exact_dual"}
 CACHE_FIELDS = {name for settings in CACHES.values() for name in settings}
 
 # What every method has: field -> value where nothing else is said.
@@ -111,6 +114,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "edit_threshold": None,
         "max_post_steps": 16,
     },
+    "fast_dllm_v2": {"block_length": 32, "sub_block_length": 8, "confidence_threshold": 0.9},
 }
 # Method -> where its blocks begin, of one that brings block-causal attention whatever the model's class says: an
 # adapter of LLaDA or Dream was trained with it.
@@ -163,6 +167,7 @@ RULE_OF: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "relaxed_threshold": ("relaxed_threshold", _cost),
     "low_threshold": ("relaxed_threshold", _cost),
     "leap_radius": ("radius", int),
+    "sub_block_length": ("sub_block_length", int),
     "steps": ("steps", lambda steps: steps or 0),
     "min_commits": ("min_commits", int),
     "edit_threshold": ("edit_threshold", lambda probability: None if probability is None else _cost(probability)),
@@ -193,6 +198,14 @@ RULES: dict[str, dict[str, Any]] = {
         "score_processed": True,
     },
     "llada2": {"score": "confidence", "select": "quota_or_threshold"},
+    "fast_dllm_v2": {
+        "score": "confidence",
+        "select": "threshold",
+        "inclusive": False,
+        "force_best": True,
+        "stores_apart": True,
+        "first_alone": True,
+    },
 }
 
 
@@ -251,6 +264,11 @@ def _llada2(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
     return {"whole_blocks": whole_blocks, "score_processed": values["temperature"] is not None}
 
 
+def _fast_dllm_v2(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
+    """Where tokens are drawn, confidence is that of the distribution they are drawn from."""
+    return {"score_processed": values["temperature"] is not None}
+
+
 # Method -> what depends on several settings, or on the model's family.
 _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "d3llm": _entropy_threshold,
@@ -261,6 +279,7 @@ _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "sdar": _sdar,
     "d2f": _forced,
     "llada2": _llada2,
+    "fast_dllm_v2": _fast_dllm_v2,
 }
 
 
@@ -300,6 +319,8 @@ def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -
     rules |= RULES[method]
     if method in _FURTHER:
         rules |= _FURTHER[method](values, bool(logit_shift))
+    if traits.topology is None or not logit_shift:  # no row that sees nothing of a block predicts its first token
+        rules.pop("first_alone", None)
     return Rules(**rules)
 
 

@@ -73,6 +73,26 @@ def reaches_forward_only(model: Any, text: torch.Tensor) -> bool:
     return torch.equal(later[:, 0], plain[:, 0]) and not torch.equal(earlier[:, -1], plain[:, -1])
 
 
+def keeps_to_blocks(model: Any, text: torch.Tensor) -> bool:
+    """Whether the first half of a text `(1, L)` gets the logits that it gets alone, where a mask hides the second."""
+    length, half = text.shape[1], text.shape[1] // 2
+    place = torch.arange(length, device=text.device)
+    first = (place < half)[None]
+    hidden = (place[:, None] < half) & (place >= half)
+    positions = (place + model.position_offset)[None]
+    try:
+        whole = model.canvas_logits(
+            {"input_ids": text, "position_ids": positions, "attention_mask": ~hidden[None, None]}, first
+        )
+        alone = model.canvas_logits(
+            {"input_ids": text[:, :half], "position_ids": positions[:, :half], "attention_mask": None},
+            first[:, :half],
+        )
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return False  # it takes no such mask
+    return close(whole, alone)
+
+
 def takes_slot_cache(model: Any, num_layers: int, text: torch.Tensor) -> bool:
     """Whether some slots of a text `(1, L)` get the logits of the whole once the keys of the rest are in the cache."""
     length = text.shape[1]

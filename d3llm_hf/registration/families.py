@@ -61,6 +61,14 @@ _ROWS = (
     Family("Dream", "Dream", "configuration_dream", "DreamConfig", "modeling_dream", "DreamModel"),
     Family("llada2_moe", "LLaDA2", "configuration_llada2", "LLaDA2MoeConfig", "modeling_llada2", "LLaDA2MoeModelLM"),
     Family("sdar", "SDAR", "configuration_sdar", "SDARConfig", "modeling_sdar", "SDARForCausalLM"),
+    Family(
+        "Fast_dLLM_Qwen",
+        "Fast-dLLM v2",
+        "configuration_fast_dllm_v2",
+        "Fast_dLLM_QwenConfig",
+        "modeling_fast_dllm_v2",
+        "Fast_dLLM_QwenForCausalLM",
+    ),
 )
 FAMILIES = {family.model_type: family for family in _ROWS}
 """The families by the `model_type` of their config.json."""

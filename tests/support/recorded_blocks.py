@@ -19,8 +19,8 @@ class Recorded:
         model: folder of the model, or of its adapter.
         settings: under this library's names.
         answer: new tokens up to the first stop token, of those that were asked for.
-        unmask_step: forward that decided each of them.
-        forwards: by the reference's count.
+        unmask_step: forward that decided each of them; `None` where it is not comparable.
+        forwards: by the reference's count; `None` where it is not comparable.
     """
 
     id: str
@@ -29,7 +29,7 @@ class Recorded:
     settings: dict
     answer: list[int]
     unmask_step: list[int] | None
-    forwards: int
+    forwards: int | None
     flags: dict
 
 
@@ -49,11 +49,11 @@ def checkpoint(name: str):
     return model
 
 
-def recorded_cases(suite: str, recorded: Callable[[dict], Recorded | None]) -> list[Recorded]:
-    """The robust runs of a suite that are no error and drew nothing."""
+def recorded_cases(suite: str, recorded: Callable[[dict], Recorded | list[Recorded] | None]) -> list[Recorded]:
+    """The robust runs of a suite that are no error and drew nothing; rows of a batch are runs of their own."""
     cases = json.loads((GOLDEN / suite / "cases.json").read_text())["cases"]
     found = [recorded(case) for case in cases if case.get("robust") and "error" not in case]
-    return [case for case in found if case is not None]
+    return [row for case in found for row in (case if isinstance(case, list) else [case]) if row is not None]
 
 
 def up_to_stop(tokens: list[int], stop_ids: list[int]) -> list[int]:
@@ -195,3 +195,58 @@ def of_llada2(case: dict) -> Recorded | None:
         forwards=len(windows),
         flags=case["flags"],
     )
+
+
+# Defects of Fast-dLLM v2's code that decide tokens of a whole run, and of a row whose prompt fills its blocks.
+DEFECTS_OF_FAST_DLLM_V2 = {"prompt_equal_to_block_dropped", "in_block_mask_uses_32", "prefill_mask_uses_32"}
+DEFECT_OF_A_FULL_ROW = "aligned_row_in_mixed_batch"
+
+
+def of_fast_dllm_v2(case: dict) -> list[Recorded]:
+    """The rows of a run of Fast-dLLM v2's three functions; none of those that a defect or torch's numbers decide.
+
+    Asked for are the tokens of the blocks that were decided: the reference rounds its budget down, and appends one
+    more token behind the last block. In a batch each row waits for the others, and where a stop token does not end a
+    row at once it is decoded on: forwards are compared where a row was alone, and went on or stopped at once.
+    """
+    args, flags, expected = case["args"], case["flags"], case["expected"]
+    if flags["uses_rng"] or DEFECTS_OF_FAST_DLLM_V2.intersection(case["quirks"]):
+        return []
+    length, stops_at_once = args["block_size"], case["method"] != "batch_sample"
+    prompts, sequences, steps = case["prompt"], expected["sequence"], expected["unmask_step"]
+    if not isinstance(prompts[0], list):
+        prompts, sequences, steps = [prompts], [sequences], [steps]
+    settings = {
+        "block_length": length,
+        "sub_block_length": args["small_block_size"],
+        "confidence_threshold": args["threshold"],
+        "eos_token_id": case["stop_token"],
+        "mask_token_id": case["mask_id"],
+    }
+    if args.get("use_block_cache"):
+        settings["kv_cache"] = "exact_dual"
+    found = []
+    for index, (prompt, sequence, unmasked) in enumerate(zip(prompts, sequences, steps, strict=True)):
+        start, stop = len(prompt), case["stop_token"]
+        stopped = stop in sequence[start:]
+        asked = len(sequence) // length * length - start
+        if stopped and stops_at_once:
+            asked = args["max_new_tokens"] // length * length - start % length
+        if asked <= 0 or (DEFECT_OF_A_FULL_ROW in case["quirks"] and start % length == 0):
+            continue
+        answer = up_to_stop(sequence[start : start + asked], [stop])
+        alone = len(prompts) == 1
+        apart = expected["n_forwards_prefill"] if start % length else 0  # a forward that decides nothing
+        found.append(
+            Recorded(
+                id=case["id"] if alone else f"{case['id']}-{index}",
+                model=case["model"],
+                prompt=tuple(prompt),
+                settings=settings | {"max_new_tokens": asked},
+                answer=answer,
+                unmask_step=[step - apart for step in unmasked[start : start + len(answer)]] if alone else None,
+                forwards=expected["n_forwards"] if alone and (stops_at_once or not stopped) else None,
+                flags=flags,
+            )
+        )
+    return found
