@@ -194,6 +194,12 @@ def test_confidence_is_that_of_the_distribution_that_tokens_are_drawn_from():
     assert output.step_map[0].tolist() == [1] * 8 + [2] * 8 + [3] * 8
 
 
+def test_a_probability_of_the_threshold_does_not_exceed_it():
+    settings = {"block_length": 8, "do_sample": True, "top_k": 1, "eos_token_id": None}  # every probability is 1
+    output = generate(model_of("llada"), PROMPTS[:1], confidence_threshold=1.0, block_add_threshold=1.0, **settings)
+    assert sorted(output.step_map[0].tolist()) == list(range(1, NEW + 1))
+
+
 def test_sampling_is_repeatable_and_the_same_from_kept_blocks():
     settings = {"do_sample": True, "temperature": 0.9, "seed": 5, "block_length": 6}
     kept, whole = (generate(model_of("dream"), PROMPTS, kv_cache=c, **settings) for c in ("exact", "none"))
