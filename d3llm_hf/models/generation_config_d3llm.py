@@ -19,10 +19,10 @@ from .methods import (
     COMMON,
     DECODERS,
     DEFAULT_METHOD,
-    EXACT,
     INSIDE_BLOCKS,
     METHODS,
     REMASKING,
+    caches_of,
     defaults_of,
     rules_of,
     topology_of,
@@ -423,14 +423,14 @@ class D3LLMGenerationConfig(GenerationConfig):
                 )
             values[name] = value
         values["kv_cache"] = cache
-        self._check(method, values, topology)
+        self._check(method, values, topology, traits)
         return values
 
-    def _check(self, method: str, values: dict[str, Any], topology: Topology | None) -> None:
+    def _check(self, method: str, values: dict[str, Any], topology: Topology | None, traits: Traits) -> None:
         """Fields that exclude each other."""
         cache = values["kv_cache"]
         if topology is not None:
-            self._check_block_causal(method, values, topology)
+            self._check_block_causal(method, values, topology, traits)
         elif cache in ("exact", *INSIDE_BLOCKS.values()):
             raise ValueError(
                 f'{self.named("kv_cache")[0]} must not be "{cache}" where all positions see one another (got it): '
@@ -503,7 +503,7 @@ class D3LLMGenerationConfig(GenerationConfig):
                 f"(got {self.max_post_steps}). Set both, or leave it unset."
             )
 
-    def _check_block_causal(self, method: str, values: dict[str, Any], topology: Topology) -> None:
+    def _check_block_causal(self, method: str, values: dict[str, Any], topology: Topology, traits: Traits) -> None:
         """What has no meaning where a position sees nothing of later blocks."""
         alignment = ALIGNMENT_OF.get(method, topology.alignment)
         if alignment != topology.alignment:
@@ -512,7 +512,7 @@ class D3LLMGenerationConfig(GenerationConfig):
                 f"{topology.alignment} (got it): the method's begin with the end of the {alignment}. Leave it unset, "
                 "for the model's own."
             )
-        fitting = [*EXACT, INSIDE_BLOCKS[method]] if method in INSIDE_BLOCKS else [*EXACT]
+        fitting = caches_of(method, traits)
         if values["kv_cache"] not in fitting:
             raise ValueError(
                 f"{self.named('kv_cache')[0]} must be one of {fitting} for block-causal attention with "

@@ -144,8 +144,9 @@ def defaults_of(method: str, traits: Traits) -> dict[str, Any]:
 
 def caches_of(method: str, traits: Traits) -> list[str]:
     """The caches that a method can have on a model."""
-    in_blocks = topology_of(method, traits) is not None
-    return [name for name in CACHES if name == "none" or (name in EXACT) == in_blocks]
+    if topology_of(method, traits) is not None:
+        return [*EXACT, INSIDE_BLOCKS[method]] if method in INSIDE_BLOCKS else [*EXACT]
+    return [name for name in CACHES if name == "none" or name not in (*EXACT, *INSIDE_BLOCKS.values())]
 
 
 def methods_of(traits: Traits) -> list[str]:
