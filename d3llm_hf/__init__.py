@@ -30,7 +30,6 @@ _MODULE_OF = {
     "DreamConfig": "models.configuration_dream",
     "DreamModel": "models.modeling_dream",
     "LLaDA2MoeConfig": "models.configuration_llada2",
-    "LLaDA2MoeModel": "models.modeling_llada2",
     "LLaDA2MoeModelLM": "models.modeling_llada2",
     "LLaDAConfig": "models.configuration_llada",
     "LLaDAModel": "models.modeling_llada",
@@ -64,7 +63,6 @@ __all__ = [
     "DreamConfig",
     "DreamModel",
     "LLaDA2MoeConfig",
-    "LLaDA2MoeModel",
     "LLaDA2MoeModelLM",
     "LLaDAConfig",
     "LLaDAModel",
@@ -119,7 +117,7 @@ if TYPE_CHECKING:
     from .models.generation_d3llm import D3LLMGenerationMixin, D3LLMGenerationOutput
     from .models.modeling_dream import DreamModel
     from .models.modeling_llada import LLaDAModel, LLaDAModelLM
-    from .models.modeling_llada2 import LLaDA2MoeModel, LLaDA2MoeModelLM
+    from .models.modeling_llada2 import LLaDA2MoeModelLM
     from .models.modeling_sdar import SDARForCausalLM
     from .text import encode_chat, encode_infill, encode_text
     from .watch.chat import Chat

@@ -479,8 +479,8 @@ class D3LLMGenerationConfig(GenerationConfig):
             )
         if self.steps is not None and values["edit_threshold"] is not None:
             raise ValueError(
-                f"{self.named('steps')[0]} is not used with `edit_threshold`, where a block takes the forwards that it "
-                f"needs (got {self.steps} and {values['edit_threshold']}). Pass `min_commits` in its place."
+                f"{self.named('steps')[0]} is not used with `edit_threshold`, where a block takes the forwards that "
+                f"it needs (got {self.steps} and {values['edit_threshold']}). Pass `min_commits` in its place."
             )
         if self.max_post_steps is not None and values["edit_threshold"] is None:
             raise ValueError(

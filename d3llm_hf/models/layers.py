@@ -99,7 +99,7 @@ class BidirectionalAttentionMixin(Module):
         if kept is None and position_embeddings[0].shape[-1] == self.head_dim:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         else:
-            asked = position_embeddings
+            asked: tuple[torch.Tensor, ...] = position_embeddings
             if kept is not None:
                 asked = tuple(at_positions(table, kept) for table in position_embeddings)
                 attention_mask = _mask_at(attention_mask, kept)
