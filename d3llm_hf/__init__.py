@@ -32,7 +32,6 @@ _MODULE_OF = {
     "Fast_dLLM_QwenConfig": "models.configuration_fast_dllm_v2",
     "Fast_dLLM_QwenForCausalLM": "models.modeling_fast_dllm_v2",
     "LLaDA2MoeConfig": "models.configuration_llada2",
-    "LLaDA2MoeModel": "models.modeling_llada2",
     "LLaDA2MoeModelLM": "models.modeling_llada2",
     "LLaDAConfig": "models.configuration_llada",
     "LLaDAModel": "models.modeling_llada",
@@ -68,7 +67,6 @@ __all__ = [
     "Fast_dLLM_QwenConfig",
     "Fast_dLLM_QwenForCausalLM",
     "LLaDA2MoeConfig",
-    "LLaDA2MoeModel",
     "LLaDA2MoeModelLM",
     "LLaDAConfig",
     "LLaDAModel",
@@ -125,7 +123,7 @@ if TYPE_CHECKING:
     from .models.modeling_dream import DreamModel
     from .models.modeling_fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
     from .models.modeling_llada import LLaDAModel, LLaDAModelLM
-    from .models.modeling_llada2 import LLaDA2MoeModel, LLaDA2MoeModelLM
+    from .models.modeling_llada2 import LLaDA2MoeModelLM
     from .models.modeling_sdar import SDARForCausalLM
     from .text import encode_chat, encode_infill, encode_text
     from .watch.chat import Chat

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations.moe import use_experts_implementation
 
 
@@ -39,7 +39,7 @@ class Experts(nn.Module):
         return total.to(hidden_states.dtype)
 
 
-def merged_experts() -> list[WeightConverter | WeightRenaming]:
+def merged_experts() -> list[WeightConverter]:
     """How transformers makes the tables of `mlp.experts.{j}.gate_proj.weight` and the like, and undoes it."""
     return [
         WeightConverter(

@@ -99,7 +99,7 @@ class BidirectionalAttentionMixin(Module):
         if kept is None and position_embeddings[0].shape[-1] == self.head_dim:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         else:
-            asked = position_embeddings
+            asked: tuple[torch.Tensor, ...] = position_embeddings
             if kept is not None:
                 asked = at_positions(position_embeddings[0], kept), at_positions(position_embeddings[1], kept)
                 attention_mask = _mask_at(attention_mask, kept)

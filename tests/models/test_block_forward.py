@@ -8,9 +8,10 @@ from places import GOLDEN
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from d3llm_hf import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM
+from d3llm_hf import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from d3llm_hf.hub.whole_model import misfits
 from d3llm_hf.models.cache import SlotCache
+from d3llm_hf.models.modeling_llada2 import LLaDA2MoeModel
 from d3llm_hf.models.topology import Topology
 
 

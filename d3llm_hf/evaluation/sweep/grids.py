@@ -23,6 +23,7 @@ NATURAL: dict[str, tuple[str, tuple[float, ...]]] = {
     "dkv": ("steps", (1, 1 / 2, 1 / 4)),
     "llada": ("steps", (1, 1 / 2, 1 / 4)),
     "dream": ("steps", (1, 1 / 2, 1 / 4)),
+    "llada2": ("confidence_threshold", (0.99, 0.95, 0.9, 0.8, 0.7)),
 }
 
 # Arguments of `generate` that a sweep gives itself, and how to ask for them.
