@@ -116,13 +116,6 @@ class Canvas:
         if embeds is not None:
             prompt = torch.full(embeds.shape[:2], mask_token_id, dtype=torch.long, device=embeds.device)
         length = prompt.shape[1] + new_length
-        longest = model.max_positions
-        if longest is not None and length > longest:
-            raise ValueError(
-                f"Prompt and `max_new_tokens` must fit into the model's {longest} positions (got {prompt.shape[1]} + "
-                f"{new_length} = {length}). Shorten one of them."
-            )
-
         check_tokens(prompt, vocabulary_of(model.config))
 
         # 2. Padding
@@ -152,6 +145,13 @@ class Canvas:
             whole = topology.whole(given, new_length)
             new_length = int(whole.max())  # a host sync
             length = prompt.shape[1] + new_length
+        longest = model.max_positions
+        if longest is not None and length > longest:
+            rounded = "" if new_length == asked else f", {asked} to the end of a block,"
+            raise ValueError(
+                f"Prompt and `max_new_tokens` must fit into the model's {longest} positions (got {prompt.shape[1]} + "
+                f"{new_length} = {length}{rounded}). Shorten one of them."
+            )
         seen = torch.cat([seen, seen.new_ones(prompt.shape[0], new_length)], dim=1)
         if token_types is not None:
             following = token_types[:, -1:] if token_types.shape[1] else token_types.new_zeros(len(prompt), 1)

@@ -17,13 +17,15 @@ NATURAL: dict[str, tuple[str, tuple[float, ...]]] = {
     "dparallel": ("entropy_threshold", (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)),
     "fast_dllm": ("confidence_threshold", (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)),
     "dinfer": ("confidence_threshold", (0.99, 0.95, 0.9, 0.8, 0.7)),
+    "sdar": ("confidence_threshold", (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)),
+    "llada2": ("confidence_threshold", (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)),
+    "fast_dllm_v2": ("confidence_threshold", (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)),
     "d2f": ("confidence_threshold", (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)),
     "local_leap": ("confidence_threshold", (0.99, 0.95, 0.9, 0.85, 0.8)),
     "entropy_bound": ("entropy_bound", (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)),
     "dkv": ("steps", (1, 1 / 2, 1 / 4)),
     "llada": ("steps", (1, 1 / 2, 1 / 4)),
     "dream": ("steps", (1, 1 / 2, 1 / 4)),
-    "llada2": ("confidence_threshold", (0.99, 0.95, 0.9, 0.8, 0.7)),
 }
 
 # Arguments of `generate` that a sweep gives itself, and how to ask for them.
