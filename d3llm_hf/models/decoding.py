@@ -315,7 +315,7 @@ def candidates(state: State, rules: Rules, ahead: int = 0) -> torch.Tensor:
     column = torch.arange(state.tokens.shape[1], device=state.tokens.device)
     reach = state.reach(rules, ahead)
     if rules.suffix_length is not None:
-        reach = torch.minimum(reach, state.reach(rules) + rules.suffix_length)
+        reach = torch.minimum(reach, state.reach(rules) + min(rules.suffix_length, len(column)))
     among = state.undecided & (column < reach[:, None])
     if rules.sub_block_length:
         part = (column + state.offset[:, None]) // rules.sub_block_length

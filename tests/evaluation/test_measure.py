@@ -68,7 +68,7 @@ def tally_of(*args) -> Tally:
 @pytest.mark.parametrize("name", ALL)
 def test_every_setting_of_a_suite_is_accepted(name):
     for row, settings in ALL[name].rows.items():
-        rules = D3LLMGenerationConfig(**settings).rules(64, 0)
+        rules = D3LLMGenerationConfig(**settings).rules(64)
         assert rules.block_length in (16, 64), row
         assert json.loads(json.dumps(settings)) == settings
 
@@ -82,6 +82,9 @@ def test_every_column_of_a_suite_can_be_shown_and_every_comparison_is_with_an_ea
         assert order.index(base) <= order.index(row)
         assert suite.against[base] == base
     assert not suite.against or set(suite.against) == set(order)
+
+
+EXACT_CACHES = {"exact", "exact_dual"}  # of blocks
 
 
 def test_the_suites_leave_no_method_and_no_cache_out():

@@ -21,6 +21,7 @@ from d3llm_hf.evaluation.harness.processes import Processes
 from d3llm_hf.evaluation.harness.recipe_plans import FOLDER, plan, read_recipe, recipe_names
 from d3llm_hf.evaluation.harness.request_settings import request_settings
 from d3llm_hf.models.generation_config_d3llm import D3LLMGenerationConfig
+from d3llm_hf.models.topology import Traits
 from d3llm_hf.stops import StopInAnswer, before_stop, tokens_of
 
 
@@ -181,7 +182,7 @@ def test_a_recipe_names_tasks_that_lm_eval_has_and_settings_that_generate_takes(
             chosen = plan(recipe, settings=settings, cached=cached)
             own = {k: v for k, v in chosen.model_args.items() if k not in ("pretrained", "dtype", "end_at_until")}
             asked = request_settings(chosen.gen_kwargs, own, 1)
-            D3LLMGenerationConfig(**asked.generate).rules(asked.max_new_tokens, int("dream" in settings))
+            D3LLMGenerationConfig(**asked.generate).rules(asked.max_new_tokens, Traits(int("dream" in settings)))
             assert asked.max_new_tokens in (256, 512)
             assert chosen.model_args.get("kv_cache", "none") == ("delayed" if cached else "none")
             assert "--confirm_run_unsafe_code" not in chosen.arguments([])
