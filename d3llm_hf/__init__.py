@@ -39,6 +39,8 @@ _MODULE_OF = {
     "LogLikelihood": "likelihood",
     "SDARConfig": "models.configuration_sdar",
     "SDARForCausalLM": "models.modeling_sdar",
+    "SDARMoeConfig": "models.configuration_sdar_moe",
+    "SDARMoeForCausalLM": "models.modeling_sdar_moe",
     "SlotCache": "models.cache",
     "as_diffusion_lm": "adapters",
     "aup_score": "metrics.aup.curve",
@@ -74,6 +76,8 @@ __all__ = [
     "LogLikelihood",
     "SDARConfig",
     "SDARForCausalLM",
+    "SDARMoeConfig",
+    "SDARMoeForCausalLM",
     "SlotCache",
     "__version__",
     "as_diffusion_lm",
@@ -118,6 +122,7 @@ if TYPE_CHECKING:
     from .models.configuration_llada import LLaDAConfig
     from .models.configuration_llada2 import LLaDA2MoeConfig
     from .models.configuration_sdar import SDARConfig
+    from .models.configuration_sdar_moe import SDARMoeConfig
     from .models.generation_config_d3llm import D3LLMGenerationConfig
     from .models.generation_d3llm import D3LLMGenerationMixin, D3LLMGenerationOutput
     from .models.modeling_dream import DreamModel
@@ -125,6 +130,7 @@ if TYPE_CHECKING:
     from .models.modeling_llada import LLaDAModel, LLaDAModelLM
     from .models.modeling_llada2 import LLaDA2MoeModelLM
     from .models.modeling_sdar import SDARForCausalLM
+    from .models.modeling_sdar_moe import SDARMoeForCausalLM
     from .text import encode_chat, encode_infill, encode_text
     from .watch.chat import Chat
     from .watch.streamers import BatchTextStreamer, CanvasIterator, CanvasUpdate, stream_generate

@@ -38,6 +38,8 @@ class SDARConfig(DerivingConfigMixin, PreTrainedConfig):
     model_type = "sdar"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"block_length": "block_size"}
+    # Keys that would describe another architecture elsewhere.
+    own_keys: ClassVar[frozenset[str]] = frozenset({"block_size"})
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -109,9 +111,8 @@ class SDARConfig(DerivingConfigMixin, PreTrainedConfig):
                 )
         if self.block_size < 1:
             raise ValueError(f"`block_size` must be a positive integer (got {self.block_size}). Correct config.json.")
-        refuse_another_architecture(
-            "SDAR", {name: value for name, value in vars(self).items() if name != "block_size"}
-        )
+        keys = {name: value for name, value in vars(self).items() if name not in self.own_keys}
+        refuse_another_architecture("SDAR", keys)
 
 
 __all__ = ["SDARConfig"]

@@ -61,6 +61,7 @@ _ROWS = (
     Family("Dream", "Dream", "configuration_dream", "DreamConfig", "modeling_dream", "DreamModel"),
     Family("llada2_moe", "LLaDA2", "configuration_llada2", "LLaDA2MoeConfig", "modeling_llada2", "LLaDA2MoeModelLM"),
     Family("sdar", "SDAR", "configuration_sdar", "SDARConfig", "modeling_sdar", "SDARForCausalLM"),
+    Family("sdar_moe", "SDAR", "configuration_sdar_moe", "SDARMoeConfig", "modeling_sdar_moe", "SDARMoeForCausalLM"),
     Family(
         "Fast_dLLM_Qwen",
         "Fast-dLLM v2",

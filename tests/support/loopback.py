@@ -23,4 +23,4 @@ def on_loopback(app, **options):
             yield listener.getsockname()[1]
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(120)  # a busy machine takes long
