@@ -1,4 +1,4 @@
-"""LLaDA and Dream as subjects of transformers' common model tests; see [`run_common_tests.py`](run_common_tests.py).
+"""Model families as subjects of transformers' common model tests; see [`run_common_tests.py`](run_common_tests.py).
 
 This file is not run from here: it is copied to `tests/models/` of transformers' source distribution.
 """
@@ -11,14 +11,36 @@ from transformers.testing_utils import require_torch, torch_device
 
 from d3llm_hf import DreamConfig, DreamModel, LLaDAConfig, LLaDAModel, LLaDAModelLM
 from d3llm_hf.models.modeling_dream import DreamBaseModel
+from d3llm_hf.models.modeling_fast_dllm_v2 import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM, Fast_dLLM_QwenModel
+from d3llm_hf.models.modeling_llada2 import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM
+from d3llm_hf.models.modeling_sdar import SDARConfig, SDARForCausalLM, SDARModel
+from d3llm_hf.models.modeling_sdar_moe import SDARMoeConfig, SDARMoeForCausalLM, SDARMoeModel
 
 from ..test_configuration_common import ConfigTester
 from ..test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask
 
 
 # The mixin looks class names up here to tell backbones (no loss) from models with a head (labels as in masked LMs).
-modeling_auto.MODEL_MAPPING_NAMES.update({"llada": "LLaDAModel", "Dream": "DreamBaseModel"})
-modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.update({"llada": "LLaDAModelLM", "Dream": "DreamModel"})
+modeling_auto.MODEL_MAPPING_NAMES.update(
+    {
+        "llada": "LLaDAModel",
+        "Dream": "DreamBaseModel",
+        "sdar": "SDARModel",
+        "sdar_moe": "SDARMoeModel",
+        "llada2_moe": "LLaDA2MoeModel",
+        "Fast_dLLM_Qwen": "Fast_dLLM_QwenModel",
+    }
+)
+modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.update(
+    {
+        "llada": "LLaDAModelLM",
+        "Dream": "DreamModel",
+        "sdar": "SDARForCausalLM",
+        "sdar_moe": "SDARMoeForCausalLM",
+        "llada2_moe": "LLaDA2MoeModelLM",
+        "Fast_dLLM_Qwen": "Fast_dLLM_QwenForCausalLM",
+    }
+)
 
 
 class FamilyTester:
@@ -96,3 +118,31 @@ class DreamModelTest(FamilyTestMixin, unittest.TestCase):
         "intermediate_size": 48,
         "max_position_embeddings": 64,
     }
+
+
+@require_torch
+class SDARModelTest(FamilyTestMixin, unittest.TestCase):
+    config_class = SDARConfig
+    all_model_classes = (SDARModel, SDARForCausalLM)
+    sizes: ClassVar = DreamModelTest.sizes | {"head_dim": 8}
+
+
+@require_torch
+class SDARMoeModelTest(FamilyTestMixin, unittest.TestCase):
+    config_class = SDARMoeConfig
+    all_model_classes = (SDARMoeModel, SDARMoeForCausalLM)
+    sizes: ClassVar = SDARModelTest.sizes | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+@require_torch
+class LLaDA2MoeModelTest(FamilyTestMixin, unittest.TestCase):
+    config_class = LLaDA2MoeConfig
+    all_model_classes = (LLaDA2MoeModel, LLaDA2MoeModelLM)
+    sizes: ClassVar = SDARMoeModelTest.sizes | {"n_group": 2, "topk_group": 2, "num_shared_experts": 1}
+
+
+@require_torch
+class FastDLLMQwenModelTest(FamilyTestMixin, unittest.TestCase):
+    config_class = Fast_dLLM_QwenConfig
+    all_model_classes = (Fast_dLLM_QwenModel, Fast_dLLM_QwenForCausalLM)
+    sizes: ClassVar = DreamModelTest.sizes

@@ -1,4 +1,4 @@
-"""Runs transformers' own common model tests (`ModelTesterMixin`, `ConfigTester`) on LLaDA and Dream.
+"""Runs transformers' own common model tests (`ModelTesterMixin`, `ConfigTester`) on the model families.
 
     python tests/common/run_common_tests.py                  # or: make common-tests
     python tests/common/run_common_tests.py -k resize        # further arguments go to pytest
