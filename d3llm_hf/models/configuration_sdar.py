@@ -92,7 +92,6 @@ class SDARConfig(DerivingConfigMixin, PreTrainedConfig):
         with refusing():
             self.validate_architecture()
         self.layer_types = ["full_attention"] * self.num_hidden_layers
-        self.sliding_window = None  # a key of Qwen3's, whose attention reads it
         self.rope_theta = self.rope_parameters["rope_theta"]  # the key that engines of the official code read
 
     def validate_architecture(self):
