@@ -197,7 +197,8 @@ def blocks_table(results: dict[str, Any]) -> str:
         f"{shape['dtype']}, {shape['new_tokens']} new tokens in blocks of {shape['block_length']}, "
         f"{shape['schedule']} of them a forward, batch {shape['batch_size']}. Full attention: the same "
         "weights with every position seeing all others. A step is from one forward to the next, the median of a "
-        f"turn; times are medians over {shape['repeats']} turns. {_where(results)} Regenerate: "
+        f"turn; times are medians over {shape['repeats']} turn{'s' * (shape['repeats'] > 1)}. "
+        f"{_where(results)} Regenerate: "
         f"`{results['command']}`.",
     ]
     return "\n".join(lines) + "\n"
