@@ -34,15 +34,14 @@ register_checkpoint_conversion_mapping(
     [
         *merged_experts(),
         WeightRenaming(r"word_embeddings\.", "embed_tokens."),
-        WeightRenaming(r"\.attention\.", ".self_attn."),
         WeightConverter(
-            source_patterns="query_key_value",
-            target_patterns=["q_proj", "k_proj", "v_proj"],
+            source_patterns="attention.query_key_value",
+            target_patterns=["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
             operations=[Split(dim=0)],
         ),
-        WeightRenaming(r"\.self_attn\.dense\.", ".self_attn.o_proj."),
-        WeightRenaming(r"\.self_attn\.query_layernorm\.", ".self_attn.q_norm."),
-        WeightRenaming(r"\.self_attn\.key_layernorm\.", ".self_attn.k_norm."),
+        WeightRenaming(r"\.attention\.dense\.", ".self_attn.o_proj."),
+        WeightRenaming(r"\.attention\.query_layernorm\.", ".self_attn.q_norm."),
+        WeightRenaming(r"\.attention\.key_layernorm\.", ".self_attn.k_norm."),
     ],
     overwrite=True,
 )

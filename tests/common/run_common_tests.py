@@ -34,7 +34,7 @@ COMMON_KEYS = {
     "dtype": "float16",
     "id2label": {0: "a", 1: "b", 2: "c"},
     "label2id": {"a": 0, "b": 1, "c": 2},
-    "is_encoder_decoder": True,
+    "is_encoder_decoder": False,  # another one is refused
     "output_hidden_states": True,
     "problem_type": "regression",
 }
