@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle_blocks import BlockRules, decode_blocks
 from recorded_blocks import checkpoint, up_to_stop
-from thin import covering
+from thin import covering, some_of
 
 from d3llm_hf import D3LLMGenerationConfig, SDARForCausalLM, log_likelihood
 
@@ -89,6 +89,35 @@ def test_any_prompts_and_lengths_get_the_same_with_kept_blocks(prompts, new, nam
     assert plain.sequences.tolist() == kept.sequences.tolist()
     assert kept.sequences.shape[1] == max(map(len, prompts)) + new
     assert not (kept.sequences[:, -new:] == MASK).any()
+
+
+# Checkpoint -> its own rule, and ours over several blocks; a D2F adapter has no other than its own.
+OTHERS = {
+    "llada2-tiny-a": [
+        {"confidence_threshold": 0.8},
+        {"confidence_threshold": 0.8, "edit_threshold": 0.5, "block_length": 8},
+        {"decoding_method": "d3llm", "entropy_threshold": 0.6, "block_length": 8},
+    ],
+    "fdv2-tiny-a": [
+        {"confidence_threshold": 0.8, "block_length": 8, "sub_block_length": 4},
+        {"decoding_method": "d3llm", "entropy_threshold": 0.6, "block_length": 8},
+    ],
+    "d2f-llada-tiny-a-lora": [{"decoding_method": "d2f", "confidence_threshold": 0.8, "block_length": 8}],
+    "d2f-dream-tiny-a-lora": [{"decoding_method": "d2f", "confidence_threshold": 0.8, "block_length": 8}],
+}
+
+
+@pytest.mark.parametrize("name", some_of(OTHERS, every=2))
+@examples(200)
+@given(st.lists(prompts_drawn, min_size=1, max_size=8), st.integers(1, 20), st.integers(0, 2))
+def test_kept_blocks_change_nothing_in_other_families(name, prompts, new, place):
+    model, chosen = checkpoint(name), OTHERS[name][place % len(OTHERS[name])]
+    settings = {"max_new_tokens": new, "mask_token_id": MASK, "eos_token_id": [508, 510]} | chosen
+    plain, kept = (decode(model, prompts, kv_cache=cache, **settings) for cache in ("none", "exact"))
+    assert plain.sequences.tolist() == kept.sequences.tolist()
+    assert plain.step_map.tolist() == kept.step_map.tolist()
+    alone = decode(model, prompts[-1:], **settings)
+    assert answers(alone, prompts[-1:])[0] == answers(kept, prompts)[-1]
 
 
 @pytest.mark.parametrize("name, block_length", covering(["static", "dynamic", "sequential"], [2, 4, 7], strength=1))
