@@ -20,7 +20,7 @@ from ..models.modeling_sdar import SDARForCausalLM
 from ..progress import progress_bar
 from .decoding import Contestant, Turn, decode, equal_tokens, results, timed, warm_up
 from .memory import threads
-from .shapes import HEAD_WIDTH, DecodingBench, Work
+from .shapes import HEAD_WIDTH, DecodingBench, Work, random_work
 from .split import steps_timed
 
 
@@ -108,7 +108,7 @@ def _attention(work: Work, name: str) -> Iterator[None]:
 
 @contextmanager
 def _prepared(bench: DecodingBench) -> Iterator[Work]:
-    """A random SDAR of the shape, with one batch of prompts."""
+    """A random SDAR of the shape, with prompts."""
     last = bench.vocab_size - 1
     heads = max(1, bench.d_model // HEAD_WIDTH)
     with threads(bench.threads), torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -128,14 +128,7 @@ def _prepared(bench: DecodingBench) -> Iterator[Work]:
             bos_token_id=None,
             eos_token_id=None,
         )
-        model = SDARForCausalLM(config).eval()
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1:
-                weight.normal_(std=1.0 if "embed_tokens" in name else 1.5 * weight.shape[1] ** -0.5)
-        model = model.to(getattr(torch, bench.dtype)).to(bench.device)
-        ids = torch.randint(last - 1, (bench.batch_size, bench.prompt_length)).to(bench.device)
-        limits = {"max_new_tokens": bench.new_tokens, "pad_token_id": last - 1}
-        yield Work(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], limits)
+        yield random_work(SDARForCausalLM(config), bench)
 
 
 def _check(bench: DecodingBench, turns: dict[str, Turn]) -> None:

@@ -241,11 +241,20 @@ def _random(bench: DecodingBench) -> Work:
         pad_token_id=last - 1,
         eos_token_id=None,
     )
-    model = LLaDAModelLM(config).eval()
+    return random_work(LLaDAModelLM(config), bench)
+
+
+def random_work(model: Any, bench: DecodingBench) -> Work:
+    """A model with the weights that the module's docstring tells of, and random prompts for it.
+
+    Args:
+        model: of the shape; its last two tokens, mask and pad, are in no prompt.
+    """
+    last = bench.vocab_size - 1
     for name, weight in model.named_parameters():
         if weight.ndim > 1:
             weight.normal_(std=1.0 if "embed_tokens" in name else 1.5 * weight.shape[1] ** -0.5)
-    model = model.to(getattr(torch, bench.dtype)).to(bench.device)
+    model = model.eval().to(getattr(torch, bench.dtype)).to(bench.device)
     prompts = torch.randint(last - 1, (bench.count, bench.prompt_length)).to(bench.device)
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in prompts.split(bench.batch_size)]
     return Work(model, batches, {"max_new_tokens": bench.new_tokens, "pad_token_id": last - 1})

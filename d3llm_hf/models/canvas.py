@@ -262,7 +262,7 @@ class Canvas:
             cache.at(slots, seen)
 
         # 3. The forward, and the head only where a candidate is decided.
-        mask = self._not_of_later_blocks(mask, slots, end)
+        mask = self._not_of_later_blocks(mask, slots, end, seen)
         wanted = torch.zeros(self.batch, width, dtype=torch.bool, device=slot.device)
         wanted[row, index] = True
         inputs = self._inputs(model, state, slots) | {"attention_mask": mask}
@@ -314,7 +314,7 @@ class Canvas:
         return end, seen, mask
 
     def _not_of_later_blocks(
-        self, mask: torch.Tensor | None, slots: slice | torch.Tensor, end: torch.Tensor
+        self, mask: torch.Tensor | None, slots: slice | torch.Tensor, end: torch.Tensor, seen: int
     ) -> torch.Tensor | None:
         """A mask `(B, S)` of keys with what each of Q queries must not see, `(B, 1, Q, S)`.
 
@@ -326,7 +326,6 @@ class Canvas:
         last = self.blocks.gather(1, end[:, None] - 1)
         if bool((asking >= last).all()):  # a host sync
             return mask
-        seen = int(end.max()) if mask is None else mask.shape[1]  # a host sync
         sees = asking[:, :, None] >= self.blocks[:, None, :seen]
         return (sees if mask is None else sees & mask[:, None])[:, None]
 

@@ -1,5 +1,6 @@
 """Fields of a model's config that follow from others, whichever name or way these come by."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,15 +12,32 @@ else:
 
 
 class DerivingConfigMixin(PreTrainedConfig):
-    """Fields are derived from what was asked for: by an alias, or by an argument of `from_pretrained` over a file.
+    """What the configs of all families share: plans by the names of our modules, and fields that follow from others.
+
+    Fields are derived from what was asked for: by an alias, or by an argument of `from_pretrained` over a file.
 
     transformers assigns both once the config is made, when what follows from them is derived from the defaults.
     """
 
     attribute_map: ClassVar[dict[str, str]] = {}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan: ClassVar[dict[str, Sequence[list[str]]] | None] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     def take_aliases(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Assigns what comes under another name, before anything is derived; returns the rest.
+        """Assigns what comes under another name, before anything is derived; returns the rest that says something.
 
         Raises:
             ValueError: for two values of one field.

@@ -1,8 +1,5 @@
 """Configuration of Dream and its students, under the keys of the official checkpoints."""
 
-from collections.abc import Sequence
-from typing import ClassVar
-
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -38,21 +35,6 @@ class DreamConfig(DerivingConfigMixin, PreTrainedConfig):
     """
 
     model_type = "Dream"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
-    base_model_pp_plan: ClassVar[dict[str, Sequence[list[str]]] | None] = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
 
     vocab_size: int = 152064
     hidden_size: int = 3584

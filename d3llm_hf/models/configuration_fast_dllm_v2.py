@@ -1,6 +1,5 @@
 """Configuration of Fast-dLLM v2, under the keys of the official checkpoints."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -39,22 +38,7 @@ class Fast_dLLM_QwenConfig(DerivingConfigMixin, PreTrainedConfig):
     """
 
     model_type = "Fast_dLLM_Qwen"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"block_length": "bd_size"}
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
-    base_model_pp_plan: ClassVar[dict[str, Sequence[list[str]]] | None] = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
 
     vocab_size: int = 151936
     hidden_size: int = 4096

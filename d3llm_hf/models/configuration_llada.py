@@ -1,6 +1,5 @@
 """Configuration of LLaDA and its students, under the keys of the official checkpoints."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -63,7 +62,6 @@ class LLaDAConfig(DerivingConfigMixin, PreTrainedConfig):
     """
 
     model_type = "llada"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "num_attention_heads": "n_heads",
@@ -73,20 +71,6 @@ class LLaDAConfig(DerivingConfigMixin, PreTrainedConfig):
         "max_position_embeddings": "max_sequence_length",
         "tie_word_embeddings": "weight_tying",
         "initializer_range": "init_std",
-    }
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
-    base_model_pp_plan: ClassVar[dict[str, Sequence[list[str]]] | None] = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
     }
 
     vocab_size: int = 126464

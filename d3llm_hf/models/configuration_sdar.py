@@ -1,6 +1,5 @@
 """Configuration of SDAR and TraDo, under the keys of the official checkpoints."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -36,25 +35,12 @@ class SDARConfig(DerivingConfigMixin, PreTrainedConfig):
     """
 
     model_type = "sdar"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"block_length": "block_size"}
     # Keys that would describe another architecture elsewhere.
     own_keys: ClassVar[frozenset[str]] = frozenset({"block_size"})
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
+    base_model_tp_plan: ClassVar[dict[str, str]] = DerivingConfigMixin.base_model_tp_plan | {
         "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
-    base_model_pp_plan: ClassVar[dict[str, Sequence[list[str]]] | None] = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
     }
 
     vocab_size: int = 151936
