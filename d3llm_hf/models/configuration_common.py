@@ -56,7 +56,8 @@ class DerivingConfigMixin(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As transformers', with the arguments in place of the file's entries and not after them."""
-        declared = {*cls.__annotations__, *cls.attribute_map}
+        ours = [base for base in cls.__mro__ if issubclass(base, DerivingConfigMixin)]  # one may extend another
+        declared = {name for base in ours for name in base.__annotations__} | {*cls.attribute_map}
         given = {cls.attribute_map.get(name, name): kwargs.pop(name) for name in [*kwargs] if name in declared}
         if "rope_theta" in given and "rope_parameters" not in given:  # a file spells out both
             own = config_dict.get("rope_parameters") or config_dict.get("rope_scaling") or {}

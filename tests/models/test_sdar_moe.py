@@ -72,6 +72,12 @@ def test_sizes_that_do_not_fit_are_refused(sizes):
         SDARMoeConfig(**copy.deepcopy(SIZES) | sizes)
 
 
+def test_arguments_over_a_folder_take_part_in_what_is_derived(folder):
+    config = SDARMoeConfig.from_pretrained(folder, rope_theta=5000.0, block_length=8)
+    assert config.rope_parameters["rope_theta"] == config.rope_theta == 5000.0
+    assert (config.block_size, config.block_length) == (8, 8)
+
+
 def test_layers_without_experts_have_one_mlp():
     assert [SDARMoeConfig(**SIZES).has_experts(layer) for layer in range(3)] == [True, False, True]
     every_other = SDARMoeConfig(**SIZES | {"decoder_sparse_step": 2, "mlp_only_layers": None})
