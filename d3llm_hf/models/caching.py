@@ -226,7 +226,7 @@ def spent_by_reference(state: State, rules: Rules, canvas: Canvas) -> torch.Tens
     """
     if rules.stores_apart:
         left, changed = state.per_block(state.pending, rules), state.per_block(state.changed, rules)
-        stored = ((left == 0) & (changed > 0)).sum(1) - state.alone.long()
+        stored = ((left == 0) & (changed > 0)).sum(1) - canvas.only_stores(state).long()
         return stored + canvas.has_earlier_blocks.long() if state.forward == 1 else stored
     by_threshold = rules.select == "threshold" and rules.block_add_threshold >= 1
     if rules.kv_cache not in ("prefix", "dual") or rules.early_stop or not by_threshold:

@@ -202,6 +202,10 @@ class Canvas:
         """Rows `(B,)` of a block-causal call whose prompt fills blocks before the first one of the answer."""
         return self.blocks.gather(1, self.slots[:, :1])[:, 0] > 0 if self.blocks is not None else self.first < 0
 
+    def only_stores(self, state: State) -> torch.Tensor:
+        """Rows `(B,)` whose forward decides only the token behind what it stores; none where nothing is before it."""
+        return state.alone & ((self.first < self.prompt_length) | (state.open_count > 1))
+
     @property
     def may_stop(self) -> torch.Tensor:
         """Positions `(B, N)` at which a stop token ends the row: new tokens, not those between given text."""

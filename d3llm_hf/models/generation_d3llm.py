@@ -305,7 +305,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 where = row, column
                 logits, computed = drawn.forward(self, trial, rules, cache, recompute, where)
                 ledger.computed.index_add_(0, trial.rows, computed)
-                ledger.stored.index_add_(0, trial.rows, trial.alone.long())
+                ledger.stored.index_add_(0, trial.rows, drawn.only_stores(trial).long())
 
                 # 5. Score the candidates: a token and a cost each
                 scores = scorer(logits, trial, drawn, where)

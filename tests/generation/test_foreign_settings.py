@@ -5,15 +5,17 @@ import shutil
 
 import pytest
 import torch
-from families import DREAM, LLADA
+from families import DREAM, LLADA, SDAR
 from transformers import AutoModel, GenerationConfig
 
 from d3llm_hf import D3LLMGenerationConfig, export_checkpoint
-from d3llm_hf.models.foreign_settings import translated
+from d3llm_hf.models.foreign_settings import RENAMED, translated
 
 
 TOKENS = {"bos_token_id": 510, "eos_token_id": 510, "pad_token_id": 510}
 DREAMS = {"alg": "maskgit_plus", "alg_temp": 0.0, "eps": 0.001, "output_history": False, "steps": 8}
+
+IN_BLOCKS = ("sdar", "llada2", "fast_dllm_v2")  # methods of models whose blocks see earlier ones only
 
 # What a file holds -> what it says here.
 FILES = [
@@ -54,6 +56,51 @@ FILES = [
         {"decoding_method": "d3llm", "kv_cache": None, "cache_delay": None, "cache_refresh_interval": None},
     ),
     ({"steps": 4, "decoding_method": "llada"}, {"decoding_method": "llada", "steps": 4}),
+    (
+        {"denoising_steps": 2, "remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.8},
+        {"decoding_method": "sdar", "steps": 2, "remasking": "low_confidence", "confidence_threshold": 0.8},
+    ),
+    (
+        {"denoising_steps": 2, "remasking_strategy": "low_confidence_static", "confidence_threshold": 0.8},
+        {"decoding_method": "sdar", "steps": 2, "remasking": "low_confidence", "confidence_threshold": None},
+    ),
+    (
+        {"denoising_steps": 2, "remasking_strategy": "sequential", "eb_threshold": 0.6, "temperature": 0.0},
+        {"decoding_method": "sdar", "steps": 2, "remasking": "sequential", "entropy_bound": None, "do_sample": False},
+    ),
+    (
+        {"denoising_steps": 2, "remasking_strategy": "entropy_bounded", "eb_threshold": 0.6},
+        {"decoding_method": "sdar", "steps": None, "remasking": None, "entropy_bound": 0.6},
+    ),
+    (
+        {"gen_length": 8, "mask_id": 511, "steps": 2, "threshold": 0.7, "eos_early_stop": True},
+        {"decoding_method": "llada2", "steps": 2, "confidence_threshold": 0.7, "early_stop": True},
+    ),
+    (
+        {"steps": 2, "threshold": 0.7, "editing_threshold": 0.5, "max_post_steps": 4, "num_to_transfer": 2},
+        {"decoding_method": "llada2", "steps": None, "edit_threshold": 0.5, "max_post_steps": 4, "min_commits": 2},
+    ),
+    (
+        {"block_size": 4, "small_block_size": 2, "threshold": 0.7, "use_block_cache": True},
+        {"decoding_method": "fast_dllm_v2", "block_length": 4, "sub_block_length": 2, "kv_cache": "exact_dual"},
+    ),
+    (
+        {"block_size": 4, "small_block_size": 4, "use_block_cache": False},
+        {"decoding_method": "fast_dllm_v2", "block_length": 4, "sub_block_length": 4, "kv_cache": None},
+    ),
+    (
+        {"block_size": 4, "skip_threshold": 0.8, "decoded_token_threshold": 0.9, "sampling_strategy": "neg_entropy"},
+        {
+            "decoding_method": "d2f",
+            "confidence_threshold": 0.8,
+            "block_activation_threshold": 0.9,
+            "remasking": "entropy",
+        },
+    ),
+    (
+        {"block_size": 4, "skip_threshold": 0.8, "sampling_strategy": "default"},
+        {"decoding_method": "d2f", "block_length": 4, "remasking": None},
+    ),
 ]
 
 
@@ -63,9 +110,10 @@ def folder_with(family, folder, settings):
     return folder
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("settings, meant", FILES, ids=lambda value: " ".join(value))
 def test_a_file_of_another_project_is_read_as_it_is_meant(settings, meant, tmp_path):
-    family = DREAM if "alg" in settings else LLADA
+    family = DREAM if "alg" in settings else SDAR if meant["decoding_method"] in IN_BLOCKS else LLADA
     folder = folder_with(family, tmp_path / "source", settings)
     model, ids = AutoModel.from_pretrained(folder), torch.tensor([[1, 2, 3]])
     assert {name: getattr(model.generation_config, name) for name in meant} == meant
@@ -76,7 +124,7 @@ def test_a_file_of_another_project_is_read_as_it_is_meant(settings, meant, tmp_p
     exported = export_checkpoint(folder, tmp_path / "exported")
     written = json.loads((exported / "generation_config.json").read_text())
     assert {name: written.get(name) for name in meant} == meant
-    assert not set(written) & {"alg", "eps", "output_history", "gen_length", "mask_id", "threshold", "block_size"}
+    assert not set(written) & (set(RENAMED) | {"eps", "output_history", "threshold", "use_block_cache"})
 
 
 def test_a_config_of_another_project_is_understood_as_an_argument():
@@ -88,9 +136,10 @@ def test_a_config_of_another_project_is_understood_as_an_argument():
     assert int(output.num_forwards) == 4
 
 
-def test_an_algorithm_that_nobody_knows_is_called_the_files():
-    with pytest.raises(ValueError, match=r"`alg` of the model's generation config must be one of .*got 'best'"):
-        translated({"alg": "best"})
+@pytest.mark.parametrize("name", ["alg", "remasking_strategy", "sampling_strategy"])
+def test_an_algorithm_that_nobody_knows_is_called_the_files(name):
+    with pytest.raises(ValueError, match=rf"`{name}` of the model's generation config must be one of .*got 'best'"):
+        translated({name: "best"})
 
 
 def test_what_has_no_counterpart_is_left_to_be_reported():
