@@ -14,12 +14,18 @@ os.environ["D3LLM_HF_NO_METRIC"] = "1"  # importing the package writes nothing i
 
 import drawn  # noqa: F401 (registers the profile `full`)
 import pytest
+from thin import thin_out
 
 
 if os.environ.get("D3LLM_TEST_SEED"):
     import base_seed
 
     base_seed.shift(int(os.environ["D3LLM_TEST_SEED"]))
+
+
+@pytest.hookimpl(tryfirst=True)  # before the markers are selected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    thin_out(items)
 
 
 def pytest_collection_finish() -> None:

@@ -40,6 +40,7 @@ def test_the_same_object_with_the_same_weights_gets_a_generate(other):
     assert answer(adapted, [1, 2, 3], block_length=4).sequences.shape == (1, 19)
 
 
+@pytest.mark.every(3)
 @ALL
 def test_it_saves_a_stock_checkpoint_in_which_mask_token_and_shift_are_found_again(other, tmp_path):
     model = as_diffusion_lm(other.tiny(), mask_token_id=MASK, generation_config=D3LLMGenerationConfig(block_length=4))

@@ -46,6 +46,7 @@ def row_of(output, row):
     return [answer, *(getattr(output, name)[row].tolist() for name in FIELDS)]
 
 
+@pytest.mark.every(5)
 @ALL
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", METHODS)
@@ -60,6 +61,7 @@ def test_the_exact_cache_changes_nothing_and_a_row_is_decided_as_alone(other, me
         assert row_of(kept, row) == row_of(computed, row) == row_of(alone, 0)
 
 
+@pytest.mark.every(3)
 @ALL
 @pytest.mark.parametrize("method", ["d3llm", "llada"])
 def test_one_block_for_everything_is_full_attention(other, method):
@@ -72,6 +74,7 @@ def test_one_block_for_everything_is_full_attention(other, method):
     assert torch.equal(block.step_map[0], whole.step_map[0, :11])
 
 
+@pytest.mark.every(3)
 @ALL
 def test_blocks_are_found_again_in_a_saved_checkpoint(other, tmp_path):
     model = in_blocks(other)

@@ -114,6 +114,7 @@ def test_a_loop_of_wings_is_found_where_no_file_is_in_one(built):
     assert set(house.loop(house.between_wings(found, known))) == {"d3llm_hf.a", "d3llm_hf.b"}
 
 
+@pytest.mark.full
 def test_the_command_draws_each_wing_once(capsys):
     assert house.main([]) == 0
     wings = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]

@@ -99,6 +99,7 @@ def slow_log_likelihood(model, tokens, positions, *, num_samples, seed, cfg_scal
 # ---- the estimate --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(2)
 @families
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
 def test_estimates_are_those_of_a_slow_oracle_with_the_same_draws(family, cfg_scale):
@@ -215,6 +216,7 @@ def test_a_single_draw_of_several_tokens_has_no_known_error():
 # ---- what a value depends on ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(2)
 @families
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
 def test_a_row_has_the_same_value_alone_and_in_any_batch(family, cfg_scale):
@@ -284,6 +286,7 @@ def test_the_inputs_are_left_alone_and_no_gradient_is_kept():
 # ---- greedy agreement ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(2)
 @families
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
 def test_greedy_agreement_is_what_decoding_one_position_a_forward_gives(family, cfg_scale):

@@ -22,6 +22,7 @@ def draws(seed: int) -> list[float]:
     return [*torches, random.Random(seed).random(), np.random.default_rng(seed).random()]
 
 
+@pytest.mark.full
 def test_another_base_seed_is_added_to_every_seed():
     words = [sys.executable, __file__]  # a process of its own, where nothing has been shifted yet
     there = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

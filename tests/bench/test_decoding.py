@@ -202,6 +202,7 @@ def test_a_step_lasts_from_one_forward_to_the_next(monkeypatch):
 # The commands
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("options", [[], ["--dtype", "bfloat16", "--batch-size", "2", "--kv-cache", "delayed"]])
 def test_the_bench_of_decoding_writes_its_results_and_prints_their_table(run, tmp_path, options):
     path = tmp_path / "made" / "results.json"
@@ -237,6 +238,7 @@ def test_a_results_file_that_another_process_measures_is_left_to_it(run, tmp_pat
     assert not path.exists()
 
 
+@pytest.mark.full
 def test_a_checkpoint_answers_word_problems(run, tmp_path):
     path = tmp_path / "results.json"
     options = ["--prompts", 2, "--batch-size", 2, "--repeats", 1, "--dtype", "float32", "--kv-cache", "dual"]
@@ -253,6 +255,7 @@ def test_a_checkpoint_answers_word_problems(run, tmp_path):
     assert "--no-early-stop" in results["command"] and "--decoding-method d3llm" in results["command"]
 
 
+@pytest.mark.full
 def test_growth_follows_each_axis_and_draws_it(run, tmp_path, monkeypatch):
     path = tmp_path / "growth.json"
     options = ["--prompt-lengths", 8, 16, "--batch-sizes", 2, "--repeats", 1, "--device", "cpu", "-o", path]

@@ -139,6 +139,7 @@ def test_time_is_that_of_generate_alone(monkeypatch):
     assert (tally.seconds, tally.cpu_seconds) == (0.5, 0.25)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", some_of(SUITES, every=2))
 def test_four_problems_give_every_column_of_a_suite(checkpoint, name):
     suite = SUITES[name]
@@ -176,6 +177,7 @@ def test_settings_take_turns_batch_by_batch(checkpoint, monkeypatch):
     assert seen == [*warm, (2, 1.0, 2), (2, 2.0, 2), (1, 1.0, 2), (1, 2.0, 2)]
 
 
+@pytest.mark.full
 def test_the_larger_model_counts_what_each_cache_saves_and_leaves_the_random_numbers_alone():
     state = torch.random.get_rng_state()
     found = measure_larger(CACHES.larger, rounds=1, **SIZES)

@@ -95,6 +95,7 @@ def test_origin_decodes_as_the_oracle_given_the_same_coins(problem, seed, steps)
     assert_equal(problem.generate(seed=seed, **chosen), problem.oracle(noise, **chosen))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", some_of(CORRECTED, every=6), ids=lambda case: case.id)
 def test_where_the_reference_has_a_defect_the_corrected_rule_is_followed(case):
     model = checkpoint(case.model)

@@ -52,6 +52,7 @@ def generate(model, prompts, **settings):
     return model.generate(**left_padded(prompts), return_dict_in_generate=True, **(defaults | settings))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method, family", covering(METHODS, ["llada", "dream"], strength=1, every=4))
 def test_rows_alone_and_in_batches_of_2_4_and_8_get_the_same_answer_and_the_same_counts(method, family):
     model = tiny_model(family, seed=list(METHODS).index(method), spread=3.0)
@@ -82,6 +83,7 @@ def test_a_padded_batch_gives_the_logits_of_its_rows_alone(family):
             assert equal_up_to_rounding(together[row, -len(prompt) :], alone)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family", ["llada", "dream"])
 @pytest.mark.parametrize(
     "settings",

@@ -58,6 +58,7 @@ def answers(output, prompts):
 COUNTS = ("num_forwards", "num_forwards_reference", "tokens_per_forward")
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name, block_length", covering(METHODS, [1, 3, 4, 16], strength=1))
 def test_kept_blocks_change_nothing_and_rows_do_not_depend_on_each_other(sdar, name, block_length):
     chosen = METHODS[name] | {"block_length": block_length}
@@ -78,6 +79,7 @@ tokens = st.integers(min_value=0, max_value=500)
 prompts_drawn = st.lists(tokens, min_size=1, max_size=19)
 
 
+@pytest.mark.full
 @examples(200)
 @given(
     prompts=st.lists(prompts_drawn, min_size=1, max_size=8), new=st.integers(1, 14), name=st.sampled_from([*METHODS])
@@ -108,7 +110,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", some_of(OTHERS, every=2))
-@examples(200)
+@examples(200, every=3)
 @given(st.lists(prompts_drawn, min_size=1, max_size=8), st.integers(1, 20), st.integers(0, 2))
 def test_kept_blocks_change_nothing_in_other_families(name, prompts, new, place):
     model, chosen = checkpoint(name), OTHERS[name][place % len(OTHERS[name])]
@@ -120,6 +122,7 @@ def test_kept_blocks_change_nothing_in_other_families(name, prompts, new, place)
     assert answers(alone, prompts[-1:])[0] == answers(kept, prompts)[-1]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name, block_length", covering(["static", "dynamic", "sequential"], [2, 4, 7], strength=1))
 def test_sdars_rule_is_that_of_the_plain_loop_with_or_without_forwards_that_only_store(sdar, name, block_length):
     chosen = METHODS[name] | {"block_length": block_length}
@@ -148,6 +151,7 @@ class Seeing(SDARForCausalLM):
     block_alignment = None
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", [name for name in METHODS if "decoding_method" in METHODS[name]])
 def test_a_block_as_long_as_the_text_is_full_attention(sdar, name):
     full = Seeing(copy.deepcopy(sdar.config)).eval()

@@ -77,6 +77,7 @@ def slow(model, prompt, new, block_length, confidence_threshold, add, activate, 
                 stopped |= canvas[place] == stop
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize(
     "family, block_length, confidence, add, activate",
     covering(
@@ -99,6 +100,7 @@ def test_it_is_the_published_loop_over_whole_canvases(family, block_length, conf
         assert int(output.num_forwards) == int(output.num_forwards_reference) == forwards
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("family, name", covering(FAMILIES, SETTINGS, strength=1))
 def test_kept_blocks_change_nothing_and_save_positions(family, name):
     kept, whole = (generate(model_of(family), PROMPTS, kv_cache=c, **SETTINGS[name]) for c in ("exact", "none"))
@@ -107,6 +109,7 @@ def test_kept_blocks_change_nothing_and_save_positions(family, name):
     same(kept, generate(model_of(family), PROMPTS, **SETTINGS[name]))  # which is the default
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("family, name", covering(FAMILIES, SETTINGS, strength=1))
 def test_a_row_of_a_batch_is_decoded_as_alone(family, name):
     batch = generate(model_of(family), PROMPTS, **SETTINGS[name])
@@ -117,6 +120,7 @@ def test_a_row_of_a_batch_is_decoded_as_alone(family, name):
             assert torch.equal(batch[field][row], alone[field][0]), field
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_answer_of_any_length_is_the_beginning_of_one_of_whole_blocks(family):
     for new in (1, 7, 8, 9, 13):
@@ -127,6 +131,7 @@ def test_an_answer_of_any_length_is_the_beginning_of_one_of_whole_blocks(family)
         assert torch.equal(short.num_forwards, whole.num_forwards)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_block_longer_than_the_answer_is_decoded_as_one(family):
     answers = [
@@ -138,6 +143,7 @@ def test_a_block_longer_than_the_answer_is_decoded_as_one(family):
         same(answer, answers[-1], but=("sequences", "step_map"))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_early_stop_gives_the_same_answer_in_fewer_forwards(family):
     settings = {"block_length": 8, "max_new_tokens": 64, "block_add_threshold": 0.1, "confidence_threshold": 0.6}
@@ -206,6 +212,7 @@ def test_sampling_is_repeatable_and_the_same_from_kept_blocks():
     same(kept, whole, but=("positions_computed",))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_of_peft_and_the_merged_one_decode_the_same(family):
     base = type(model_of(family)).from_pretrained(GOLDEN / f"{family}-tiny-a").eval()

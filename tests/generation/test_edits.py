@@ -104,6 +104,7 @@ def test_a_trace_ends_with_the_tokens_of_the_answer():
 # ---- The cache is exact, and rows do not meet -----------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_an_exact_cache_changes_nothing_alone_and_rows_are_what_they_are_in_a_batch():
     rows = prompts(20)
     alone = [decode([row], kv_cache="exact") for row in rows]
@@ -122,6 +123,7 @@ def test_an_exact_cache_changes_nothing_alone_and_rows_are_what_they_are_in_a_ba
                 assert together.num_forwards[index] == single.num_forwards[0]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family", ["llada", "Dream"])
 @pytest.mark.parametrize(
     "cache",
@@ -177,6 +179,7 @@ def test_a_block_that_is_sure_of_itself_is_looked_at_once():
     assert (int(output.num_forwards), output.step_map[0].tolist()) == (6, [1] * 4 + [3] * 4 + [5] * 4)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_every_row_ends_when_tokens_are_drawn(temperature):
     chosen = {"do_sample": True, "temperature": temperature, "edit_threshold": 0.3, "max_post_steps": 3}

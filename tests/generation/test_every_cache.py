@@ -101,6 +101,7 @@ def test_every_method_ends_within_one_forward_a_token_and_leaves_no_mask(data, m
 # ---- D-06: laws of the caches ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method, cache, family", covering(CACHED, FAMILIES, strength=1, every=2))
 def test_a_cache_that_is_refreshed_in_every_forward_changes_nothing(method, cache, family):
     refreshed = METHODS[method] | CACHES[cache] | {"cache_refresh_interval": 1}
@@ -126,6 +127,7 @@ def test_a_prefix_cache_has_nothing_to_keep_where_one_block_is_everything(method
     assert same_answer(cached, without)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method, cache, family", covering(CACHED, FAMILIES, strength=1, every=2))
 def test_where_keys_do_not_depend_on_the_context_no_cache_changes_anything(method, cache, family):
     # Keys of a model of one layer are those of the token and its position: a kept one is stale only if it is of a
@@ -136,6 +138,7 @@ def test_where_keys_do_not_depend_on_the_context_no_cache_changes_anything(metho
     assert (output.positions_computed <= without.positions_computed).all()
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cache", [cache for cache in CACHES if cache != "none"])
 def test_a_cache_computes_fewer_positions(cache, family):
@@ -151,6 +154,7 @@ def test_a_cache_computes_fewer_positions(cache, family):
 # ---- D-07: rows of a batch ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method, cache", covering(PAIRS, strength=1, every=2))
 def test_rows_alone_and_in_batches_of_2_4_and_8_get_the_same_answer_and_the_same_counts(method, cache):
     # Every method and every cache meets both families.
@@ -175,6 +179,7 @@ def test_rows_alone_and_in_batches_of_2_4_and_8_get_the_same_answer_and_the_same
 # ---- D-09: threads --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("calls", some_of([64, 200], every=2))
 def test_eight_threads_over_all_caches_get_the_answers_of_one_and_change_nothing_on_the_model(calls):
     model = trained_like("dream")

@@ -53,11 +53,13 @@ def assert_matches(case: Recorded, output) -> None:
     assert all(step in (-1, recorded) for step, recorded in zip(steps[end:], case.unmask_step[end:], strict=True))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", GREEDY, ids=lambda case: case.id)
 def test_a_recorded_run_is_reproduced_token_for_token_and_forward_for_forward(case):
     assert_matches(case, generate(case))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", some_of(GREEDY, every=16), ids=lambda case: case.id)
 def test_the_oracle_reproduces_the_recorded_run_too(case):
     decoded = decode_with_model(checkpoint(case.model), list(case.prompt), case.rules())
@@ -71,6 +73,7 @@ def test_the_oracle_reproduces_the_recorded_run_too(case):
     assert case.reference_forwards in (None, decoded.reference_forwards)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", blind_block_cases(), ids=lambda case: case.id)
 def test_with_blind_block_starts_the_oracle_reproduces_the_block_caches_of_dream(case):
     # The library has no such start: it decides by what the forward shows. Windows and shift are the same.
@@ -99,6 +102,7 @@ SAMPLING = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", SAMPLED, ids=lambda case: case.id)
 def test_a_recorded_run_that_sampled_is_reproduced_from_the_same_random_numbers(case, monkeypatch):
     draws = (LLaDADraws if case.model.startswith("llada") else DreamDraws)(case)

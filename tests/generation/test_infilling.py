@@ -153,6 +153,7 @@ def test_a_schedule_fills_as_the_oracle(problem, steps, remasking):
 # ---- what must be the same -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method, family", covering(METHODS, FAMILIES, strength=1, every=2))
 def test_holes_at_the_end_or_none_are_what_plain_generation_decides(method, family):
     model, chosen = without_stop(tiny_model(family, 1, spread=4.0)), METHODS[method]
@@ -174,6 +175,7 @@ def test_holes_at_the_end_or_none_are_what_plain_generation_decides(method, fami
             assert found[name].tolist() == expected[name].tolist(), name
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cache", CACHES)
 def test_holes_at_the_end_are_what_plain_generation_decides_with_every_cache(cache, family):
@@ -193,6 +195,7 @@ TEXTS = [tiny_prompt(11, 13), tiny_prompt(12, 9), tiny_prompt(13, 12), tiny_prom
 HOLES = [[0, 1, 4, 5, 6, 9, 12], [8], [2, 3, 7, 8, 10], [0, 2]]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_model_of_one_layer_fills_the_same_with_every_cache(cache, family):
@@ -218,6 +221,7 @@ def test_a_model_of_one_layer_fills_the_same_with_every_cache(cache, family):
 ALL = [*METHODS, *(f"cache {name}" for name in CACHES), "sampling", "guided"]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method, family", covering(ALL, FAMILIES, strength=1, every=4))
 def test_a_row_is_filled_the_same_alone_and_in_a_batch(method, family):
     model = tiny_model(family, 3, spread=4.0)

@@ -29,6 +29,7 @@ METHODS = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_of_a_prompt_give_the_answer_of_its_token_ids(family, method):
@@ -44,6 +45,7 @@ def test_embeddings_of_a_prompt_give_the_answer_of_its_token_ids(family, method)
     assert torch.equal(by_embeds.step_map, by_ids.step_map)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_without_a_prompt_is_answered_alone_and_beside_others(family, method):
@@ -134,6 +136,7 @@ def test_suppressed_tokens_are_not_chosen():
         assert not set(output.sequences[0, 2:].tolist()) & set(suppressed)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("decoding_method", ["d3llm", "llada", "dream"])
 def test_sampling_from_the_best_token_alone_is_greedy(decoding_method):
     for family in FAMILIES:

@@ -59,6 +59,7 @@ def assert_lossless(without, found) -> None:
 # ---- the same tokens in the same order -----------------------------------------------------------------------------
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name, family", covering(SETTINGS, FAMILIES, strength=1, every=4))
 def test_tokens_and_their_order_are_those_of_the_method_without_drafts(name, family):
     model, chosen = tiny_model(family, 1, spread=3.0), SETTINGS[name]
@@ -70,6 +71,7 @@ def test_tokens_and_their_order_are_those_of_the_method_without_drafts(name, fam
             assert (found.positions_computed >= without.positions_computed).all()
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", some_of(SETTINGS, every=6))
 def test_a_row_is_the_same_alone_and_in_a_batch(name):
     model, chosen = tiny_model("dream", 2, spread=3.0), SETTINGS[name] | {"lossless": True, "early_stop": True}
@@ -192,6 +194,7 @@ def settled_script(answer: list[int], prompt_length: int):
     return script
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("draft_length", [1, 2, 3, 4, 7, 11, 12, 16])
 @pytest.mark.parametrize("block_length", [12, 4, 5, 1])
 def test_drafts_that_are_always_right_cost_a_forward_for_each_chain(block_length, draft_length):
@@ -215,6 +218,7 @@ def test_drafts_that_are_always_right_cost_a_forward_for_each_chain(block_length
     assert int(output.positions_computed) == count * (len(prompt) + count)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("draft_length", [1, 4, 16])
 @pytest.mark.parametrize("chosen", [{"steps": 30}, {"steps": 5}, {"steps": 30, "remasking": "origin"}], ids=str)
 def test_steps_of_a_schedule_that_decide_nothing_are_drafted_as_well(chosen, draft_length):

@@ -82,6 +82,7 @@ def test_a_stock_model_decodes_as_the_oracle_does_with_its_own_forward(other, me
     compare(model, other, OtherNetwork(model, other), tiny_prompt(seed, 2 + 2 * seed), **METHODS[method])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("settings", CACHES, ids=["delayed", "refreshed", "eager blocks", "prefix", "dual", "dkv"])
 @named(WITH_CACHE)
 def test_with_a_cache_a_stock_model_decodes_as_the_oracle_does(other, settings):
@@ -112,6 +113,7 @@ def test_rows_alone_and_in_left_padded_batches_get_the_same_answer(other, attn_i
             assert together.positions_computed[row] == alone.positions_computed[0]
 
 
+@pytest.mark.every(3)
 @named(OTHERS)
 def test_both_attention_backends_give_the_same_answer(other):
     sdpa, eager = (diffusion(other, 2, attn_implementation=name) for name in ("sdpa", "eager"))

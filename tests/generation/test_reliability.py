@@ -99,6 +99,7 @@ def test_the_mask_tokens_probability_counts_though_it_is_never_chosen(remasking,
 # ---- D-02: the state machine on written-down logits ---------------------------------------------------------------
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("add, activation", covering([0.0, 0.25, 0.5, 1.0], [0.0, 0.25, 0.5, 1.0], strength=1))
 def test_a_thousand_logit_tables_are_decoded_as_the_oracle_does(add, activation):
     # 16 pairs of thresholds, 64 tables each; the first prompt token names the table, so that rows may leave the batch.
@@ -201,6 +202,7 @@ def test_block_thresholds_of_one_decode_block_by_block(family):
 # ---- D-05: logits that are no numbers ------------------------------------------------------------------------------
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "where, value",
     [

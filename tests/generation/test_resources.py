@@ -139,6 +139,7 @@ def scored(logits: torch.Tensor, sampling: bool = False) -> Meter:
     return meter
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sampling", some_of([False, True], every=2), ids=["greedy", "sampling"])
 def test_scoring_640_positions_of_a_published_vocabulary_takes_less_than_700_mb(sampling):
     positions, vocabulary = 640, 126_464
@@ -195,6 +196,7 @@ def uncounted(function, **chosen):
     return run
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "chosen, allowed",
     [

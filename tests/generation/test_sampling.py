@@ -55,6 +55,7 @@ def truncated(temperature=1.0, top_k=None, top_p=None, min_p=None, top_h=None, e
     return p / p.sum()
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -95,6 +96,7 @@ def test_committed_tokens_are_distributed_as_the_options_say(decoding_method, op
     assert chi_square < freedom + 5 * math.sqrt(2 * max(freedom, 1)) + 5
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("shift", [0, 1], ids=["llada", "dream"])
 @pytest.mark.parametrize(
     "options", [{"top_k": 1}, {"temperature": 1e-4}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=lambda options: str(options)

@@ -12,6 +12,7 @@ from tiny import PAD, ScriptedModel, answer, attributes, left_padded, same_attri
 SAMPLING = {"do_sample": True, "temperature": 1.0, "decoding_method": "d3llm", "entropy_threshold": 1.0}
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "chosen",
     [

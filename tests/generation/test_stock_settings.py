@@ -178,6 +178,7 @@ def kinds_of(value):
         yield from (np.float64(value), np.float32(value), np.array([value]))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", some_of(NUMERIC, every=4))
 def test_numbers_of_numpy_and_torch_are_numbers(name):
     model, value = trained_like("llada"), NUMERIC[name]
@@ -312,6 +313,7 @@ def test_an_extreme_number_that_is_taken_decodes_to_the_end(fields):
     assert model.calls <= 16
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "alg_temp, remasking",
     covering([1e-3, 1e-19, 1e-37, 1e-40, 5e-324, 1e300], ["entropy", "maskgit_plus", "random"], strength=1),

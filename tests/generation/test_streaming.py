@@ -83,6 +83,7 @@ def final_text(output, prompt: list[int]) -> list[int]:
     return tokens[: stop[0] + 1] if stop else tokens
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family, method, early_stop", covering(["llada", "dream"], METHODS, [True, False]))
 def test_the_streamed_pieces_are_the_prompt_and_then_the_answer_up_to_its_stop_token(family, method, early_stop):
     for seed in range(4):
@@ -100,6 +101,7 @@ def test_the_streamed_pieces_are_the_prompt_and_then_the_answer_up_to_its_stop_t
         assert streamer.ends == 1
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_a_draft_never_takes_back_a_decided_token(family, method):
@@ -286,6 +288,7 @@ def final_rows(output, width: int) -> list[list[int]]:
     return rows
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family, method, early_stop", covering(["llada", "dream"], METHODS, [True, False]))
 def test_every_row_of_a_batch_is_streamed_as_its_final_text_and_ended_once(family, method, early_stop):
     lengths = set()
@@ -327,6 +330,7 @@ def test_a_draft_of_a_row_ends_with_its_stop_token_and_never_takes_back_a_decide
     assert drafts
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_streaming_a_batch_does_not_change_its_answers(method):
     model = trained_like("llada")
@@ -393,6 +397,7 @@ def test_a_row_that_a_criterion_stops_is_streamed_up_to_there():
 # ---- failures ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("fail_in", ["prompts", "put", "draft", "end_row", "end_step"])
 def test_an_exception_of_a_batch_streamer_passes_through_and_the_next_call_works(fail_in):
     model = trained_like("llada")

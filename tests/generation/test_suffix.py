@@ -78,6 +78,7 @@ def family_of(method: str, cache: str) -> str:
     return FAMILIES[(SOME.index(method) + list(CACHES).index(cache)) % 2]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method, cache", PAIRS)
 def test_a_row_decodes_as_on_a_canvas_that_is_cut_off_by_hand(method, cache):
     rng, family = Random(f"{method} {cache} suffix"), family_of(method, cache)
@@ -155,6 +156,7 @@ def test_guidance_sees_the_same_suffix_with_and_without_the_prompt(family):
     assert_equal(output, oracle(model, prompt, 2, **chosen))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("suffix_length", [0, 2])
 def test_what_is_out_of_sight_changes_no_token_in_sight(family, suffix_length):
@@ -168,6 +170,7 @@ def test_what_is_out_of_sight_changes_no_token_in_sight(family, suffix_length):
     assert not torch.equal(long.sequences, seen.sequences)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method", ["llada, one token a forward", "llada, random", "dream, blocks"])
 @pytest.mark.parametrize("suffix_length", [0, 2, 7])
 def test_lossless_decoding_gives_the_tokens_of_the_method_with_the_same_suffix(method, suffix_length):

@@ -165,6 +165,7 @@ def test_export_refuses_a_generation_config_that_does(tmp_path):
         export_checkpoint(folder, tmp_path / "out")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("value", [3, [3], (3,), torch.tensor([3]), torch.tensor(3)], ids=repr)
 def test_one_token_may_be_suppressed_in_every_form(value):
     chosen = {"suppress_tokens": value, "decoding_method": "llada", "early_stop": False}

@@ -137,6 +137,7 @@ def test_rows_with_nan_with_inf_or_with_nothing_but_the_mask_token_are_not_finit
     assert ((best >= 0) & (best < 9000)).all()
 
 
+@pytest.mark.full
 @needs_triton
 def test_the_kernel_compiles_for_a_cuda_device_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

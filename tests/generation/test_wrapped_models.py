@@ -53,6 +53,7 @@ def task(kind: str, rows: int = 1) -> dict:
     return {"task_ids": torch.ones(rows, dtype=torch.long)} if kind.startswith("Multitask") else {}
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kind, family", covering(PROMPTS, FAMILIES, strength=1, every=2))
 def test_a_learnt_prompt_is_decoded_as_the_wrapper_forwards(family, kind):
     model, prompts = wrapped(family, kind), [tiny_prompt(seed, 5) for seed in range(6)]
@@ -65,6 +66,7 @@ def test_a_learnt_prompt_is_decoded_as_the_wrapper_forwards(family, kind):
     assert answer(model.get_base_model(), prompts[0], **LEFT_TO_RIGHT).sequences[0].tolist() == bare[0]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_behind_a_learnt_prompt_padding_moves_no_text(family, kind):

@@ -293,6 +293,7 @@ WRONG = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", WRONG)
 def test_tensors_that_are_missing_or_have_no_place_are_named_when_loaded_exported_or_pushed(case, family, tmp_path):
     change, message = WRONG[case]

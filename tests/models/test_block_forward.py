@@ -75,6 +75,7 @@ def llada2(request):
     return AutoModelForCausalLM.from_pretrained(GOLDEN / "llada2-tiny-a", attn_implementation=request.param).eval()
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("entry", ["plain1", "plain2", "plain3_block4", "batch2", "offset_positions"])
 @pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm", "eager"])
 @torch.no_grad()

@@ -105,6 +105,7 @@ def test_tied_weights_are_one_tensor_in_memory_and_on_disk_and_after_loading(fam
     assert torch.equal(tied(ids).logits, again(ids).logits)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("size", [80, 63], ids=["larger", "smaller"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_resized_embeddings_survive_saving_and_loading(family, size, tied, tmp_path):
@@ -167,6 +168,7 @@ def test_a_tensor_of_another_shape_is_not_loaded_in_silence(family, tmp_path):
         family.model_class.from_pretrained(tmp_path)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_checkpoint_loads_in_the_dtype_it_was_saved_in(tiny, family, dtype, tmp_path):
     tiny.to(dtype).save_pretrained(tmp_path)

@@ -51,6 +51,7 @@ def family(request):
     return request.param
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("load", [by_peft, by_transformers, merged])
 @torch.no_grad()
 def test_an_adapter_gives_the_recorded_logits_however_it_is_loaded(family, load):

@@ -35,6 +35,7 @@ def block_causal(length, block_length=4):
     return (block[:, None] >= block)[None, None]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()

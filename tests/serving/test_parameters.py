@@ -253,6 +253,7 @@ METHOD_SETTINGS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("values", [[2**31 - 1, 1e-40, 1e40], pytest.param(EXTREMES, marks=pytest.mark.slow)])
 def test_no_value_of_any_setting_is_admitted_and_then_fails(with_client, values):
     """Each is answered, or refused by the name of the setting."""

@@ -5,11 +5,16 @@ occurs (pairwise design). Where other tests show the same, a part of the selecti
 others.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import combinations, product
 from typing import Any
 
 import pytest
+
+
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def covering(*axes: Iterable[Any], strength: int = 2, every: int = 1) -> list[Any]:
@@ -36,6 +41,22 @@ def some_of(values: Iterable[Any], *, every: int) -> list[Any]:
         pytest.param(value, marks=() if number % every == 0 else (pytest.mark.full,))
         for number, value in enumerate(values)
     ]
+
+
+def thin_out(items: Iterable[pytest.Item]) -> None:
+    """Of a test that is marked `every(n)` each n-th case of its default ones stays, the others are marked `full`.
+
+    They are spread by the golden ratio: with a fixed stride, an axis of n values would always show the same one.
+    """
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("every")
+        if mark is None or item.get_closest_marker("full"):
+            continue
+        name = item.nodeid.partition("[")[0]
+        if seen[name] * GOLDEN_RATIO % 1 >= 1 / mark.args[0]:
+            item.add_marker(pytest.mark.full)
+        seen[name] += 1
 
 
 def _flat(row: Sequence[Any]) -> tuple[Any, ...]:

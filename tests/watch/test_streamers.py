@@ -444,6 +444,7 @@ def test_a_canvas_without_a_mask_token_is_refused():
 # ---- a thread of its own -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("chosen", [{}, {"kv_cache": "delayed", "cache_delay": 1}, {"decoding_method": "dparallel"}])
 def test_a_streamed_generation_is_the_unstreamed_one(chosen):
     model = checkpoint("llada-tiny-a")
@@ -526,6 +527,7 @@ def leave_in_a_cycle(model):
 WAYS = [leave_by_break, leave_by_exception, leave_by_with, leave_by_close, leave_in_a_cycle]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("leave", some_of(WAYS, every=4))
 def test_a_reader_that_leaves_ends_the_thread_and_the_model_is_as_it_was(leave):
     # Forwards wait for the reader, who takes one update: what comes after it is stopped.

@@ -126,6 +126,7 @@ def test_the_same_model_and_settings_are_given_their_answers_back(change, filled
         assert ask(lm_of(model, tokenizer, **named(change)), file, requests_of(kind)) == (expected, 0)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", some_of(OTHERS, every=3))
 def test_another_model_or_other_settings_are_given_none_of_its_answers(name, filled, model, tokenizer, tmp_path):
     change = OTHERS[name]
@@ -197,6 +198,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("change", ADAPTERS.values(), ids=ADAPTERS)
 def test_the_adapters_that_act_decide_which_answers_are_given_back(change, model, tokenizer, tmp_path):
     pytest.importorskip("peft")
@@ -249,6 +251,7 @@ def test_answers_that_another_model_of_lm_eval_left_are_none_of_ours(model, toke
     theirs.dbdict.close()
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     ("own", "asked"),
     [

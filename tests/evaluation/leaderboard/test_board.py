@@ -200,6 +200,7 @@ def test_a_leaderboard_that_another_process_is_writing_is_left_to_it(tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.full
 def test_results_to_which_two_sweeps_have_written_make_the_leaderboard_of_one(tmp_path):
     once, twice = write(tmp_path / "a.jsonl", three_curves()), write(tmp_path / "b.jsonl", three_curves() * 2)
     pages = [write_leaderboard([results], tmp_path / results.stem) for results in (once, twice)]

@@ -112,6 +112,7 @@ def test_what_is_complete_is_not_measured_again_and_what_is_new_is_added(output,
     assert output.read_bytes().startswith(before)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "change",
     [
@@ -219,6 +220,7 @@ def interrupted(output: Path) -> Path:
     return output.with_name(".results.jsonl.progress")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("damage", "pattern"),
     [

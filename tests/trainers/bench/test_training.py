@@ -59,6 +59,7 @@ def loss_and_gradients(trainer, batch):
     return loss.item(), {name: weight.grad for name, weight in trainer.model.named_parameters()}
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("family", "shift"), [("llada", 0), ("Dream", 1)])
 @pytest.mark.parametrize("complementary", [True, False])
 @pytest.mark.parametrize(
@@ -171,6 +172,7 @@ def run(capsys, monkeypatch):
     return partial(outcome_of, cli.main, capsys)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("options", [[], ["--dtype", "bfloat16", "--sft-weight", "0.5", "--no-complementary"]])
 def test_the_bench_writes_its_results_and_prints_their_table(run, tmp_path, options):
     path = tmp_path / "made" / "results.json"

@@ -27,6 +27,7 @@ def data_of(make):
 ROWS = {"text": GOOD, "turns": TURNS, "ids": READY}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "form, name, streaming", covering(["pandas", "arrow", "numpy", "torch"], ROWS, [False, True], strength=1, every=2)
 )
@@ -39,6 +40,7 @@ def test_a_data_set_is_taken_in_any_format(tmp_path, form, name, streaming):
     assert trainer.evaluate(formatted)["eval_loss"] == trainer.evaluate()["eval_loss"]
 
 
+@pytest.mark.every(2)
 @MAKERS
 def test_columns_that_a_format_hides_are_there(tmp_path, make):
     data = data_of(make)

@@ -41,6 +41,7 @@ def sft(folder, model, **more):
     return MaskedDiffusionSFTTrainer(model, arguments, train_dataset=rows, processing_class=TOKENIZER, **more)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("family, kind", covering(["llada", "dream"], KINDS, strength=1))
 def test_a_learnt_prompt_is_trained_and_the_model_stays(kind, family, tmp_path):
     trainer = sft(tmp_path, student(TOKENIZER, family), peft_config=learnt(kind))

@@ -137,6 +137,7 @@ def test_ids_of_a_tokenizer_with_more_tokens_than_the_model_are_refused(tmp_path
         tuned(tmp_path, [GOOD], model=small)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("form", ["torch", "numpy"])
 def test_arrays_and_tensors_are_ids_too(tmp_path, form):
     trainer = tuned(tmp_path, Dataset.from_list([READY] * 4).with_format(form))

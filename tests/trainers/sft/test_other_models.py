@@ -45,6 +45,7 @@ def train(folder, output, *extra):
     run_sft.main([*(part for name, value in named.items() for part in (f"--{name}", str(value))), *extra])
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     ("other", "auto", "config", "extra"),
     [

@@ -104,6 +104,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # Records
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("early_stop", [False, True])
 def test_a_record_holds_what_generate_gives_for_its_prompt_alone(model, tokenizer, tmp_path, early_stop):
     data = read_trajectories(extract(model, tokenizer, tmp_path, chosen=RETRIES | {"early_stop": early_stop}))
@@ -216,6 +217,7 @@ def test_recorded_states_are_read_as_step_maps_and_rebuilt_exactly(case):
     assert [canvas_at(record, step, case["mask_id"]) for step in range(1, len(states) + 1)] == states
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", [c for c in CASES if c["id"] not in BOUNDED], ids=lambda case: case["id"])
 def test_extraction_gives_the_recorded_states_exactly(case, tokenizer, monkeypatch):
     args, model = case["args"], checkpoint(case["model"])
@@ -523,6 +525,7 @@ def test_a_finished_run_computes_nothing_again(model, tokenizer, folder, monkeyp
     assert contents(folder) == before
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("damage", ["cut", "unsealed", "gone"])
 def test_a_shard_that_is_damaged_or_not_finished_is_computed_again(model, tokenizer, folder, unbroken, damage):
     path = folder / "trajectories-00001.parquet"
@@ -589,6 +592,7 @@ def _killed_run(model, tokenizer, folder, owner, name, call):
     extract(model, tokenizer, folder)
 
 
+@pytest.mark.every(3)
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 @pytest.mark.parametrize(
     ("owner", "name", "call", "shards"),
