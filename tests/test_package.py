@@ -72,6 +72,7 @@ def test_importing_the_package_loads_no_torch_opens_no_connection_and_prints_not
     assert names == "[]"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("order", some_of(["package first", "transformers first"], every=2))
 def test_auto_classes_load_official_folders_through_the_package(order, official):
     folders = [str(folder) for folder in official.values()]

@@ -109,6 +109,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", some_of(OTHERS, every=2))
 @examples(200, every=3)
 @given(st.lists(prompts_drawn, min_size=1, max_size=8), st.integers(1, 20), st.integers(0, 2))

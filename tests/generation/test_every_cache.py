@@ -81,6 +81,7 @@ def settings_of_any_method(draw, longest: int) -> dict:
     return chosen
 
 
+@pytest.mark.full
 @examples(200)
 @given(
     data=st.data(),

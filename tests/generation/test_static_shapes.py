@@ -180,6 +180,7 @@ def test_the_widths_are_at_most_four_and_the_numbers_of_logits_two(rules, expect
 # ---- the compiler ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "family, cache, most", [pytest.param("llada", "delayed", 8, marks=pytest.mark.full), ("dream", "none", 2)]
 )

@@ -114,6 +114,7 @@ def assert_same(found, wanted) -> None:
         torch.testing.assert_close(getattr(stats, name), getattr(expected, name), rtol=2e-5, atol=0.0, msg=name)
 
 
+@pytest.mark.full
 @needs_triton
 @pytest.mark.parametrize("case", some_of(CASES, every=2))
 def test_the_kernel_gives_what_torch_gives(case, interpreted):

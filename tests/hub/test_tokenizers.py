@@ -63,6 +63,7 @@ def test_dreams_tokenizer_is_qwen2s_under_another_name_with_the_ids_that_it_decl
     assert AutoTokenizer.from_pretrained(exported, trust_remote_code=True)(text).input_ids == expected
 
 
+@pytest.mark.every(2)
 def test_commands_evaluation_and_trainers_read_dreams_tokenizer(dream, tmp_path, capsys):
     name = str(dream)
     tokenizers = [generate.load(name)[1], load_checkpoint(name)[1], load_named(name, None, torch_dtype="float32")[1]]

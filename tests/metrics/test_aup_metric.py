@@ -13,7 +13,10 @@ from d3llm_hf.metrics import registration
 from d3llm_hf.metrics.aup.curve import aup_score, bootstrap_aup
 
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("evaluate") is None, reason="evaluate is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("evaluate") is None, reason="evaluate is not installed"),
+    pytest.mark.full,  # two processes, one of which imports evaluate and all that it needs
+]
 
 
 @pytest.fixture(scope="module")

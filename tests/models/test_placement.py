@@ -48,6 +48,7 @@ def test_an_automatic_device_map_never_splits_a_layer(tiny):
     assert not any(name.startswith("model.layers.") and name.count(".") > 2 for name in placed)
 
 
+@pytest.mark.full
 @pytest.mark.every(2)
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("padded", some_of([True, False], every=2), ids=["padded", "plain"])

@@ -121,6 +121,7 @@ def test_a_seed_makes_sampling_repeatable_and_equal_to_generate(client, alone):
     assert ask(client, temperature=0, top_p=0.5).choices[0].message.content == alone(QUESTION, max_new_tokens=48)[1]
 
 
+@pytest.mark.full
 def test_many_requests_at_once_are_all_answered_as_if_each_came_alone(address, alone, gate):
     names = ["Tom", "Anna", "Ben", "Eva"]
     texts = [

@@ -69,6 +69,7 @@ def talk(port, data, more):
         raise AssertionError(f"still open: {received}")
 
 
+@pytest.mark.full
 def test_a_connection_that_is_never_finished_is_closed(loaded):
     app = create_app(*loaded, "m", timeout=1, max_body_bytes=1000)
     with on_loopback(app, http=bounded_protocol(1), ws="none") as port, ThreadPoolExecutor(len(UNFINISHED)) as pool:

@@ -163,6 +163,7 @@ def test_the_command_refuses_unusable_results_in_one_line(tmp_path, capsys, cont
     assert err.startswith("d3llm: error: ") and pattern in err and err.count("\n") == 1
 
 
+@pytest.mark.full
 def test_the_command_writes_every_file_and_equal_input_gives_equal_bytes(tmp_path):
     results = write(tmp_path / "r.jsonl", three_curves())
     command = [

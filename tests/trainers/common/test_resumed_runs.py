@@ -92,6 +92,7 @@ def test_a_run_of_no_steps_takes_none(tmp_path, kind):
 # Arguments that have changed
 
 
+@pytest.mark.full
 @BOTH
 def test_another_learning_rate_and_schedule_hold_in_a_resumed_run_and_are_named(tmp_path, kind, caplog):
     make(kind, tmp_path, **SAVING).train()

@@ -130,6 +130,7 @@ def test_a_collator_and_an_optimizer_of_ones_own_are_used_and_none_is_the_defaul
     assert calls and isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
 
 
+@pytest.mark.full
 @BOTH
 def test_noise_in_the_embeddings_reaches_the_loss(tmp_path, kind):
     def loss(**arguments):

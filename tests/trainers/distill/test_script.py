@@ -58,6 +58,7 @@ def test_the_script_distils_and_its_output_loads_and_decodes(teacher, tmp_path):
     assert str(teacher) not in card
 
 
+@pytest.mark.full
 def test_an_adapter_is_merged_or_kept_and_a_run_goes_on(teacher, tmp_path):
     adapter = ["--use_peft", "--lora_r", "2", "--lora_alpha", "2"]
     distil(teacher, tmp_path / "merged", *adapter, "--save_strategy", "steps", "--save_steps", "3", data="rows.jsonl")

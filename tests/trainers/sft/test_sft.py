@@ -325,6 +325,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_accumulated(tmp_path, tokeniz
 # The trainer
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("use_muon", some_of([True, False], every=2))
 def test_a_resumed_run_is_equal_to_an_unbroken_one_for_any_number_of_workers(tmp_path, tokenizer, use_muon):
     shared = {"suffix_mask_fraction": 0.5, "use_muon": use_muon, "save_steps": 2, "gradient_accumulation_steps": 2}
