@@ -1,24 +1,22 @@
 """The page of `d3llm demo`: its handlers in this process, and (slow) the page itself in a browser."""
 
+import importlib.util
 import shutil
 import sys
 import threading
 import time
 
 import pytest
+from late import Late
 from official import tiny_tokenizer
 from recorded import checkpoint
 
 from d3llm_hf import cli
+from d3llm_hf.models.methods import CACHES, METHODS
 
 
-gr = pytest.importorskip("gradio")
-
-from d3llm_hf import demo  # noqa: E402
-from d3llm_hf.demo import FIELDS, Handlers  # noqa: E402
-from d3llm_hf.models.methods import CACHES, METHODS  # noqa: E402
-
-
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed")
+gr, demo = Late("gradio"), Late("d3llm_hf.demo")
 TOKENIZER = tiny_tokenizer()
 QUIET = {"eos_token_id": 300, "pad_token_id": 300}  # no stop token: an answer has its full length
 
@@ -36,8 +34,8 @@ def generating() -> list[threading.Thread]:
 
 
 @pytest.fixture
-def handlers() -> Handlers:
-    return Handlers(checkpoint("llada-tiny-a"), TOKENIZER, "tiny")
+def handlers():
+    return demo.Handlers(checkpoint("llada-tiny-a"), TOKENIZER, "tiny")
 
 
 def slowly(**settings):
@@ -46,7 +44,7 @@ def slowly(**settings):
 
 
 def test_a_run_shows_each_method_while_it_works_and_both_at_the_end(handlers, monkeypatch):
-    monkeypatch.setattr(demo, "REDRAW", 0.0)
+    monkeypatch.setattr("d3llm_hf.demo.REDRAW", 0.0)
     runs = [slowly(), slowly(decoding_method="fast_dllm", confidence_threshold=0.1)]
     shown = list(handlers.run("a", "one two", True, runs))
     assert [over for _, over in shown[0]] == [False]
@@ -59,7 +57,7 @@ def test_a_run_shows_each_method_while_it_works_and_both_at_the_end(handlers, mo
 
 
 def test_stop_ends_the_run_of_its_session_alone_and_keeps_what_was_decided(handlers, monkeypatch):
-    monkeypatch.setattr(demo, "REDRAW", 0.0)
+    monkeypatch.setattr("d3llm_hf.demo.REDRAW", 0.0)
     runs = {name: handlers.run(name, f"prompt {name}", False, [slowly(), slowly()]) for name in "ab"}
     for run in runs.values():
         next(run)
@@ -109,10 +107,10 @@ def test_settings_are_those_that_differ_from_what_goes_without_saying(handlers):
     for method in METHODS:
         for cache in CACHES:
             usual = handlers.defaults(method, cache)
-            values = {name: demo._on_page(name, usual.get(name)) for name in FIELDS}
+            values = {name: demo._on_page(name, usual.get(name)) for name in demo.FIELDS}
             own = {} if cache == handlers.defaults(method)["kv_cache"] else {"kv_cache": cache}
             assert handlers.settings(method, cache, values) == {"decoding_method": method} | own
-    given = dict.fromkeys(FIELDS) | {"entropy_threshold": 1, "block_length": 8.0, "steps": 4, "early_stop": False}
+    given = dict.fromkeys(demo.FIELDS) | {"entropy_threshold": 1, "block_length": 8.0, "steps": 4, "early_stop": False}
     chosen = handlers.settings("d3llm", "none", given)
     assert chosen == {
         "decoding_method": "d3llm",
@@ -131,7 +129,7 @@ def test_defaults_are_the_checkpoint_s_for_its_method_and_the_method_s_else(monk
     monkeypatch.setattr(model.generation_config, "block_length", 7, raising=False)
     monkeypatch.setattr(model.generation_config, "kv_cache", "delayed", raising=False)
     monkeypatch.setattr(model.generation_config, "cache_delay", 5, raising=False)
-    handlers = Handlers(model, TOKENIZER, "tiny")
+    handlers = demo.Handlers(model, TOKENIZER, "tiny")
     own = handlers.defaults("dparallel")
     assert (own["block_length"], own["entropy_threshold"], own["kv_cache"], own["cache_delay"]) == (
         7,
@@ -148,16 +146,16 @@ def test_the_page_shows_the_settings_of_its_method_and_a_change_of_method_shows_
     page = demo.build(checkpoint("llada-tiny-a"), TOKENIZER, name="tiny")
     fields = {}
     for block in page.blocks.values():
-        if getattr(block, "label", None) in FIELDS:
+        if getattr(block, "label", None) in demo.FIELDS:
             fields.setdefault(block.label, []).append(block)
-    assert set(fields) == set(FIELDS)
+    assert set(fields) == set(demo.FIELDS)
     assert [field.visible for field in fields["entropy_threshold"]] == [True, False]  # d3llm beside llada
     assert [field.visible for field in fields["cache_delay"]] == [False, False]
     functions = {}
     for function in page.fns.values():
         functions.setdefault(function.name, []).append(function.fn)
     cache, *updates = functions["on_method"][0]("dkv")
-    shown = {name for name, update in zip(FIELDS, updates, strict=True) if update["visible"]}
+    shown = {name for name, update in zip(demo.FIELDS, updates, strict=True) if update["visible"]}
     assert cache["value"] == "dkv" and "exact" not in cache["choices"]
     common = {"early_stop", "cfg_scale", "suffix_length"}
     assert shown == {"block_length", "steps", "remasking", "cache_delay", "cache_refresh_interval"} | common
@@ -165,14 +163,14 @@ def test_the_page_shows_the_settings_of_its_method_and_a_change_of_method_shows_
     assert [update["visible"] for update in updates] == [False, True, True, True]
     request = type("Request", (), {"session_hash": "a"})()
     functions["begin"][0](False, request)
-    box = ["llada", "none", *({"block_length": 4}.get(name) for name in FIELDS)]
+    box = ["llada", "none", *({"block_length": 4}.get(name) for name in demo.FIELDS)]
     *_, (found, slider, *_) = functions["decode"][0](request, "one", False, 6, 0, None, True, *box, *box)
     assert [trace.settings["block_length"] for trace in found] == [4, 4]
     assert slider["maximum"] == max(trace.forwards for trace in found)
     drawn = functions["step"][0](found, 1)
     assert all(text.count("<i></i>") == 5 for text in drawn)
     functions["begin"][0](False, request)
-    bad = ["llada", "none", *({"block_length": -4}.get(name) for name in FIELDS)]
+    bad = ["llada", "none", *({"block_length": -4}.get(name) for name in demo.FIELDS)]
     with pytest.warns(UserWarning, match="`block_length` must be a positive integer"):  # of gradio, without a browser
         *_, first, last = functions["decode"][0](request, "one", False, 6, 0, None, True, *box, *bad)
     assert "tokens per forward" in first[2] and 'role="alert">`block_length` must be' in first[3]
@@ -183,7 +181,7 @@ def test_the_page_shows_the_settings_of_its_method_and_a_change_of_method_shows_
 
 def test_the_command_builds_the_page_and_serves_it(official, monkeypatch, capsys):
     served = {}
-    monkeypatch.setattr(gr.Blocks, "launch", lambda page, **options: served.update(options, page=page))
+    monkeypatch.setattr("gradio.Blocks.launch", lambda page, **options: served.update(options, page=page))
     monkeypatch.setattr("d3llm_hf.commands.demo.check_address", lambda *address: None)  # whatever listens there now
     argv = ["demo", str(official["llada"]), "--port", "7999", "--host", "0.0.0.0", "--concurrency", "3"]
     assert cli.main(argv) == 0

@@ -6,13 +6,14 @@ import threading
 import time
 
 import httpx
-import openai
 import pytest
+from late import Late
 from places import REPOSITORY
 
 from d3llm_hf.watch.terminal import MASK_SIGN
 
 
+openai = Late("openai")
 QUESTION = "Tom has 8 apples. He buys 7 more. He gives 4 to a friend. How many apples does Tom have now?"
 OTHER = "Anna has 12 pens. She loses 5. How many pens does Anna have now?"
 
