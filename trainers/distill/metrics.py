@@ -19,10 +19,11 @@ _AVERAGES = {
     "certainty": ("certainty", "masked"),
     "accuracy": ("right", "masked"),
     "masked_fraction": ("masked", "window_tokens"),
-    "noise_level": ("noise_level", "rows"),
+    "noise_level": ("noise_level", "noise_rows"),
+    "rollout_forwards": ("rollout_forwards", "rollout_rows"),
     "sft_loss": ("sft_loss", "sft_rows"),
 }
-METRICS = frozenset(_AVERAGES)
+METRICS = frozenset(_AVERAGES) - {"rollout_forwards"}  # of an evaluation, which rolls nothing out
 
 
 @torch.no_grad()
@@ -54,8 +55,10 @@ def sums_of(
         "sft_loss": sft_sum,
         "sft_rows": masked.new_tensor(rows if SFT in of_kind else 0.0),
         "noise_level": views.noise_levels.sum().to(masked),
+        "noise_rows": masked.new_tensor(float(len(views.noise_levels))),
+        "rollout_forwards": views.forwards.sum().to(masked),
+        "rollout_rows": masked.new_tensor(float(len(views.forwards))),
         "window_tokens": views.window_tokens.sum().to(masked),
-        "rows": masked.new_tensor(rows),
     }
 
 

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.canvas_trainer import EVAL, TRAIN, CanvasTrainer, fill_tokens
 from ..common.loading import load_checkpoint, with_end_of_text
+from ..common.modes import looked_at
 from ..common.rows import canvas_of
-from .batch import COMPLEMENT, PRIMARY, SFT, BatchViews, draw_batch
+from .batch import COMPLEMENT, PRIMARY, SFT, BatchViews, draw_batch, draw_rollouts
 from .callbacks import NoiseCurriculumCallback, WindowCurriculumCallback
 from .card import render_distill_card
 from .collator import PseudoTrajectoryCollator
@@ -22,6 +23,7 @@ from .config import PseudoTrajectoryDistillConfig
 from .evaluation import DECODING_METRICS, check_decoding, decode_and_score
 from .loss import TokenTerms, mean_over, token_terms
 from .metrics import METRICS, averages, sums_of
+from .rollout import entropies
 from .rows import prepare_trajectories
 
 
@@ -43,12 +45,19 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
     `noise_floor` and `window` before each step. An evaluation draws from the whole range of noise levels and the last
     window, the same at any time, so that its losses can be compared.
 
+    With `objective="rollout"` the student decodes each batch first, without gradient, and learns states that it came
+    through; see [`rollout`]. There is no complementary view then: CE and H are means over the hidden positions of the
+    open blocks and the next one, in all `rollout_states` of a sample. An evaluation takes the windows of
+    `"trajectory"`, so that its cross-entropies compare with those of other runs.
+
     All views of a batch go through the model in one forward. (Keys of the prompt cannot be shared between them: in a
     bidirectional model they depend on the answer.) The head runs at the hidden positions of the window alone, each of
     which is learnt in one of the two views; a forward that takes no position mask runs it on the whole answer.
 
     Every draw comes from a generator seeded by `(seed, epoch, sample)`: workers, batch layout, order of the samples
-    and resumption change no mask.
+    and resumption change no mask. Of a rollout these are its threshold and which of its states are learnt; the states
+    depend on the weights as well, so that a resumed run is still equal to an unbroken one, bit for bit, but another
+    layout of batches, whose weights differ by rounding, may decide a position at another forward.
 
     Other than the published d3LLM code, whose losses and gradients are matched for the same draws: the noise level is
     drawn per sample, not per batch; prompts are taken as the teacher saw them, so no chat template can shift the order
@@ -181,11 +190,42 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
 
     def _draw(self, inputs: dict[str, torch.Tensor], training: bool) -> BatchViews:
         args = self.args
+        if training and args.objective == "rollout" and self.state.global_step % args.rollout_every == 0:
+            return self._roll_out(inputs)
         if training:
             identity, window, floor = (TRAIN, int(self.state.epoch or 0)), self.window, self.noise_floor
         else:
             identity, window, floor = (EVAL, 0), args.window_sizes[-1], args.noise_start
         return draw_batch(inputs, args, (args.seed, *identity), window, (floor, args.noise_end))
+
+    def _roll_out(self, inputs: dict[str, torch.Tensor]) -> BatchViews:
+        """States of the student's own decoding, by forwards of rows that are not done yet."""
+        args, attention_mask = self.args, inputs["attention_mask"]
+        length = inputs["labels"].shape[1]
+
+        def entropy_at(hidden: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+            rows = among.any(1)
+            rows[0] |= not rows.any()  # one that others wait for
+            canvas = inputs["input_ids"][rows]
+            canvas[:, -length:].masked_fill_(hidden[rows], self.mask_token_id)
+            _, logits = self._learnt_logits(self.model, canvas, attention_mask[rows], among[rows])
+            return entropies(logits, args.loss_chunk_size)
+
+        def anyone(left: torch.Tensor) -> bool:
+            # With shards of the model all processes take part in each forward. A whole copy needs nobody.
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                left = self.accelerator.gather(left.any()[None])
+            return bool(left.any())
+
+        with looked_at(self.model):
+            return draw_rollouts(
+                inputs,
+                args,
+                (args.seed, TRAIN, int(self.state.epoch or 0)),
+                entropy_at,
+                fill_tokens(self.processing_class)["eos_token_id"],
+                anyone,
+            )
 
     def _learnt_logits(
         self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, learnt: torch.Tensor
@@ -207,7 +247,9 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         args = self.args
         num_rows = views.learnt.shape[1]
         view, row = views.learnt.nonzero()[:, :2].unbind(1)  # (N,)
-        of_kind = {kind: view.eq(index).to(terms.correct) for index, kind in enumerate(views.kinds)}
+        of_kind: dict[str, torch.Tensor] = {}
+        for index, kind in enumerate(views.kinds):
+            of_kind[kind] = of_kind.get(kind, 0.0) + view.eq(index).to(terms.correct)
 
         def mean(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
             return mean_over(values, chosen, row, num_rows, args.loss_reduction)
@@ -231,7 +273,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with each term of the loss apart and the curricula."""
-        if "loss" in logs:
+        if "loss" in logs and self.args.draws_windows:
             logs |= {"noise_floor": round(self.noise_floor, 6), "window": self.window}
         super().log(logs, start_time)
 
