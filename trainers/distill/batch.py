@@ -80,6 +80,7 @@ def draw_batch(
                 noise_range=noise_range,
                 blockwise=args.blockwise,
                 windows_over_fill=args.windows_over_fill,
+                several_blocks=args.state_region == "blocks",
             )
         )
         if args.sft_weight:

@@ -166,6 +166,8 @@ def _recipe(trainer: Trained) -> list[tuple[str, Any]]:
         ("Weight decay, gradient clipping", f"{args.weight_decay:g}, {args.max_grad_norm:g}"),
         ("Seed", args.seed),
     ]
+    if args.state_region == "blocks":
+        rows.append(("Open at once", "two blocks with a noise level each"))
     if args.objective == "rollout":
         low, high = args.rollout_threshold
         forwards, length, states = args.rollout_max_forwards, args.rollout_block_length, args.rollout_states

@@ -13,7 +13,11 @@ from .switches import check_switches
 
 _GROWING_WINDOWS = (16, 16, 24, 24, 32, 32)
 _DEFAULT_LOSS_SCALES = {"trajectory": 0.25, "random": 0.25, "certainty": 1.0, "rollout": 0.5}
-
+_CHOICES = {
+    "objective": (*OBJECTIVES, "rollout"),
+    "state_region": ("window", "blocks"),
+    "loss_reduction": ("token", "sample"),
+}
 _DECODED = ("tpf", "exact_match", "eval_tpf", "eval_exact_match")
 _RANGES = {
     "max_prompt_length": (1, math.inf),
@@ -69,6 +73,10 @@ class PseudoTrajectoryDistillConfig(CarefulArguments):
             some forward of its own multi-block threshold decode; see [`rollout`]. The arguments below that are about
             views, windows and noise then hold for the windows of evaluations, which are those of `"trajectory"`, and
             for steps between rollouts.
+        state_region (`str`, defaults to `"window"`): What a state has partly decided: one window, or (`"blocks"`) two
+            consecutive blocks of the window's size with a noise level each, as a decoder of several blocks at once
+            has. The second one's is 1 half of the time, when all of it is hidden, and else between the first one's
+            and 1 (as in MultiTF). What is before them is clean, what is behind them hidden.
         complementary (`bool`, defaults to `True`): Learn from the complementary view as well.
         blockwise (`bool`, defaults to `True`): Draw a window of the answer; with `False` the whole canvas is one.
         windows_over_fill (`bool`, defaults to `False`): Whether windows may begin in the fill (d3LLM-Dream), or in the
@@ -171,6 +179,10 @@ class PseudoTrajectoryDistillConfig(CarefulArguments):
             "the student's own decoding has not decided)."
         },
     )
+    state_region: str = field(
+        default="window",
+        metadata={"help": "What is partly decided: one window, or (blocks) two with a noise level each."},
+    )
     complementary: bool = field(default=True, metadata={"help": "Learn from the complementary view as well."})
     blockwise: bool = field(default=True, metadata={"help": "Draw a window; otherwise the whole canvas is one."})
     windows_over_fill: bool = field(default=False, metadata={"help": "Let windows begin in the end-of-text fill."})
@@ -250,7 +262,7 @@ class PseudoTrajectoryDistillConfig(CarefulArguments):
         return self.objective != "rollout" or self.rollout_every > 1
 
     def _check_choices(self) -> None:
-        for name, choices in (("objective", (*OBJECTIVES, "rollout")), ("loss_reduction", ("token", "sample"))):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"`{name}` must be one of {list(choices)} (got {getattr(self, name)!r}). "

@@ -25,6 +25,10 @@ _NEEDS: dict[str, tuple[str, Holds]] = {
     "rollout_states": _ROLLOUT,
     "rollout_every": _ROLLOUT,
     "noise_curriculum": _WINDOWS,
+    "state_region": (
+        "`blockwise` windows with `objective='trajectory'` or `'random'` (a rollout has open blocks of its own)",
+        lambda args: args.draws_windows and args.objective != "certainty" and args.blockwise,
+    ),
 }
 
 
