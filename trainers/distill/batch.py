@@ -35,6 +35,9 @@ class BatchViews:
         window_tokens (`torch.LongTensor` of shape `(B,)`): Positions of each sample's window, or of what its states
             have open.
         forwards (`torch.LongTensor` of shape `(B,)`): Forwards of each sample's rollout; of shape `(0,)` without one.
+        distances (`torch.LongTensor` of shape `(K, B, R)`): After how many more tokens the teacher decides a position,
+            see [`NoisyView`]; 0 where its order is not asked for.
+        revealed (`torch.BoolTensor` of shape `(K, B, R)`): Learnt positions that the state of a softer target shows.
     """
 
     kinds: list[str]
@@ -44,6 +47,8 @@ class BatchViews:
     noise_levels: torch.Tensor
     window_tokens: torch.Tensor
     forwards: torch.Tensor
+    distances: torch.Tensor
+    revealed: torch.Tensor
 
 
 def draw_batch(
@@ -66,7 +71,7 @@ def draw_batch(
     canvas_lengths, content_lengths = learnable.sum(1).tolist(), batch["content_lengths"].cpu()
     step_map = batch["step_map"].cpu()
     objective = "trajectory" if args.objective == "rollout" else args.objective
-    views, sft = [], []
+    views, sft, reveals = [], [], []
     for row, sample_id in enumerate(batch["sample_ids"].tolist()):
         generator = generator_for(*identity, sample_id)
         views.append(
@@ -85,10 +90,15 @@ def draw_batch(
         )
         if args.sft_weight:
             sft.append(_sft_mask(learnable[row : row + 1], content_lengths[row : row + 1], generator, args))
+        reveals.append(_reveal(2, step_map.shape[1], generator, args))
     masked, complement, future = (
         torch.stack([getattr(view, name) for view in views]) for name in ("masked", "complement", "future")
     )
-    kinds, hidden, learnt = [PRIMARY], [masked | future], [masked]
+    distances = torch.zeros_like(step_map)
+    if args.far_target is not None or args.distance_weight:
+        distances = torch.stack([view.distances for view in views])
+    far = distances > args.near_steps if args.far_target == "none" else torch.zeros_like(masked)
+    kinds, hidden, learnt = [PRIMARY], [masked | future], [masked & ~far]
     weights = [torch.zeros_like(masked, dtype=torch.float32)]
     if args.complementary:
         kinds.append(COMPLEMENT)
@@ -101,7 +111,9 @@ def draw_batch(
         learnt,
         weights,
         sft,
+        torch.stack(reveals, 1),
         device,
+        distances=distances,
         noise_levels=torch.tensor([view.noise_level for view in views], dtype=torch.float32, device="cpu"),
         window_tokens=(masked | complement).sum(1),
         forwards=torch.zeros(0, device="cpu"),
@@ -126,7 +138,7 @@ def draw_rollouts(
     learnable = batch["labels"].ne(-100).cpu()  # (B, R)
     content_lengths = batch["content_lengths"].cpu()
     low, high = args.rollout_threshold
-    thresholds, picks, sft = [], [], []
+    thresholds, picks, sft, reveals = [], [], [], []
     for row, sample_id in enumerate(batch["sample_ids"].tolist()):
         generator = generator_for(*identity, sample_id)
         drawn = torch.rand(1 + args.rollout_states, generator=generator, dtype=torch.float64, device="cpu")
@@ -134,6 +146,7 @@ def draw_rollouts(
         picks.append(drawn[1:])
         if args.sft_weight:
             sft.append(_sft_mask(learnable[row : row + 1], content_lengths[row : row + 1], generator, args))
+        reveals.append(_reveal(args.rollout_states, learnable.shape[1], generator, args))
     rollout = roll_out(
         batch["labels"],
         content_lengths,
@@ -151,7 +164,9 @@ def draw_rollouts(
         list(hidden & region),
         list(torch.zeros_like(hidden, dtype=torch.float32)),
         sft,
+        torch.stack(reveals, 1),
         device,
+        distances=torch.zeros_like(batch["step_map"]),
         noise_levels=torch.zeros(0, device="cpu"),
         window_tokens=region.sum((0, 2)),
         forwards=rollout.forwards,
@@ -174,25 +189,39 @@ def _sft_mask(
     )
 
 
+def _reveal(count: int, length: int, generator: torch.Generator, args: PseudoTrajectoryDistillConfig) -> torch.Tensor:
+    """Positions `(count, length)` that the states of a softer target show, of as many views."""
+    if args.teacher_reveal is None:
+        return torch.zeros(count, length, dtype=torch.bool, device="cpu")
+    drawn = torch.rand(count, length, generator=generator, dtype=torch.float32, device="cpu")
+    return drawn < args.teacher_reveal
+
+
 def _gathered(
     kinds: list[str],
     hidden: list[torch.Tensor],
     learnt: list[torch.Tensor],
     weights: list[torch.Tensor],
     sft: list[AnswerMask],
+    reveals: torch.Tensor,
     device: torch.device,
+    distances: torch.Tensor,
     **told: torch.Tensor,
 ) -> BatchViews:
     """The views, with that of the fine-tuning loss where there is one, on the model's device."""
+    revealed = reveals[: len(kinds)].to(device) & torch.stack(learnt).to(device)
     if sft:
         kinds = [*kinds, SFT]
         hidden = [*hidden, torch.cat([mask.hidden for mask in sft]).to(hidden[0].device)]
         weights = [*weights, torch.cat([mask.weights for mask in sft]).to(weights[0].device)]
         learnt = [*learnt, weights[-1] > 0]
+        revealed = torch.cat([revealed, torch.zeros_like(revealed[:1])])
     return BatchViews(
         kinds=kinds,
         hidden=torch.stack(hidden).to(device),
         learnt=torch.stack(learnt).to(device),
         weights=torch.stack(weights).to(device),
+        distances=distances.to(device).expand(len(kinds), -1, -1),
+        revealed=revealed,
         **told,
     )

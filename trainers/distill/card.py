@@ -176,8 +176,36 @@ def _recipe(trainer: Trained) -> list[tuple[str, Any]]:
             ("States learnt of each rollout", states),
             ("Steps with a rollout", "all" if args.rollout_every == 1 else f"one of {args.rollout_every}"),
         ]
+    rows += _switches(args)
     for adapter in trainer.adapter_configs:
         rows.append((f"{adapter.peft_type.value} adapter", _described(adapter)))
+    return rows
+
+
+def _switches(args: Any) -> list[tuple[str, Any]]:
+    """What is learnt besides the text and how it counts, as far as it was asked for."""
+    said = {
+        "token": "the text's token",
+        "teacher": "a teacher's distribution",
+        "self": "the model's own distribution",
+        "none": "nothing",
+    }
+    rows = []
+    if args.soft_targets or args.far_target is not None:
+        rows.append(("Target", said[args.target]))
+    if args.far_target is not None:
+        rows.append((f"Target of what is decided more than {args.near_steps} tokens later", said[args.far_target]))
+    if args.teacher_reveal is not None:
+        rows.append(("Tokens that the target's state shows besides", f"{args.teacher_reveal:.0%}"))
+    if args.entropy_below is not None:
+        rows.append(("Entropy of right predictions below a probability of", args.entropy_below))
+    if args.wrong_entropy_weight:
+        gate = f"weight {args.wrong_entropy_weight}, above a probability of {args.wrong_confidence}"
+        rows.append(("Minus the entropy of wrong predictions", gate))
+    if args.distance_weight:
+        rows.append(("Fall of the weights with the distance in the trajectory", args.distance_weight))
+    if args.rank_weight:
+        rows.append(("Entropies in the teacher's order", f"weight {args.rank_weight}, margin {args.rank_margin}"))
     return rows
 
 

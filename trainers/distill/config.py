@@ -16,6 +16,8 @@ _DEFAULT_LOSS_SCALES = {"trajectory": 0.25, "random": 0.25, "certainty": 1.0, "r
 _CHOICES = {
     "objective": (*OBJECTIVES, "rollout"),
     "state_region": ("window", "blocks"),
+    "target": ("token", "teacher", "self"),
+    "far_target": (None, "token", "teacher", "self", "none"),
     "loss_reduction": ("token", "sample"),
 }
 _DECODED = ("tpf", "exact_match", "eval_tpf", "eval_exact_match")
@@ -35,6 +37,12 @@ _RANGES = {
     "rollout_max_forwards": (1, math.inf),
     "rollout_states": (1, math.inf),
     "rollout_every": (1, math.inf),
+    "near_steps": (1, math.inf),
+    "entropy_below": (0, 1),
+    "wrong_entropy_weight": (0, math.inf),
+    "wrong_confidence": (0, 1),
+    "rank_weight": (0, math.inf),
+    "rank_margin": (0, math.inf),
 }
 
 
@@ -99,12 +107,37 @@ class PseudoTrajectoryDistillConfig(CarefulArguments):
         rollout_every (`int`, defaults to 1): Every how many optimizer steps the states are those of a rollout; the
             steps between learn windows as with `"trajectory"`.
 
+    > Parameters that control the target:
+
+        target (`str`, defaults to `"token"`): What a hidden position learns: the text's token, by cross-entropy, or
+            the distribution of a frozen teacher (`"teacher"`, D2F) or of the student itself, as it is at that step
+            (`"self"`), by KL(target || student). `cross_entropy` is logged in any case, the other as `divergence`.
+        teacher_model_name_or_path (`str`, *optional*): The teacher, where it is not given to the trainer. With
+            neither, an adapter's base teaches it. Each process holds a whole teacher.
+        teacher_reveal (`float`, *optional*): Share of the tokens to learn that the target's state shows (CD4LM). What
+            it shows is learnt as a token. The student's own state when unset, which `"self"` cannot do with.
+        far_target (`str`, *optional*): Another target for what the teacher decides more than `near_steps` tokens after
+            the state: `"teacher"` (TAD), `"self"`, `"token"`, or `"none"`, to not learn it. Near and far positions
+            are a mean each, and the two are added.
+        near_steps (`int`, *optional*): Where far begins, in tokens that the teacher decides; 8 in TAD's code.
+
     > Parameters that control the loss:
 
         entropy_weight (`float`, defaults to 2.0): Weight of the entropy of tokens that are predicted right.
         entropy_temperature (`float`, defaults to 0.5): Temperature of that entropy.
         entropy_on_complement (`bool`, *optional*): Whether the complementary view has an entropy term too. When unset,
             with `"certainty"` and for models with a label shift, as in the published codes.
+        entropy_below (`float`, *optional*): Give a right token that entropy term only where its probability is below
+            this (0.9 in WINO+).
+        wrong_entropy_weight (`float`, defaults to 0.0): Weight of minus the entropy of tokens that are predicted wrong
+            with a probability above `wrong_confidence` (1.0 in WINO+), at the same temperature and in the same views.
+        wrong_confidence (`float`, defaults to 0.6): See there.
+        distance_weight (`float`, defaults to 0.0): a in the factor exp(-a d / `response_length`) of a position that
+            the teacher decides d tokens after the state. Below 0 what is decided late counts more.
+        rank_weight (`float`, defaults to 0.0): Weight of TABOM's hinge max(0, H - H' + `rank_margin`), a mean over the
+            pairs of learnt positions of a primary view of which the teacher decided the first, with entropy H, in an
+            earlier step than the second, with entropy H'.
+        rank_margin (`float`, defaults to 0.1): See there.
         loss_scale (`float`, *optional*): Factor of the whole distillation loss. 0.25 when unset, as in d3LLM's code,
             for which its learning rate and gradient clipping were chosen; 1 for `"certainty"`, as in dParallel's. A
             rollout has one mean cross-entropy where the two views of a window have two that are added, so that the
@@ -206,12 +239,45 @@ class PseudoTrajectoryDistillConfig(CarefulArguments):
         default=1, metadata={"help": "Every how many steps to roll out; those between learn windows of trajectories."}
     )
 
+    target: str = field(
+        default="token",
+        metadata={
+            "help": "What is learnt: token (the text), or the distribution of the teacher or of the model itself."
+        },
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "That teacher. What an adapter adapts if unset."}
+    )
+    teacher_reveal: float | None = field(
+        default=None, metadata={"help": "Share of the tokens to learn that the target's state shows. None if unset."}
+    )
+    far_target: str | None = field(
+        default=None, metadata={"help": "Target of what is decided late: token, teacher, self or none. If set."}
+    )
+    near_steps: int | None = field(
+        default=None, metadata={"help": "Tokens that the teacher decides before that begins."}
+    )
+
     entropy_weight: float = field(default=2.0, metadata={"help": "Weight of the entropy of right predictions."})
     entropy_temperature: float = field(default=0.5, metadata={"help": "Temperature of that entropy."})
     entropy_on_complement: bool | None = field(
         default=None,
         metadata={"help": "Entropy term in the complementary view too. With certainty or a label shift if unset."},
     )
+    entropy_below: float | None = field(
+        default=None, metadata={"help": "Give right tokens that term only where their probability is below this."}
+    )
+    wrong_entropy_weight: float = field(
+        default=0.0, metadata={"help": "Weight of minus the entropy of wrong predictions that the model is sure of."}
+    )
+    wrong_confidence: float = field(default=0.6, metadata={"help": "Probability above which it is sure of them."})
+    distance_weight: float = field(
+        default=0.0, metadata={"help": "How much less (below 0: more) tokens count that the teacher decides later."}
+    )
+    rank_weight: float = field(
+        default=0.0, metadata={"help": "Weight of a hinge over pairs of entropies in the teacher's order."}
+    )
+    rank_margin: float = field(default=0.1, metadata={"help": "By how much the later one should be more uncertain."})
     loss_scale: float | None = field(
         default=None,
         metadata={"help": "Factor of the distillation loss. 0.25 if unset; 1 for certainty, 0.5 for rollout."},
@@ -261,6 +327,11 @@ class PseudoTrajectoryDistillConfig(CarefulArguments):
         """Whether any step of the training learns windows, and not a rollout."""
         return self.objective != "rollout" or self.rollout_every > 1
 
+    @property
+    def soft_targets(self) -> frozenset[str]:
+        """Models whose distributions are learnt: of `"teacher"` and `"self"`, none or one."""
+        return frozenset({self.target, self.far_target} & {"teacher", "self"})
+
     def _check_choices(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -284,10 +355,11 @@ class PseudoTrajectoryDistillConfig(CarefulArguments):
             raise ValueError(
                 f"`entropy_temperature` must be positive (got {self.entropy_temperature}). The default is 0.5."
             )
-        ends = self.rollout_threshold
+        ends = self.rollout_threshold if isinstance(self.rollout_threshold, list | tuple) else ()
         if len(ends) != 2 or not all(map(_is_entropy, ends)) or ends[0] > ends[1]:
             raise ValueError(
-                f"`rollout_threshold` must hold the smallest and the largest entropy, in nats from 0 (got {ends}). "
+                f"`rollout_threshold` must hold the smallest and the largest entropy, in nats from 0 (got "
+                f"{self.rollout_threshold}). "
                 "Write for example [0.2, 0.8], or the same number twice."
             )
         if self.eval_generate_steps is not None and self.eval_generate_steps < 1:

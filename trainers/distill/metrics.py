@@ -14,6 +14,7 @@ from .loss import TokenTerms
 _AVERAGES = {
     "cross_entropy": ("cross_entropy", "masked"),
     "complementary_cross_entropy": ("complementary_cross_entropy", "complement"),
+    "divergence": ("divergence", "soft"),
     "entropy": ("entropy", "right"),
     "complementary_entropy": ("complementary_entropy", "complement_right"),
     "certainty": ("certainty", "masked"),
@@ -23,12 +24,17 @@ _AVERAGES = {
     "rollout_forwards": ("rollout_forwards", "rollout_rows"),
     "sft_loss": ("sft_loss", "sft_rows"),
 }
-METRICS = frozenset(_AVERAGES) - {"rollout_forwards"}  # of an evaluation, which rolls nothing out
+SOFT_METRICS = frozenset({"divergence"})  # of targets that are distributions
+METRICS = frozenset(_AVERAGES) - SOFT_METRICS - {"rollout_forwards"}  # no evaluation rolls anything out
 
 
 @torch.no_grad()
 def sums_of(
-    terms: TokenTerms, of_kind: dict[str, torch.Tensor], views: BatchViews, sft_sum: torch.Tensor
+    terms: TokenTerms,
+    of_kind: dict[str, torch.Tensor],
+    views: BatchViews,
+    sft_sum: torch.Tensor,
+    divergence: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """Sums of one micro-batch, float32 scalars on the model's device.
 
@@ -37,6 +43,7 @@ def sums_of(
         of_kind (`dict[str, torch.FloatTensor]`): For each kind of view, 1 for its positions.
         views ([`BatchViews`]): Where these come from.
         sft_sum (`torch.FloatTensor`): Sum of the SFT losses of all samples.
+        divergence (`torch.FloatTensor` of shape `(M,)`): From the softer targets, of the M positions that have one.
     """
     masked = of_kind[PRIMARY]
     complement = of_kind.get(COMPLEMENT, torch.zeros_like(masked))
@@ -47,6 +54,8 @@ def sums_of(
         "complementary_cross_entropy": (terms.cross_entropy * complement).sum(),
         "entropy": (terms.entropy * right).sum(),
         "complementary_entropy": (terms.entropy * complement_right).sum(),
+        "divergence": divergence.sum(),
+        "soft": masked.new_tensor(float(len(divergence))),
         "certainty": (terms.certainty * masked).sum(),
         "masked": masked.sum(),
         "complement": complement.sum(),

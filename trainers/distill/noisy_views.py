@@ -36,12 +36,15 @@ class NoisyView:
         complement: The other positions there, hidden and learnt in the complementary view.
         future: Positions behind, hidden in both and not learnt.
         noise_level (`float`): The noise level that was drawn, of two blocks the first one's.
+        distances (`torch.LongTensor` of shape `(C,)`, *optional*): After how many more tokens, from its block's state
+            on, the teacher decides each position there; 0 or less for what that state shows. Of `"trajectory"`.
     """
 
     masked: torch.Tensor
     complement: torch.Tensor
     future: torch.Tensor
     noise_level: float
+    distances: torch.Tensor | None = None
 
 
 def decision_ranks(step_map: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -103,7 +106,7 @@ def make_view(
     """
     position = torch.arange(len(step_map), device=step_map.device)
     masked, inside = torch.zeros_like(position, dtype=torch.bool), torch.zeros_like(position, dtype=torch.bool)
-    end = canvas_length
+    distances, end = None, canvas_length
     levels = [noise_level] if next_noise_level is None else [noise_level, next_noise_level]
     for index, level in enumerate(levels[: num_windows - window_index], window_index):
         start = index * window
@@ -111,7 +114,9 @@ def make_view(
         block = (position >= start) & (position < end)
         if objective == "trajectory":
             ranks, count = decision_ranks(step_map)
-            hidden = ranks > state_index(level, start, end, count) + 1
+            from_state = ranks - (state_index(level, start, end, count) + 1)
+            hidden = from_state > 0
+            distances = from_state if distances is None else torch.where(block, from_state, distances)
             if index > window_index and level == 1:
                 hidden = torch.ones_like(block)
         elif objective == "random":
@@ -119,7 +124,7 @@ def make_view(
         else:
             hidden = uniforms < level
         masked, inside = masked | (block & hidden), inside | block
-    return NoisyView(masked, inside & ~masked, (position >= end) & (position < canvas_length), noise_level)
+    return NoisyView(masked, inside & ~masked, (position >= end) & (position < canvas_length), noise_level, distances)
 
 
 def draw_view(

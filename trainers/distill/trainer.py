@@ -15,16 +15,18 @@ from ..common.canvas_trainer import EVAL, TRAIN, CanvasTrainer, fill_tokens
 from ..common.loading import load_checkpoint, with_end_of_text
 from ..common.modes import looked_at
 from ..common.rows import canvas_of
-from .batch import COMPLEMENT, PRIMARY, SFT, BatchViews, draw_batch, draw_rollouts
+from .batch import SFT, BatchViews, draw_batch, draw_rollouts
 from .callbacks import NoiseCurriculumCallback, WindowCurriculumCallback
 from .card import render_distill_card
 from .collator import PseudoTrajectoryCollator
 from .config import PseudoTrajectoryDistillConfig
 from .evaluation import DECODING_METRICS, check_decoding, decode_and_score
-from .loss import TokenTerms, mean_over, token_terms
-from .metrics import METRICS, averages, sums_of
+from .loss import TokenTerms, divergences, token_terms
+from .metrics import METRICS, SOFT_METRICS, averages, sums_of
+from .objective import distillation_loss, positions_by_kind
 from .rollout import entropies
 from .rows import prepare_trajectories
+from .targets import asked, teacher_of
 
 
 if TYPE_CHECKING:
@@ -40,6 +42,9 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
     temperature, of the positions that are predicted right:
 
         loss = loss_scale (CE + CE' + entropy_weight H) + sft_weight SFT
+
+    Other targets than the text, and further terms, are what [`PseudoTrajectoryDistillConfig`] has them for; see
+    [`objective`] for the whole formula.
 
     Noise level and window follow curricula, set by [`NoiseCurriculumCallback`] and [`WindowCurriculumCallback`] as
     `noise_floor` and `window` before each step. An evaluation draws from the whole range of noise levels and the last
@@ -75,6 +80,8 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer; the model's if unset.
         peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter of this kind instead of all weights; see
             [`lora_target_modules`].
+        teacher ([`~transformers.PreTrainedModel`], *optional*): Whose distributions are learnt where `target` or
+            `far_target` says so; of the student's class. Frozen, and in no checkpoint.
         kwargs: Further arguments of [`~transformers.Trainer`]; those that would have no effect are refused.
 
     Raises:
@@ -105,7 +112,6 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
     ```
     """
 
-    metric_names = METRICS
     _tag_names: ClassVar[list[str]] = ["d3llm", "distillation", "diffusion", "diffusion-language-model"]
 
     def __init__(
@@ -116,6 +122,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
+        teacher: PreTrainedModel | None = None,
         **kwargs: Any,
     ):
         if args is None:
@@ -125,6 +132,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         set_seed(args.seed)  # before an adapter is made: its initial weights are part of the run
         model, processing_class = _load(model, processing_class, args)
         model = self._adopt(model, processing_class, args.label_shift, peft_config)
+        self.teacher = teacher_of(model, teacher, processing_class, args)
         model.add_model_tags(self._tag_names)
         self.adapter_configs = list(getattr(model, "peft_config", {}).values())  # for the card, also once merged
         self.entropy_on_complement = (
@@ -138,8 +146,9 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
             supervise_eos_fill=args.supervise_eos_fill,
             use_target_ids=args.use_target_ids,
         )
+        self.metric_names = METRICS | (SOFT_METRICS if args.soft_targets else frozenset())
         if args.eval_generate_samples:
-            self.metric_names = METRICS | DECODING_METRICS
+            self.metric_names |= DECODING_METRICS
         super().__init__(
             model=model,
             args=args,
@@ -179,7 +188,10 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         # 3. The terms of each learnt position, then the loss
         targets = labels.expand_as(views.learnt)[views.learnt]
         terms = token_terms(logits, targets, self.args.entropy_temperature, self.args.loss_chunk_size)
-        loss = self._reduce(terms, views, model.training)
+        cost, divergence = terms.cross_entropy, terms.cross_entropy[:0]
+        if self.args.soft_targets:
+            cost, divergence = self._softened(inputs, views, logits, cost)
+        loss = self._reduce(terms, cost, divergence, views, inputs["step_map"], model.training)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss must be finite (got {loss.item()} at step {self.state.global_step}, samples "
@@ -242,31 +254,52 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         outputs = model(**self._model_inputs(input_ids, attention_mask, kept))
         return outputs, outputs.logits[:, -kept:][:, :length][learnt]
 
-    def _reduce(self, terms: TokenTerms, views: BatchViews, training: bool) -> torch.Tensor:
+    def _softened(
+        self, inputs: dict[str, torch.Tensor], views: BatchViews, logits: torch.Tensor, cost: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cost of each learnt position where some learn a distribution, and the divergences of these `(M,)`."""
+        args, (kind,) = self.args, self.args.soft_targets
+        # 1. The positions, and what the target's states hide; what these show is learnt as a token
+        soft = torch.tensor([each != SFT for each in views.kinds], device=cost.device)[:, None, None] & views.learnt
+        if args.far_target is not None:
+            far = views.distances > args.near_steps
+            soft = soft & (far if args.target == "token" else ~far)
+        soft = soft & ~views.revealed
+        count = sum(each != SFT for each in views.kinds)
+        hidden, wanted = (views.hidden & ~views.revealed)[:count], soft[:count]
+        # 2. One forward for all of them
+        canvases = inputs["input_ids"].repeat(count, 1)
+        canvases[:, -wanted.shape[2] :].masked_fill_(hidden.flatten(0, 1), self.mask_token_id)
+        attention_mask = inputs["attention_mask"].repeat(count, 1)
+        with asked(self.model, self.teacher, kind) as model:
+            _, targets = self._learnt_logits(model, canvases, attention_mask, wanted.flatten(0, 1))
+        # 3. The divergences take the place of the cross-entropies
+        chosen = soft[views.learnt].nonzero()[:, 0]
+        divergence = divergences(logits[chosen], targets, args.loss_chunk_size)
+        return cost.index_put((chosen,), divergence), divergence
+
+    def _reduce(
+        self,
+        terms: TokenTerms,
+        cost: torch.Tensor,
+        divergence: torch.Tensor,
+        views: BatchViews,
+        steps: torch.Tensor,
+        training: bool,
+    ) -> torch.Tensor:
         """The loss of all learnt positions; keeps what the log is made of."""
-        args = self.args
-        num_rows = views.learnt.shape[1]
-        view, row = views.learnt.nonzero()[:, :2].unbind(1)  # (N,)
-        of_kind: dict[str, torch.Tensor] = {}
-        for index, kind in enumerate(views.kinds):
-            of_kind[kind] = of_kind.get(kind, 0.0) + view.eq(index).to(terms.correct)
-
-        def mean(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-            return mean_over(values, chosen, row, num_rows, args.loss_reduction)
-
-        loss = mean(terms.cross_entropy, of_kind[PRIMARY])
-        loss = loss + args.entropy_weight * mean(terms.entropy, of_kind[PRIMARY] * terms.correct)
-        if COMPLEMENT in of_kind:
-            loss = loss + mean(terms.cross_entropy, of_kind[COMPLEMENT])
-            if self.entropy_on_complement:
-                loss = loss + args.entropy_weight * mean(terms.entropy, of_kind[COMPLEMENT] * terms.correct)
-        loss = args.loss_scale * loss
-        sft_sum = (terms.cross_entropy * views.weights[views.learnt]).sum()
-        if SFT in of_kind:
-            loss = loss + args.sft_weight * sft_sum / num_rows
-
+        of_kind = positions_by_kind(views, terms.cross_entropy)
+        loss, sft_sum = distillation_loss(
+            terms,
+            cost,
+            views,
+            of_kind,
+            self.args,
+            entropy_on_complement=self.entropy_on_complement,
+            steps=steps,
+        )
         mode = TRAIN if training else EVAL
-        found = sums_of(terms, of_kind, views, sft_sum.detach())
+        found = sums_of(terms, of_kind, views, sft_sum, divergence.detach())
         kept = self._metric_sums.get(mode, {})
         self._metric_sums[mode] = {name: value + kept.get(name, 0.0) for name, value in found.items()}
         return loss
