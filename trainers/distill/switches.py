@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING
+from typing import Any
 
 
-if TYPE_CHECKING:
-    from .config import PseudoTrajectoryDistillConfig
-
-    Holds = Callable[[PseudoTrajectoryDistillConfig], bool]
+Holds = Callable[[Any], bool]  # of a `PseudoTrajectoryDistillConfig`, which imports this file
 
 _ROLLOUT: tuple[str, Holds] = ("`objective='rollout'`", lambda args: args.objective == "rollout")
 _WINDOWS: tuple[str, Holds] = (
@@ -48,7 +45,7 @@ _NEEDS: dict[str, tuple[str, Holds]] = {
 }
 
 
-def check_switches(args: PseudoTrajectoryDistillConfig) -> None:
+def check_switches(args: Any) -> None:
     """Refuse a switch that is set and read by nothing.
 
     Raises:
@@ -67,7 +64,7 @@ def check_switches(args: PseudoTrajectoryDistillConfig) -> None:
     _check_targets(args)
 
 
-def _check_targets(args: PseudoTrajectoryDistillConfig) -> None:
+def _check_targets(args: Any) -> None:
     if args.far_target is not None and args.near_steps is None:
         raise ValueError(
             f"`near_steps` must say where `far_target` begins (got None and {args.far_target!r}). Set it, for example "
