@@ -112,8 +112,9 @@ class PseudoTrajectoryDistillConfig(CarefulArguments):
         target (`str`, defaults to `"token"`): What a hidden position learns: the text's token, by cross-entropy, or
             the distribution of a frozen teacher (`"teacher"`, D2F) or of the student itself, as it is at that step
             (`"self"`), by KL(target || student). `cross_entropy` is logged in any case, the other as `divergence`.
-        teacher_model_name_or_path (`str`, *optional*): The teacher, where it is not given to the trainer. With
-            neither, an adapter's base teaches it. Each process holds a whole teacher.
+        teacher_model_name_or_path (`str`, *optional*): The teacher, where it is not given to the trainer: a folder, a
+            Hub id or an embedded checkpoint. With neither, an adapter's base teaches it. Each process holds a whole
+            teacher, in the student's data type.
         teacher_reveal (`float`, *optional*): Share of the tokens to learn that the target's state shows (CD4LM). What
             it shows is learnt as a token. The student's own state when unset, which `"self"` cannot do with.
         far_target (`str`, *optional*): Another target for what the teacher decides more than `near_steps` tokens after

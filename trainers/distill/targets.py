@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from d3llm_hf.hub.sources import checkpoint_source
 from d3llm_hf.models.text_config import text_setting
 from d3llm_hf.models.token_ids import vocabulary_of
 from d3llm_hf.models.wrappers import base_of
@@ -64,7 +65,7 @@ def teacher_of(
             f"{type(teacher).__name__}). Pass one of them."
         )
     if teacher is None:
-        teacher = load_checkpoint(name, tokenizer, dtype=student.dtype)
+        teacher = load_checkpoint(checkpoint_source(name), tokenizer, dtype=student.dtype)
     _check_same_canvas(base_of(teacher), base_of(student))
     return teacher.eval().requires_grad_(False).to(args.device)
 

@@ -263,6 +263,17 @@ def test_an_adapter_is_taught_by_what_it_adapts_or_by_a_checkpoint(tmp_path, tok
     assert found["adapter"] == found["model"] == found["checkpoint"] > 0
 
 
+@pytest.mark.full
+def test_a_teacher_may_be_an_embedded_checkpoint(tmp_path):
+    from trainers.common.loading import load_named
+
+    model, tokenizer = load_named("d3llm-llada-teacher", None, torch_dtype="float32")
+    name = {"teacher_model_name_or_path": "d3llm-llada-teacher"}
+    trainer = make_trainer(tmp_path, tokenizer, model=model, target="teacher", **name)
+    taught = trainer.teacher.state_dict()
+    assert all(torch.equal(weight, taught[name]) for name, weight in model.state_dict().items())
+
+
 def test_far_positions_have_the_other_target(tmp_path, tokenizer):
     """With every divergence at 0, for the teacher is a copy, only near tokens cost anything; then the other way."""
     model = spread(student(tokenizer), 0)
