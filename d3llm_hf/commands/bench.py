@@ -26,6 +26,10 @@ _TRAIN: dict[str, tuple[type, str]] = {
     "steps": (int, "steps of a turn, each with a batch of its own"),
     "repeats": (int, "turns of each implementation"),
 }
+_SWITCHES = {
+    "complementary": "learn from both views",
+    "rollouts": "measure a step that learns states of a rollout, too",
+}
 
 
 def add_parser(subparsers) -> None:
@@ -36,7 +40,8 @@ def add_parser(subparsers) -> None:
     train.add_argument("--shape", default="wide-vocab", help="wide-vocab (the default) or tiny")
     for name, (kind, text) in _TRAIN.items():
         train.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
-    train.add_argument("--complementary", action=argparse.BooleanOptionalAction, help="learn from both views")
+    for name, text in _SWITCHES.items():
+        train.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
     train.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
     train.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the results as JSON, too")
     bench_decoding.add_parsers(benchmarks)
@@ -61,7 +66,7 @@ def run_train(args: argparse.Namespace) -> None:
         raise ValueError(f"`--shape` must be one of {list(SHAPES)} (got {args.shape!r}). Change it by other options.")
     if args.output is not None:
         check_writable(args.output, "--output")
-    given = {name: getattr(args, name) for name in (*_TRAIN, "complementary") if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in (*_TRAIN, *_SWITCHES) if getattr(args, name) is not None}
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     shape = replace(SHAPES[args.shape], **given, device=device)
     with only_writer(args.output, "--output"):

@@ -6,7 +6,8 @@ A random LLaDA of a given shape is taught the order of made-up trajectories, by
 * `FullLogitsLearntRowsTrainer`: the same, with probabilities of the rows with a loss only;
 * `PseudoTrajectoryDistillTrainer`: what this package trains with.
 
-All have the same draws. A step is a forward and a backward pass; the optimizer, the same for all, is left out.
+All have the same draws. A step is a forward and a backward pass; the optimizer, the same for all, is left out. With
+`rollouts` the step of `objective="rollout"` is measured beside them; it learns other states, and has another loss.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ VARIANTS: dict[str, type[PseudoTrajectoryDistillTrainer]] = {
     "full logits, probabilities of learnt rows": FullLogitsLearntRowsTrainer,
     OURS: PseudoTrajectoryDistillTrainer,
 }
+ROLLOUT = "states of a rollout"  # by the last of these; a row of its own, where it is asked for
 
 # Largest relative difference of the loss, and of each weight's gradient (in norm, to the largest gradient's). The
 # variants add up in another order, and in bfloat16 the head's rows are rounded before that.
@@ -65,6 +67,7 @@ class TrainBench:
         threads (`int`): Threads of a CPU.
         steps (`int`): Steps of a turn, each with a batch of its own.
         repeats (`int`): Turns of each variant.
+        rollouts (`bool`): Whether a step with a rollout is measured, too, in blocks of `window`.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -85,6 +88,12 @@ class TrainBench:
     threads: int = 1
     steps: int = 1
     repeats: int = 5
+    rollouts: bool = False
+
+    @property
+    def rows(self) -> list[str]:
+        """What is measured, in the order of the table."""
+        return [*VARIANTS, *([ROLLOUT] if self.rollouts else [])]
 
     def __post_init__(self):
         least = {"vocab_size": 16, "prompt_length": 2, "response_length": 2}
@@ -125,19 +134,23 @@ def prepared(
     with threads(bench.threads), torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(_SEED)
         model = LLaDAModelLM(config).to(getattr(torch, bench.dtype)).to(device)
-        args = PseudoTrajectoryDistillConfig(
-            folder,
-            use_cpu=bench.device == "cpu",
-            report_to="none",
-            max_prompt_length=bench.prompt_length,
-            response_length=bench.response_length,
-            window_sizes=[bench.window],
-            objective=bench.objective,
-            complementary=bench.complementary,
-            sft_weight=bench.sft_weight,
-        )
+        shared: dict[str, Any] = {
+            "use_cpu": bench.device == "cpu",
+            "report_to": "none",
+            "max_prompt_length": bench.prompt_length,
+            "response_length": bench.response_length,
+            "window_sizes": [bench.window],
+            "complementary": bench.complementary,
+            "sft_weight": bench.sft_weight,
+        }
+        args = PseudoTrajectoryDistillConfig(folder, objective=bench.objective, **shared)
         model.train()
         trainers = {name: cls(model, args, processing_class=_Tokens(**special)) for name, cls in VARIANTS.items()}
+        if bench.rollouts:
+            args = PseudoTrajectoryDistillConfig(
+                folder, objective="rollout", rollout_block_length=bench.window, **shared
+            )
+            trainers[ROLLOUT] = PseudoTrajectoryDistillTrainer(model, args, processing_class=_Tokens(**special))
         collate = trainers[OURS].data_collator
         batches = []
         for step in range(bench.steps):
@@ -204,7 +217,7 @@ def agreement(
     trainers: dict[str, PseudoTrajectoryDistillTrainer],
     batch: Mapping[str, torch.Tensor],
 ) -> dict[str, Any]:
-    """Compares losses and gradients of all variants on a batch.
+    """Compares losses and gradients of all variants on a batch. Rollouts are another loss.
 
     Returns:
         the relative differences of the loss and, at most, of a weight's gradient, and what is allowed.
@@ -217,7 +230,7 @@ def agreement(
     largest = max(float(gradient.norm()) for gradient in expected.values())
     allowed = dict(zip(("loss", "gradient"), TOLERANCES[bench.dtype], strict=True))
     worst = dict.fromkeys(allowed, 0.0)
-    for variant in [name for name in trainers if name != BASELINE]:
+    for variant in [name for name in VARIANTS if name != BASELINE]:
         found = {"loss": abs(step(model, trainers[variant], batch) - loss) / abs(loss)}
         found["gradient"] = max(
             float((weight.grad - expected[name]).norm()) / largest for name, weight in model.named_parameters()
@@ -287,14 +300,14 @@ def measure_training(bench: TrainBench) -> dict[str, Any]:
     Raises:
         ArithmeticError: If the variants do not have the same loss and gradients.
     """
-    with progress_bar(len(VARIANTS) * (2 + bench.repeats), "turn", "bench") as bar:
+    with progress_bar(len(bench.rows) * (2 + bench.repeats), "turn", "bench") as bar:
         usage = {}
-        for name in VARIANTS:
+        for name in bench.rows:
             usage[name] = in_fresh_process(memory, bench, name)
             bar.update()
         with prepared(bench) as (model, trainers, batches):
             agreed = agreement(bench, model, trainers, batches[0])  # and warms up
-            bar.update(len(VARIANTS))
+            bar.update(len(bench.rows))
             positions = _positions(trainers[OURS], batches[0])
             parameters = model.num_parameters()
             taken = times(bench, model, trainers, batches, bar.update)
@@ -306,7 +319,7 @@ def measure_training(bench: TrainBench) -> dict[str, Any]:
         "positions": positions,
         "agreement": agreed,
         "provenance": on_device(bench.device, bench.threads),
-        "rows": [_row(name, taken, usage) for name in VARIANTS],
+        "rows": [_row(name, taken, usage) for name in bench.rows],
     }
 
 

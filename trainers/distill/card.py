@@ -20,6 +20,7 @@ _METHODS = {
     "trajectory": "pseudo-trajectory distillation",
     "random": "random masks (the baseline of pseudo-trajectory distillation)",
     "certainty": "certainty forcing",
+    "rollout": "the text on states of its own decoding (a variant of pseudo-trajectory distillation)",
 }
 _RESULTS = {
     "tpf": "Tokens per forward",
@@ -150,11 +151,12 @@ def _recipe(trainer: Trained) -> list[tuple[str, Any]]:
     args = trainer.args
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     entropy = f"weight {args.entropy_weight}, temperature {args.entropy_temperature}"
+    in_both = trainer.entropy_on_complement and args.draws_windows
     rows = [
         ("Objective", f"`{args.objective}`"),
         ("Text to learn", "the data set's answers" if args.use_target_ids else "the teacher's answers"),
-        ("Complementary view", "yes" if args.complementary else "no"),
-        ("Entropy of right predictions", entropy + (", in both views" if trainer.entropy_on_complement else "")),
+        ("Complementary view", "yes" if args.complementary and args.draws_windows else "no"),
+        ("Entropy of right predictions", entropy + (", in both views" if in_both else "")),
         ("Scale of the loss", args.loss_scale),
         ("Weight of the fine-tuning loss", args.sft_weight),
         ("Answer canvas", f"{args.response_length} tokens"),
@@ -164,8 +166,46 @@ def _recipe(trainer: Trained) -> list[tuple[str, Any]]:
         ("Weight decay, gradient clipping", f"{args.weight_decay:g}, {args.max_grad_norm:g}"),
         ("Seed", args.seed),
     ]
+    if args.state_region == "blocks":
+        rows.append(("Open at once", "two blocks with a noise level each"))
+    if args.objective == "rollout":
+        low, high = args.rollout_threshold
+        forwards, length, states = args.rollout_max_forwards, args.rollout_block_length, args.rollout_states
+        rows += [
+            ("Rollout", f"{forwards} forwards at most, blocks of {length}, entropy up to {low:g} to {high:g} nats"),
+            ("States learnt of each rollout", states),
+            ("Steps with a rollout", "all" if args.rollout_every == 1 else f"one of {args.rollout_every}"),
+        ]
+    rows += _switches(args)
     for adapter in trainer.adapter_configs:
         rows.append((f"{adapter.peft_type.value} adapter", _described(adapter)))
+    return rows
+
+
+def _switches(args: Any) -> list[tuple[str, Any]]:
+    """What is learnt besides the text and how it counts, as far as it was asked for."""
+    said = {
+        "token": "the text's token",
+        "teacher": "a teacher's distribution",
+        "self": "the model's own distribution",
+        "none": "nothing",
+    }
+    rows = []
+    if args.soft_targets or args.far_target is not None:
+        rows.append(("Target", said[args.target]))
+    if args.far_target is not None:
+        rows.append((f"Target of what is decided more than {args.near_steps} tokens later", said[args.far_target]))
+    if args.teacher_reveal is not None:
+        rows.append(("Tokens that the target's state shows besides", f"{args.teacher_reveal:.0%}"))
+    if args.entropy_below is not None:
+        rows.append(("Entropy of right predictions below a probability of", args.entropy_below))
+    if args.wrong_entropy_weight:
+        gate = f"weight {args.wrong_entropy_weight}, above a probability of {args.wrong_confidence}"
+        rows.append(("Minus the entropy of wrong predictions", gate))
+    if args.distance_weight:
+        rows.append(("Fall of the weights with the distance in the trajectory", args.distance_weight))
+    if args.rank_weight:
+        rows.append(("Entropies in the teacher's order", f"weight {args.rank_weight}, margin {args.rank_margin}"))
     return rows
 
 
@@ -180,6 +220,8 @@ def _described(adapter: Any) -> str:
 
 
 def _curriculum(args: Any) -> list[dict[str, Any]]:
+    if not args.draws_windows:
+        return []
     epochs = len(args.window_sizes) if args.max_steps > 0 else args.num_train_epochs
     rows = []
     for progress in (0, 25, 50, 75, 100):

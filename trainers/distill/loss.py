@@ -55,6 +55,50 @@ def _chunk_terms(logits: torch.Tensor, targets: torch.Tensor, temperature: float
     return cross_entropy, entropy, correct, certainty
 
 
+def divergences(logits: torch.Tensor, targets: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """KL(target || prediction) of N rows of logits, in nats and float32, `(N,)`, a few rows at a time.
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, V)`): The predictions.
+        targets (`torch.Tensor` of shape `(N, V)`): Logits of the targets. They get no gradient.
+        chunk_size (`int`): Rows that are computed together.
+    """
+    chunks = [
+        checkpoint(_chunk_divergences, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(logits.split(chunk_size), targets.detach().split(chunk_size), strict=True)
+    ]
+    return torch.cat(chunks)
+
+
+def _chunk_divergences(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    predicted, wanted = logits.float().log_softmax(-1), targets.float().softmax(-1)
+    return F.kl_div(predicted, wanted, reduction="none").sum(-1)
+
+
+def order_hinge(
+    entropy: torch.Tensor, steps: torch.Tensor, group: torch.Tensor, margin: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By how much entropies are out of the order in which a teacher decided, for each pair of a group.
+
+    Args:
+        entropy (`torch.FloatTensor` of shape `(N,)`): In nats.
+        steps (`torch.LongTensor` of shape `(N,)`): Step that decided each position, -1 where none did: after all.
+        group (`torch.LongTensor` of shape `(N,)`): Positions of one group are compared; -1 takes no part.
+        margin (`float`): By how much the later one should be the more uncertain one.
+
+    Returns:
+        `relu(earlier - later + margin)` of all P pairs with different steps `(P,)`, and the group of each `(P,)`.
+    """
+    steps = steps.masked_fill(steps < 0, torch.iinfo(steps.dtype).max)
+    found, groups = [entropy[:0]], [group[:0]]
+    for each in group[group >= 0].unique():
+        own = group == each
+        earlier, later = (steps[own][:, None] < steps[own]).nonzero().unbind(1)
+        found.append((entropy[own][earlier] - entropy[own][later] + margin).relu())
+        groups.append(each.expand(len(earlier)))
+    return torch.cat(found), torch.cat(groups)
+
+
 def mean_over(values: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor, num_rows: int, by: str) -> torch.Tensor:
     """Mean of the chosen values; exactly 0, with a gradient of 0, where nothing is chosen.
 

@@ -14,20 +14,27 @@ from .loss import TokenTerms
 _AVERAGES = {
     "cross_entropy": ("cross_entropy", "masked"),
     "complementary_cross_entropy": ("complementary_cross_entropy", "complement"),
+    "divergence": ("divergence", "soft"),
     "entropy": ("entropy", "right"),
     "complementary_entropy": ("complementary_entropy", "complement_right"),
     "certainty": ("certainty", "masked"),
     "accuracy": ("right", "masked"),
     "masked_fraction": ("masked", "window_tokens"),
-    "noise_level": ("noise_level", "rows"),
+    "noise_level": ("noise_level", "noise_rows"),
+    "rollout_forwards": ("rollout_forwards", "rollout_rows"),
     "sft_loss": ("sft_loss", "sft_rows"),
 }
-METRICS = frozenset(_AVERAGES)
+SOFT_METRICS = frozenset({"divergence"})  # of targets that are distributions
+METRICS = frozenset(_AVERAGES) - SOFT_METRICS - {"rollout_forwards"}  # no evaluation rolls anything out
 
 
 @torch.no_grad()
 def sums_of(
-    terms: TokenTerms, of_kind: dict[str, torch.Tensor], views: BatchViews, sft_sum: torch.Tensor
+    terms: TokenTerms,
+    of_kind: dict[str, torch.Tensor],
+    views: BatchViews,
+    sft_sum: torch.Tensor,
+    divergence: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """Sums of one micro-batch, float32 scalars on the model's device.
 
@@ -36,6 +43,7 @@ def sums_of(
         of_kind (`dict[str, torch.FloatTensor]`): For each kind of view, 1 for its positions.
         views ([`BatchViews`]): Where these come from.
         sft_sum (`torch.FloatTensor`): Sum of the SFT losses of all samples.
+        divergence (`torch.FloatTensor` of shape `(M,)`): From the softer targets, of the M positions that have one.
     """
     masked = of_kind[PRIMARY]
     complement = of_kind.get(COMPLEMENT, torch.zeros_like(masked))
@@ -46,6 +54,8 @@ def sums_of(
         "complementary_cross_entropy": (terms.cross_entropy * complement).sum(),
         "entropy": (terms.entropy * right).sum(),
         "complementary_entropy": (terms.entropy * complement_right).sum(),
+        "divergence": divergence.sum(),
+        "soft": masked.new_tensor(float(len(divergence))),
         "certainty": (terms.certainty * masked).sum(),
         "masked": masked.sum(),
         "complement": complement.sum(),
@@ -54,8 +64,10 @@ def sums_of(
         "sft_loss": sft_sum,
         "sft_rows": masked.new_tensor(rows if SFT in of_kind else 0.0),
         "noise_level": views.noise_levels.sum().to(masked),
+        "noise_rows": masked.new_tensor(float(len(views.noise_levels))),
+        "rollout_forwards": views.forwards.sum().to(masked),
+        "rollout_rows": masked.new_tensor(float(len(views.forwards))),
         "window_tokens": views.window_tokens.sum().to(masked),
-        "rows": masked.new_tensor(rows),
     }
 
 

@@ -5,6 +5,10 @@ not yet decided at some moment of its own decoding are hidden; everything behind
 complementary view hides the window's other tokens instead. Hidden tokens are replaced by the mask token; all others
 are those of the training text, so that only the *order* of the teacher's decoding is used.
 
+A decoder of several blocks at once has more than one that is partly decided. So a view may belong to two consecutive
+blocks, the second one noisier (as in MultiTF, https://huggingface.co/papers/2606.29215, which has bounded groups of
+blocks with noise of their own).
+
 Pure functions over one answer canvas of C tokens: the answer and the fill behind it. They follow the published d3LLM
 code (`forward_process_with_trajectory`), with two corrections. An answer whose length is a multiple of the window has
 no empty last window. A missing order is no reason to fall back to random masks: the trainer refuses such a data set.
@@ -28,16 +32,19 @@ class NoisyView:
     """Both views of one answer, each a bool tensor of shape `(C,)`.
 
     Args:
-        masked: Positions of the window that are hidden and learnt in the primary view.
-        complement: The window's other positions, hidden and learnt in the complementary view.
-        future: Positions behind the window, hidden in both and not learnt.
-        noise_level (`float`): The noise level that was drawn.
+        masked: Positions of the window, or of both blocks, that are hidden and learnt in the primary view.
+        complement: The other positions there, hidden and learnt in the complementary view.
+        future: Positions behind, hidden in both and not learnt.
+        noise_level (`float`): The noise level that was drawn, of two blocks the first one's.
+        distances (`torch.LongTensor` of shape `(C,)`, *optional*): After how many more tokens, from its block's state
+            on, the teacher decides each position there; 0 or less for what that state shows. Of `"trajectory"`.
     """
 
     masked: torch.Tensor
     complement: torch.Tensor
     future: torch.Tensor
     noise_level: float
+    distances: torch.Tensor | None = None
 
 
 def decision_ranks(step_map: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -81,8 +88,9 @@ def make_view(
     num_windows: int,
     noise_level: float,
     uniforms: torch.Tensor | None = None,
+    next_noise_level: float | None = None,
 ) -> NoisyView:
-    """The views of one window, from draws that are made already.
+    """The views of one window, or of two blocks of its size, from draws that are made already.
 
     Args:
         step_map (`torch.LongTensor` of shape `(C,)`): See [`decision_ranks`].
@@ -93,19 +101,30 @@ def make_view(
         window_index, num_windows (`int`): Which window, of how many. The last one reaches to the canvas' end.
         noise_level (`float`): t, between 0 and 1.
         uniforms (`torch.FloatTensor` of shape `(C,)`, *optional*): What the random objectives compare with.
+        next_noise_level (`float`, *optional*): t of the window behind, where there is one; it is hidden and learnt,
+            too. At 1 nothing of it is decided: it has just been opened.
     """
-    start = window_index * window
-    end = canvas_length if window_index == num_windows - 1 else start + window
     position = torch.arange(len(step_map), device=step_map.device)
-    inside = (position >= start) & (position < end)
-    if objective == "trajectory":
-        ranks, count = decision_ranks(step_map)
-        masked = inside & (ranks > state_index(noise_level, start, end, count) + 1)
-    elif objective == "random":
-        masked = inside & (uniforms < (1 - _EPS) * noise_level + _EPS)
-    else:
-        masked = inside & (uniforms < noise_level)
-    return NoisyView(masked, inside & ~masked, (position >= end) & (position < canvas_length), noise_level)
+    masked, inside = torch.zeros_like(position, dtype=torch.bool), torch.zeros_like(position, dtype=torch.bool)
+    distances, end = None, canvas_length
+    levels = [noise_level] if next_noise_level is None else [noise_level, next_noise_level]
+    for index, level in enumerate(levels[: num_windows - window_index], window_index):
+        start = index * window
+        end = canvas_length if index == num_windows - 1 else start + window
+        block = (position >= start) & (position < end)
+        if objective == "trajectory":
+            ranks, count = decision_ranks(step_map)
+            from_state = ranks - (state_index(level, start, end, count) + 1)
+            hidden = from_state > 0
+            distances = from_state if distances is None else torch.where(block, from_state, distances)
+            if index > window_index and level == 1:
+                hidden = torch.ones_like(block)
+        elif objective == "random":
+            hidden = uniforms < (1 - _EPS) * level + _EPS
+        else:
+            hidden = uniforms < level
+        masked, inside = masked | (block & hidden), inside | block
+    return NoisyView(masked, inside & ~masked, (position >= end) & (position < canvas_length), noise_level, distances)
 
 
 def draw_view(
@@ -119,6 +138,7 @@ def draw_view(
     noise_range: tuple[float, float],
     blockwise: bool = True,
     windows_over_fill: bool = False,
+    several_blocks: bool = False,
 ) -> NoisyView:
     """Draw the noise level, the window and, for the random objectives, the mask of one answer.
 
@@ -129,6 +149,8 @@ def draw_view(
         noise_range (`tuple[float, float]`): The noise level is uniform between these. `"certainty"` ignores it.
         blockwise (`bool`, defaults to `True`): With `False` the whole canvas is one window.
         windows_over_fill (`bool`, defaults to `False`): Let windows begin in the fill as well.
+        several_blocks (`bool`, defaults to `False`): Whether the window behind the drawn one is open as well. Its
+            noise level is 1 half of the time, and else uniform between the first one's and 1.
     """
     low, high = noise_range
     noise_level = low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64, device="cpu").item()
@@ -137,6 +159,10 @@ def draw_view(
     uniforms = None
     if objective != "trajectory":
         uniforms = torch.rand(len(step_map), generator=generator, dtype=torch.float32, device="cpu")
+    next_noise_level = None
+    if several_blocks:
+        fresh, share = torch.rand(2, generator=generator, dtype=torch.float64, device="cpu").tolist()
+        next_noise_level = 1.0 if fresh < 0.5 else noise_level + (1 - noise_level) * share
     return make_view(
         step_map,
         objective=objective,
@@ -146,4 +172,5 @@ def draw_view(
         num_windows=num_windows,
         noise_level=CERTAINTY_NOISE if objective == "certainty" else noise_level,
         uniforms=uniforms,
+        next_noise_level=next_noise_level,
     )

@@ -13,16 +13,20 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.canvas_trainer import EVAL, TRAIN, CanvasTrainer, fill_tokens
 from ..common.loading import load_checkpoint, with_end_of_text
+from ..common.modes import looked_at
 from ..common.rows import canvas_of
-from .batch import COMPLEMENT, PRIMARY, SFT, BatchViews, draw_batch
+from .batch import SFT, BatchViews, draw_batch, draw_rollouts
 from .callbacks import NoiseCurriculumCallback, WindowCurriculumCallback
 from .card import render_distill_card
 from .collator import PseudoTrajectoryCollator
 from .config import PseudoTrajectoryDistillConfig
 from .evaluation import DECODING_METRICS, check_decoding, decode_and_score
-from .loss import TokenTerms, mean_over, token_terms
-from .metrics import METRICS, averages, sums_of
+from .loss import TokenTerms, divergences, token_terms
+from .metrics import METRICS, SOFT_METRICS, averages, sums_of
+from .objective import distillation_loss, positions_by_kind
+from .rollout import entropies
 from .rows import prepare_trajectories
+from .targets import asked, teacher_of
 
 
 if TYPE_CHECKING:
@@ -39,16 +43,26 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
 
         loss = loss_scale (CE + CE' + entropy_weight H) + sft_weight SFT
 
+    Other targets than the text, and further terms, are what [`PseudoTrajectoryDistillConfig`] has them for; see
+    [`objective`] for the whole formula.
+
     Noise level and window follow curricula, set by [`NoiseCurriculumCallback`] and [`WindowCurriculumCallback`] as
     `noise_floor` and `window` before each step. An evaluation draws from the whole range of noise levels and the last
     window, the same at any time, so that its losses can be compared.
+
+    With `objective="rollout"` the student decodes each batch first, without gradient, and learns states that it came
+    through; see [`rollout`]. There is no complementary view then: CE and H are means over the hidden positions of the
+    open blocks and the next one, in all `rollout_states` of a sample. An evaluation takes the windows of
+    `"trajectory"`, so that its cross-entropies compare with those of other runs.
 
     All views of a batch go through the model in one forward. (Keys of the prompt cannot be shared between them: in a
     bidirectional model they depend on the answer.) The head runs at the hidden positions of the window alone, each of
     which is learnt in one of the two views; a forward that takes no position mask runs it on the whole answer.
 
     Every draw comes from a generator seeded by `(seed, epoch, sample)`: workers, batch layout, order of the samples
-    and resumption change no mask.
+    and resumption change no mask. Of a rollout these are its threshold and which of its states are learnt; the states
+    depend on the weights as well, so that a resumed run is still equal to an unbroken one, bit for bit, but another
+    layout of batches, whose weights differ by rounding, may decide a position at another forward.
 
     Other than the published d3LLM code, whose losses and gradients are matched for the same draws: the noise level is
     drawn per sample, not per batch; prompts are taken as the teacher saw them, so no chat template can shift the order
@@ -66,6 +80,8 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer; the model's if unset.
         peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter of this kind instead of all weights; see
             [`lora_target_modules`].
+        teacher ([`~transformers.PreTrainedModel`], *optional*): Whose distributions are learnt where `target` or
+            `far_target` says so; of the student's class. Frozen, and in no checkpoint.
         kwargs: Further arguments of [`~transformers.Trainer`]; those that would have no effect are refused.
 
     Raises:
@@ -96,7 +112,6 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
     ```
     """
 
-    metric_names = METRICS
     _tag_names: ClassVar[list[str]] = ["d3llm", "distillation", "diffusion", "diffusion-language-model"]
 
     def __init__(
@@ -107,6 +122,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
+        teacher: PreTrainedModel | None = None,
         **kwargs: Any,
     ):
         if args is None:
@@ -116,6 +132,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         set_seed(args.seed)  # before an adapter is made: its initial weights are part of the run
         model, processing_class = _load(model, processing_class, args)
         model = self._adopt(model, processing_class, args.label_shift, peft_config)
+        self.teacher = teacher_of(model, teacher, processing_class, args)
         model.add_model_tags(self._tag_names)
         self.adapter_configs = list(getattr(model, "peft_config", {}).values())  # for the card, also once merged
         self.entropy_on_complement = (
@@ -129,8 +146,9 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
             supervise_eos_fill=args.supervise_eos_fill,
             use_target_ids=args.use_target_ids,
         )
+        self.metric_names = METRICS | (SOFT_METRICS if args.soft_targets else frozenset())
         if args.eval_generate_samples:
-            self.metric_names = METRICS | DECODING_METRICS
+            self.metric_names |= DECODING_METRICS
         super().__init__(
             model=model,
             args=args,
@@ -170,7 +188,10 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         # 3. The terms of each learnt position, then the loss
         targets = labels.expand_as(views.learnt)[views.learnt]
         terms = token_terms(logits, targets, self.args.entropy_temperature, self.args.loss_chunk_size)
-        loss = self._reduce(terms, views, model.training)
+        cost, divergence = terms.cross_entropy, terms.cross_entropy[:0]
+        if self.args.soft_targets:
+            cost, divergence = self._softened(inputs, views, logits, cost)
+        loss = self._reduce(terms, cost, divergence, views, inputs["step_map"], model.training)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss must be finite (got {loss.item()} at step {self.state.global_step}, samples "
@@ -181,11 +202,42 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
 
     def _draw(self, inputs: dict[str, torch.Tensor], training: bool) -> BatchViews:
         args = self.args
+        if training and args.objective == "rollout" and self.state.global_step % args.rollout_every == 0:
+            return self._roll_out(inputs)
         if training:
             identity, window, floor = (TRAIN, int(self.state.epoch or 0)), self.window, self.noise_floor
         else:
             identity, window, floor = (EVAL, 0), args.window_sizes[-1], args.noise_start
         return draw_batch(inputs, args, (args.seed, *identity), window, (floor, args.noise_end))
+
+    def _roll_out(self, inputs: dict[str, torch.Tensor]) -> BatchViews:
+        """States of the student's own decoding, by forwards of rows that are not done yet."""
+        args, attention_mask = self.args, inputs["attention_mask"]
+        length = inputs["labels"].shape[1]
+
+        def entropy_at(hidden: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+            rows = among.any(1)
+            rows[0] |= not rows.any()  # one that others wait for
+            canvas = inputs["input_ids"][rows]
+            canvas[:, -length:].masked_fill_(hidden[rows], self.mask_token_id)
+            _, logits = self._learnt_logits(self.model, canvas, attention_mask[rows], among[rows])
+            return entropies(logits, args.loss_chunk_size)
+
+        def anyone(left: torch.Tensor) -> bool:
+            # With shards of the model all processes take part in each forward. A whole copy needs nobody.
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                left = self.accelerator.gather(left.any()[None])
+            return bool(left.any())
+
+        with looked_at(self.model):
+            return draw_rollouts(
+                inputs,
+                args,
+                (args.seed, TRAIN, int(self.state.epoch or 0)),
+                entropy_at,
+                fill_tokens(self.processing_class)["eos_token_id"],
+                anyone,
+            )
 
     def _learnt_logits(
         self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, learnt: torch.Tensor
@@ -202,36 +254,59 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         outputs = model(**self._model_inputs(input_ids, attention_mask, kept))
         return outputs, outputs.logits[:, -kept:][:, :length][learnt]
 
-    def _reduce(self, terms: TokenTerms, views: BatchViews, training: bool) -> torch.Tensor:
+    def _softened(
+        self, inputs: dict[str, torch.Tensor], views: BatchViews, logits: torch.Tensor, cost: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cost of each learnt position where some learn a distribution, and the divergences of these `(M,)`."""
+        args, (kind,) = self.args, self.args.soft_targets
+        # 1. The positions, and what the target's states hide; what these show is learnt as a token
+        soft = torch.tensor([each != SFT for each in views.kinds], device=cost.device)[:, None, None] & views.learnt
+        if args.far_target is not None:
+            far = views.distances > args.near_steps
+            soft = soft & (far if args.target == "token" else ~far)
+        soft = soft & ~views.revealed
+        count = sum(each != SFT for each in views.kinds)
+        hidden, wanted = (views.hidden & ~views.revealed)[:count], soft[:count]
+        # 2. One forward for all of them
+        canvases = inputs["input_ids"].repeat(count, 1)
+        canvases[:, -wanted.shape[2] :].masked_fill_(hidden.flatten(0, 1), self.mask_token_id)
+        attention_mask = inputs["attention_mask"].repeat(count, 1)
+        with asked(self.model, self.teacher, kind) as model:
+            _, targets = self._learnt_logits(model, canvases, attention_mask, wanted.flatten(0, 1))
+        # 3. The divergences take the place of the cross-entropies
+        chosen = soft[views.learnt].nonzero()[:, 0]
+        divergence = divergences(logits[chosen], targets, args.loss_chunk_size)
+        return cost.index_put((chosen,), divergence), divergence
+
+    def _reduce(
+        self,
+        terms: TokenTerms,
+        cost: torch.Tensor,
+        divergence: torch.Tensor,
+        views: BatchViews,
+        steps: torch.Tensor,
+        training: bool,
+    ) -> torch.Tensor:
         """The loss of all learnt positions; keeps what the log is made of."""
-        args = self.args
-        num_rows = views.learnt.shape[1]
-        view, row = views.learnt.nonzero()[:, :2].unbind(1)  # (N,)
-        of_kind = {kind: view.eq(index).to(terms.correct) for index, kind in enumerate(views.kinds)}
-
-        def mean(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-            return mean_over(values, chosen, row, num_rows, args.loss_reduction)
-
-        loss = mean(terms.cross_entropy, of_kind[PRIMARY])
-        loss = loss + args.entropy_weight * mean(terms.entropy, of_kind[PRIMARY] * terms.correct)
-        if COMPLEMENT in of_kind:
-            loss = loss + mean(terms.cross_entropy, of_kind[COMPLEMENT])
-            if self.entropy_on_complement:
-                loss = loss + args.entropy_weight * mean(terms.entropy, of_kind[COMPLEMENT] * terms.correct)
-        loss = args.loss_scale * loss
-        sft_sum = (terms.cross_entropy * views.weights[views.learnt]).sum()
-        if SFT in of_kind:
-            loss = loss + args.sft_weight * sft_sum / num_rows
-
+        of_kind = positions_by_kind(views, terms.cross_entropy)
+        loss, sft_sum = distillation_loss(
+            terms,
+            cost,
+            views,
+            of_kind,
+            self.args,
+            entropy_on_complement=self.entropy_on_complement,
+            steps=steps,
+        )
         mode = TRAIN if training else EVAL
-        found = sums_of(terms, of_kind, views, sft_sum.detach())
+        found = sums_of(terms, of_kind, views, sft_sum, divergence.detach())
         kept = self._metric_sums.get(mode, {})
         self._metric_sums[mode] = {name: value + kept.get(name, 0.0) for name, value in found.items()}
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with each term of the loss apart and the curricula."""
-        if "loss" in logs:
+        if "loss" in logs and self.args.draws_windows:
             logs |= {"noise_floor": round(self.noise_floor, 6), "window": self.window}
         super().log(logs, start_time)
 

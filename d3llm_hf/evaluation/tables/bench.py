@@ -26,6 +26,11 @@ def training_table(results: dict[str, Any]) -> str:
         counted = handed_out
     elif "cuda" in results:
         counted += f" (on CUDA {handed_out})"
+    rolled = ""
+    if shape.get("rollouts"):
+        rolled = (
+            " A step of `objective='rollout'` has forwards of its own in front; it learns other states, more of them."
+        )
     extra = f", fine-tuning loss weighted {shape['sft_weight']}" if shape["sft_weight"] else ""
     lines = [
         *_lines("loss computed from", _TRAIN, _with_cuda(results, lambda row: row["name"])),
@@ -38,7 +43,8 @@ def training_table(results: dict[str, Any]) -> str:
         f"positions in all views {positions['learnt']} are learnt. All rows have the same draws; losses differ by at "
         f"most {found['loss']:.0e} and gradients by {found['gradient']:.0e}, relatively. The first row runs a forward "
         "for each view and keeps logits and probabilities of the whole sequence in float32, the second keeps "
-        "probabilities of the rows with a loss only, the last is `PseudoTrajectoryDistillTrainer`. Times are medians "
+        f"probabilities of the rows with a loss only, the {'third' if rolled else 'last'} is "
+        f"`PseudoTrajectoryDistillTrainer`.{rolled} Times are medians "
         f"of {shape['repeats']} turns of {shape['steps']} step{'s' * (shape['steps'] > 1)}, ratios medians within a "
         f"turn; CPU s is the processor's time, which other programs disturb less. Peak: {counted}; the step's share "
         f"is what came on top of model and libraries, gradients among it. {_where(results)} Regenerate: "

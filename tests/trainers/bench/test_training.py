@@ -22,7 +22,7 @@ from d3llm_hf.evaluation import provenance
 from d3llm_hf.evaluation.tables import fill as tables
 from trainers.bench import training as bench_train
 from trainers.bench.plain_distill import FullLogitsLearntRowsTrainer, FullLogitsTrainer
-from trainers.bench.training import BASELINE, OURS, SHAPES, VARIANTS, TrainBench
+from trainers.bench.training import BASELINE, OURS, ROLLOUT, SHAPES, VARIANTS, TrainBench
 from trainers.distill.trainer import PseudoTrajectoryDistillTrainer
 
 
@@ -191,6 +191,18 @@ def test_the_bench_writes_its_results_and_prints_their_table(run, tmp_path, opti
     assert set(results["command"].split()) >= {*options, "--repeats", "-o", "results.json"}
 
 
+def test_a_step_with_a_rollout_is_measured_beside_the_others(run, tmp_path):
+    path = tmp_path / "results.json"
+    code, out, _ = run(
+        "bench", "train", "--shape", "tiny", "--rollouts", "--repeats", 1, "--device", "cpu", "-o", path
+    )
+    results = json.loads(path.read_text())
+    assert code == 0 and [row["name"] for row in results["rows"]] == [*VARIANTS, ROLLOUT]
+    assert results["rows"][-1]["seconds"] > 0 and results["rows"][-1]["step_bytes"] >= 0
+    assert "| states of a rollout |" in out and "the third is `PseudoTrajectoryDistillTrainer`. A step of" in out
+    assert "--rollouts" in results["command"]
+
+
 def test_a_table_of_another_device_says_what_its_memory_is():
     results = {
         "shape": vars(TrainBench()),
@@ -213,7 +225,7 @@ def test_a_table_of_another_device_says_what_its_memory_is():
 
 
 def test_every_size_of_the_bench_is_an_option():
-    assert {*bench_command._TRAIN, "complementary", "device"} == {field.name for field in fields(TrainBench)}
+    assert {*bench_command._TRAIN, *bench_command._SWITCHES, "device"} == {field.name for field in fields(TrainBench)}
     options = ["--window", "4", "--steps", "2", "--no-complementary"]
     args = cli.build_parser().parse_args(["bench", "train", *options])
     assert (args.window, args.steps, args.complementary, args.shape) == (4, 2, False, "wide-vocab")

@@ -49,10 +49,12 @@ def arguments(teacher, output, batch_size, **more):
 
 @pytest.fixture(scope="module")
 def told(teacher, tmp_path_factory):
-    """What was trained by one process, by two, by two with a shard each, and by these resumed half-way."""
+    """What was trained by one process, by two, by two with a shard each, and by these resumed; rollouts likewise."""
     folder = tmp_path_factory.mktemp("joined")
     sharding = joined_runs.environment_of(CONFIGS / "fsdp.yaml") | {"ACCELERATE_MIXED_PRECISION": "no"}
     resume = {"resume_from_checkpoint": folder / "sharded" / "checkpoint-2"}
+    # Whatever a position's entropy is, it is decided: no rounding that depends on the layout says when.
+    rollout = {"objective": "rollout", "rollout_block_length": 4, "rollout_threshold": [9, 9]}
     runs = {
         "one": {"processes": 1, "arguments": arguments(teacher, folder / "one", 4)},
         "two": {"processes": 2, "arguments": arguments(teacher, folder / "two", 2)},
@@ -64,6 +66,13 @@ def told(teacher, tmp_path_factory):
         "resumed": {
             "processes": 2,
             "arguments": arguments(teacher, folder / "resumed", 2, **resume),
+            "environment": sharding,
+        },
+        "rollouts of one": {"processes": 1, "arguments": arguments(teacher, folder / "r1", 4, **rollout)},
+        "rollouts of two": {"processes": 2, "arguments": arguments(teacher, folder / "r2", 2, **rollout)},
+        "sharded rollouts": {
+            "processes": 2,
+            "arguments": arguments(teacher, folder / "rs", 2, **rollout),
             "environment": sharding,
         },
     }
@@ -82,7 +91,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.full  # of one launch of four runs
+@pytest.mark.full  # of one launch of all runs
 @forks
 @pytest.mark.parametrize("name", ["two", "sharded"])
 def test_two_processes_have_the_losses_of_one_with_twice_the_batch(told, name):
@@ -96,7 +105,19 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_batch(told, name):
     assert all(torch.allclose(tensor, other[key], atol=1e-4) for key, tensor in one.items())
 
 
-@pytest.mark.full  # of one launch of four runs
+@pytest.mark.full  # of one launch of all runs
+@forks
+@pytest.mark.parametrize("name", ["rollouts of two", "sharded rollouts"])
+def test_two_processes_roll_out_what_one_does(told, name):
+    """Rows are done after one forward to three, so that processes have different numbers of them to make."""
+    assert told[name]["processes"] == 2 and told[name]["sharded"] == (name == "sharded rollouts")
+    for quantity in ("loss", "cross_entropy", "masked_fraction", "rollout_forwards"):
+        expected = logged(told["rollouts of one"], quantity)
+        assert len(expected) == 4 and logged(told[name], quantity) == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    assert logged(told[name], "grad_norm") == pytest.approx(logged(told["rollouts of one"], "grad_norm"), rel=1e-4)
+
+
+@pytest.mark.full  # of one launch of all runs
 @forks
 def test_sharded_weights_are_saved_whole_and_load_with_from_pretrained(told):
     assert told["sharded"]["sharded"] and not told["two"]["sharded"]
@@ -107,7 +128,7 @@ def test_sharded_weights_are_saved_whole_and_load_with_from_pretrained(told):
         assert config["architectures"] == ["LLaDAModelLM"]
 
 
-@pytest.mark.full  # of one launch of four runs
+@pytest.mark.full  # of one launch of all runs
 @forks
 def test_sharded_training_resumes_to_the_same_weights(told):
     assert told["resumed"]["sharded"]
@@ -116,7 +137,7 @@ def test_sharded_training_resumes_to_the_same_weights(told):
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
 
 
-@pytest.mark.full  # of one launch of four runs
+@pytest.mark.full  # of one launch of all runs
 @forks
 @pytest.mark.parametrize("name", ["two", "sharded"])
 def test_a_checkpoint_of_several_processes_lists_the_files_of_all(told, name):

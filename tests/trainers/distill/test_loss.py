@@ -108,6 +108,62 @@ def test_the_random_objectives_hide_their_share(objective, noise, share):
     assert sum(int(view.masked.sum()) for view in views) / window == pytest.approx(share, abs=0.02)
 
 
+# Two open blocks
+
+
+@pytest.mark.parametrize(
+    ("levels", "masked"),
+    [
+        ((0.5, 0.5), [1, 4]),  # 3 and 7 tokens are decided
+        ((0.5, 0.75), [1, 4, 5]),
+        ((0.75, 1.0), [0, 1, 4, 5, 6, 7]),  # of the second block none is, other than in a window of its own
+        ((0.0, 0.25), []),
+    ],
+)
+def test_two_blocks_hide_what_the_teacher_had_not_decided_at_a_moment_each(levels, masked):
+    view = view_of([3, 4, 1, 2, 8, 7, 6, 5, 9, 10], levels[0], next_noise_level=levels[1])
+    assert positions(view.masked) == masked and view.noise_level == levels[0]
+    assert positions(view.complement) == [place for place in range(8) if place not in masked]
+    assert positions(view.future) == [8, 9]
+
+
+def test_the_second_block_may_reach_to_the_end_and_the_last_block_has_none_behind_it():
+    steps = [3, 4, 1, 2, 8, 7, 6, 5, 9, 10]
+    second = view_of(steps, 0.5, window_index=1, next_noise_level=1.0)
+    assert positions(second.masked) == [4, 8, 9] and not second.future.any()
+    last = view_of(steps, 1.0, window_index=2, next_noise_level=1.0)
+    assert positions(last.masked) == positions(view_of(steps, 1.0, window_index=2).masked) == [9]
+
+
+def test_random_masks_have_a_probability_of_their_own_in_each_of_two_blocks():
+    uniforms = torch.tensor([0.3, 0.6, 0.7, 0.9] * 2)
+    view = view_of([1] * 8, 0.5, objective="random", uniforms=uniforms, next_noise_level=0.8)
+    assert positions(view.masked) == [0, 4, 5, 6]
+
+
+def test_the_second_block_is_noisier_and_all_hidden_half_of_the_time():
+    views = [drawn(seed, several_blocks=True, content_length=9, window=8) for seed in range(300)]
+    single = [drawn(seed, content_length=9, window=8) for seed in range(300)]
+    assert [view.noise_level for view in views] == [view.noise_level for view in single]
+    first = [view for view in views if (view.masked | view.complement)[0]]
+    shares = [(view.masked[:8].sum().item() / 8, view.masked[8:].sum().item() / 24) for view in first]
+    assert len(first) > 100 and all((view.masked | view.complement).all() for view in first)
+    assert sum(second == 1 for _, second in shares) / len(first) == pytest.approx(0.5, abs=0.12)
+    # A state shows one token more than its noise asks for.
+    assert all(second >= min(one, 1 - 1 / 24) - 1 / 8 for one, second in shares)
+
+
+def test_two_blocks_reach_the_loss_through_the_trainer(tmp_path, tokenizer):
+    learnt = []
+    for region in ("window", "blocks"):
+        trainer = make_trainer(tmp_path, tokenizer, state_region=region, complementary=False, noise_start=0.8)
+        batch = trainer.data_collator([row | {"sample_id": index} for index, row in enumerate(rows(6))])
+        learnt.append(trainer._draw(batch, training=True).learnt)
+    assert learnt[1].sum() > learnt[0].sum() and not (learnt[0] & ~learnt[1]).any()
+    trainer.create_model_card()
+    assert "| Open at once | two blocks with a noise level each |" in (tmp_path / "README.md").read_text()
+
+
 # The collator
 
 

@@ -395,6 +395,10 @@ def test_a_push_uploads_model_and_card(tmp_path, tokenizer, monkeypatch):
     [
         ({"objective": "naive"}, "`objective` must be one of .* .got 'naive'"),
         ({"loss_reduction": "batch"}, "`loss_reduction` must be one of"),
+        ({"state_region": "canvas"}, "`state_region` must be one of .* .got 'canvas'"),
+        ({"state_region": "blocks", "objective": "rollout"}, "`state_region` needs `blockwise` windows with"),
+        ({"state_region": "blocks", "objective": "certainty"}, "`state_region` needs `blockwise` windows with"),
+        ({"state_region": "blocks", "blockwise": False}, "`state_region` needs `blockwise` windows with"),
         ({"label_shift": 2}, "`label_shift` must be 0 or 1 .got 2"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must be False"),
         ({"response_length": 0}, "`response_length` must be at least 1 .got 0"),
