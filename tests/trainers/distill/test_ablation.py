@@ -1,6 +1,8 @@
 """The ablation: its plan, its summary against hand-computed figures, and one run from trajectories to the summary."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,11 @@ from d3llm_hf.evaluation.tables import fill as tables
 from d3llm_hf.metrics.aup.curve import aup_score
 from trainers import run_ablation
 from trainers.distill.ablation import summarise, tpf_at
+from trainers.distill.config import PseudoTrajectoryDistillConfig
 from trainers.run_ablation import Plan, read_part, read_plan, student_folder
+
+
+PLANS = sorted((Path(run_ablation.__file__).parent / "recipes").glob("ablation_*.yaml"))
 
 
 def point(correct, tokens, forwards, value=None):
@@ -132,12 +138,16 @@ def test_a_part_that_does_not_exist_is_refused(text):
         read_part(text)
 
 
-def test_the_committed_plan_is_read_and_its_arms_differ():
-    from importlib.resources import files
-
-    plan = read_plan(files("trainers") / "recipes" / "ablation_llada_tiny.yaml")
-    assert isinstance(plan, Plan) and len(plan.arms) == 6 and len(plan.seeds) >= 3 and plan.num_problems >= 1000
-    assert len({json.dumps(arguments) for arguments in plan.arms.values()}) == 6
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_a_committed_plan_is_read_and_its_arms_are_taken_and_differ(path, tmp_path):
+    plan = read_plan(path)
+    assert isinstance(plan, Plan) and len(plan.seeds) >= 3 and plan.num_problems >= 1000
+    assert len({json.dumps(arguments) for arguments in plan.arms.values()}) == len(plan.arms)
+    recipe = yaml.safe_load(Path(plan.recipe).read_text())
+    known = {field.name for field in dataclasses.fields(PseudoTrajectoryDistillConfig)}
+    for arm in plan.arms.values():
+        given = recipe | plan.common | arm | {"output_dir": str(tmp_path)}
+        PseudoTrajectoryDistillConfig(**{name: value for name, value in given.items() if name in known})
 
 
 @pytest.mark.full
