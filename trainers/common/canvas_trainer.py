@@ -62,6 +62,9 @@ class CanvasTrainer(PreparedDataTrainer):
     # What an evaluation reports beside the loss.
     metric_names: frozenset[str] = frozenset()
 
+    # Whether models are taken that see nothing of later blocks.
+    trains_blocks = False
+
     def __init__(self, *, args: Any, **kwargs: Any):
         self._metric_sums: dict[int, Any] = {}
         super().__init__(args=args, **kwargs)
@@ -85,11 +88,11 @@ class CanvasTrainer(PreparedDataTrainer):
         self.mask_token_id = mask_token_id(model, tokenizer)
         self.label_shift = getattr(model, "logit_shift", 0) if label_shift is None else label_shift
         base = base_of(model)
-        if getattr(base, "block_alignment", None) is not None:
+        if not self.trains_blocks and getattr(base, "block_alignment", None) is not None:
             raise ValueError(
                 f"`model` must see the whole canvas (got {type(base).__name__}, whose positions see nothing of later "
-                "blocks): training it takes each text twice, noisy and clean, which is not implemented. Train LLaDA, "
-                "Dream or a model that `as_diffusion_lm` takes."
+                "blocks): these canvases are seen as a whole. Train LLaDA, Dream or a model that `as_diffusion_lm` "
+                "takes, or fine-tune it with `MaskedDiffusionSFTTrainer`."
             )
         self._forward_takes = frozenset(inspect.signature(type(base).forward).parameters)
         self._position_offset = getattr(base, "position_offset", None)
