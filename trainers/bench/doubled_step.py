@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 
 from d3llm_hf import SDARConfig, SDARForCausalLM
 from d3llm_hf.bench.memory import threads
-from d3llm_hf.bench.shapes import HEAD_WIDTH
+from d3llm_hf.bench.shapes import HEAD_WIDTH, check_shape
 from d3llm_hf.evaluation.provenance import on_device
 
 from ..sft.block_masking import BlockObjective, draw_block_mask
@@ -41,7 +41,7 @@ class DoubledBench:
         repeats (`int`): Steps of each way, which take turns.
 
     Raises:
-        ValueError: For a number below 1.
+        ValueError: If a value is outside its range.
     """
 
     vocab_size: int = 1024
@@ -55,9 +55,7 @@ class DoubledBench:
     repeats: int = 5
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            if name != "device" and value < 1:
-                raise ValueError(f"`{name}` must be at least 1 (got {value}). Leave it out for the default.")
+        check_shape(self, {"vocab_size": 2}, {"device": ("cpu", "cuda")})
 
 
 def measure_doubled(bench: DoubledBench) -> dict[str, Any]:

@@ -16,6 +16,6 @@ def test_both_ways_are_timed_over_as_many_positions(capsys):
     assert found["shape"] == {"batch_size": 1, "device": "cpu", "threads": 1, **sizes}
 
 
-def test_a_size_below_one_is_refused():
+def test_a_shape_that_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match=r"`repeats` must be at least 1 \(got 0\)"):
         DoubledBench(repeats=0)
