@@ -25,6 +25,11 @@ A block-causal model, with several texts in each row:
     accelerate launch trainers/run_sft.py --model_name_or_path JetLM/SDAR-4B-Chat --dataset_name train.jsonl \
         --output_dir sdar-sft --bf16 --gradient_checkpointing --packing --use_peft --learning_rate 1e-4
 
+An adapter with which LLaDA or Dream sees blocks (D2F), learnt from the model without it:
+
+    accelerate launch trainers/run_sft.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dataset_name train.jsonl \
+        --output_dir llada-d2f --objective d2f --bf16 --use_peft --learning_rate 1e-5
+
 A data set has the columns `prompt` and `completion`, or `messages`.
 """
 

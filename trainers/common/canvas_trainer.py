@@ -135,6 +135,34 @@ class CanvasTrainer(PreparedDataTrainer):
             inputs["position_ids"] = positions_of(attention_mask) + self._position_offset
         return inputs
 
+    def _learnt_logits(
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        learnt: torch.Tensor,
+        sees: torch.Tensor | None = None,
+    ) -> tuple[Any, torch.Tensor]:
+        """The model's output, and its logits `(N, V)` that predict the learnt positions `(B, R)`, row by row.
+
+        Args:
+            model: called as it is.
+            input_ids, attention_mask (`(B, L)`): the canvases, and 0 on padding.
+            learnt (`(B, R)` bool): positions of the answers.
+            sees (`(B, 1, L, L)`, *optional*): a mask for each position, in place of the one on padding.
+        """
+        length = learnt.shape[1]
+        kept: int | torch.Tensor = length + self.label_shift
+        if self._keeps_marked_positions:
+            last = input_ids.shape[1] - self.label_shift
+            kept = torch.zeros_like(input_ids, dtype=torch.bool)
+            kept[:, last - length : last] = learnt
+        inputs = self._model_inputs(input_ids, attention_mask, kept)
+        outputs = model(**inputs if sees is None else inputs | {"attention_mask": sees})
+        if isinstance(kept, int):
+            return outputs, outputs.logits[:, -kept:][:, :length][learnt]
+        return outputs, outputs.logits
+
     def create_model_card(self, *args, **kwargs) -> None:
         """As transformers', with what the Hub shows of a text generation model in the card's metadata."""
         super().create_model_card(*args, **kwargs)

@@ -8,6 +8,8 @@ from ..common.argument_checks import check_muon_arguments, check_ranges
 from ..common.arguments import CarefulArguments
 
 
+OBJECTIVES = ("masked_diffusion", "d2f", "d2f_labels")
+
 _RANGES = {
     "max_prompt_length": (1, math.inf),
     "response_length": (1, math.inf),
@@ -31,6 +33,12 @@ class MaskedDiffusionSFTConfig(CarefulArguments):
     > [!NOTE]
     > Changed defaults: `remove_unused_columns=False`, because the collator reads columns that no model accepts, and
     > `logging_steps=10`.
+
+    > Parameters that control the objective:
+
+        objective (`str`, defaults to `"masked_diffusion"`): What a bidirectional model learns. `"d2f"`: to see blocks,
+            with its adapter, as it sees the whole canvas without; answers are then decoded with
+            `decoding_method="d2f"`. `"d2f_labels"`: the same with the text as targets, where no adapter is needed.
 
     > Parameters that control the data:
 
@@ -62,7 +70,7 @@ class MaskedDiffusionSFTConfig(CarefulArguments):
             block visits, and the only ones in which a computed value cannot be copied from further on.
         suffix_window (`int`, defaults to 8): Number of tokens after the cut of a suffix mask that have a loss.
         block_length (`int`, *optional*): Of a block-causal model, tokens of a block. The config's when unset; another
-            one goes into the config, so that the model decodes as it was trained.
+            one goes into the config, so that the model decodes as it was trained. With D2F's objectives 16 when unset.
         mask_ratio_per_block (`bool`, *optional*): Of a block-causal model, draw a mask ratio for each block and not
             for each text. When unset as its family was trained: `True` for Fast-dLLM v2, `False` for others.
         complementary_masks (`bool`, *optional*): Of a block-causal model, take each text in two views, the second of
@@ -92,6 +100,10 @@ class MaskedDiffusionSFTConfig(CarefulArguments):
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
 
+    objective: str = field(
+        default="masked_diffusion",
+        metadata={"help": "masked_diffusion, d2f (see blocks as the model without its adapter sees all), d2f_labels."},
+    )
     max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt in tokens; longer are left out."})
     response_length: int = field(default=256, metadata={"help": "Length of the answer canvas in tokens."})
     supervise_eos_fill: bool = field(
@@ -143,6 +155,16 @@ class MaskedDiffusionSFTConfig(CarefulArguments):
             raise ValueError(
                 "`min_mask_ratio` and `mask_ratio_eps` must not both be 0 (got 0 and 0): the weight 1/p is unbounded. "
                 "Set `mask_ratio_eps=1e-3`, the default."
+            )
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"`objective` must be one of {list(OBJECTIVES)} (got {self.objective!r}). Correct it, or leave it "
+                "unset for the first."
+            )
+        if self.packing and self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            raise ValueError(
+                "`train_sampling_strategy` must not order by length with `packing` (got "
+                f"{self.train_sampling_strategy!r}): packed rows have one length. Unset one of them."
             )
         if self.packing and self.pad_prompt_to_max:
             raise ValueError(

@@ -24,6 +24,7 @@ from .block_settings import block_objective, block_topology
 from .block_views import DoubledCanvas
 from .collator import MaskedDiffusionSFTCollator, tokenize_conversations
 from .config import MaskedDiffusionSFTConfig
+from .d2f import answer_blocks, block_causal_mask, draw_block_noise
 from .masking import draw_answer_mask, generator_for
 
 
@@ -40,7 +41,8 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
 
     A block-causal model (SDAR, LLaDA2, Fast-dLLM v2, or one that `as_diffusion_lm` made so) sees each text twice in
     one forward, noisy and clean, and all of its blocks are learnt at once. `block_views` has what sees what, and
-    `block_masking` the loss, a mean over the learnt tokens of the batch.
+    `block_masking` the loss, a mean over the learnt tokens of the batch. With `objective="d2f"` the adapter of a
+    bidirectional model learns to see blocks, see `d2f`.
 
     Masks are drawn in `compute_loss` from a generator seeded by `(seed, optimizer step, micro-step, rank)`: a resumed
     run repeats those of an unbroken one, whatever the number of data workers.
@@ -108,13 +110,16 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
 
         self.topology = block_topology(model, args)
         packer: BlockSFTCollator | None = None
-        made: MaskedDiffusionSFTCollator | BlockSFTCollator
-        if self.topology is None:
-            made = _canvas_collator(processing_class, args)
-        else:
+        made: MaskedDiffusionSFTCollator | BlockSFTCollator = _canvas_collator(processing_class, args)
+        if self.topology is not None:
             self.metric_names = frozenset({"masked_fraction"})
+        self._loss = self._canvas_loss
+        if self.topology is not None and args.objective == "masked_diffusion":
+            self._loss = self._block_loss
             self.block_objective = block_objective(model, args)
             made = packer = _block_collator(processing_class, args, self.topology)
+        elif self.topology is not None:
+            self._loss = self._d2f_loss
         super().__init__(
             model=model,
             args=args,
@@ -142,7 +147,7 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Mask the answers of a batch and return its loss; see the class for the formulas."""
-        loss, outputs = (self._canvas_loss if self.topology is None else self._block_loss)(model, inputs)
+        loss, outputs = self._loss(model, inputs)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss must be finite (got {loss.item()} at step {self.state.global_step}). Lower "
@@ -208,7 +213,6 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
     ) -> tuple[Any, torch.Tensor]:
         """The model's output, and its logits `(N, V)` that predict what is hidden in `(V, B, L)` views, in order."""
         clean, length = inputs["input_ids"], hidden.shape[-1]
-        base = base_of(self.model)
         canvas = DoubledCanvas.of(
             torch.where(hidden, self.mask_token_id, clean),
             clean,
@@ -219,9 +223,7 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         taken: dict[str, Any] = {
             "input_ids": canvas.input_ids,
             "position_ids": canvas.position_ids + (self._position_offset or 0),
-            "attention_mask": dense_mask(
-                canvas.attention_mask, base.dtype, text_config(base.config)._attn_implementation
-            ),
+            "attention_mask": self._as_taken(canvas.attention_mask),
         }
         wanted = F.pad(hidden.flatten(0, 1)[:, self.label_shift :], (0, self.label_shift))  # (V B, L)
         if self._keeps_marked_positions:
@@ -231,6 +233,34 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
             taken["logits_to_keep"] = torch.arange(length, device=clean.device)
         outputs = model(**taken)
         return outputs, outputs.logits[:, :length][wanted]
+
+    def _d2f_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """The mean over the hidden tokens of a batch, of a bidirectional model that learns to see blocks."""
+        # 1. The masks, and what the student sees
+        labels, seen = inputs["labels"], inputs["attention_mask"]  # (B, R), (B, L)
+        learnt, block_length = labels.ne(-100), self.topology.block_length
+        noise = draw_block_noise(learnt.cpu(), block_length, self._next_generator(model.training))
+        hidden, weights = noise.hidden.to(labels.device), noise.weights.to(labels.device)
+        self._add(model.training, torch.stack([hidden.sum(), learnt.sum()]))
+        input_ids = inputs["input_ids"].clone()
+        input_ids[:, -labels.shape[1] :].masked_fill_(hidden, self.mask_token_id)
+        sees = self._as_taken(block_causal_mask(seen, answer_blocks(learnt, block_length)))
+
+        # 2. The targets: what the model without its adapter says of the same canvas, or the text
+        targets = labels[hidden]
+        if self.args.objective == "d2f":
+            with torch.no_grad(), self.model.disable_adapter():
+                targets = self._learnt_logits(model, input_ids, seen, hidden)[1].float().softmax(-1)
+
+        # 3. The loss
+        outputs, logits = self._learnt_logits(model, input_ids, seen, hidden, sees)  # (N, V)
+        token_loss = F.cross_entropy(logits.float(), targets, reduction="none")
+        return (token_loss * weights[hidden]).sum(), outputs
+
+    def _as_taken(self, sees: torch.Tensor) -> torch.Tensor:
+        """A bool mask for each position as the model's attention takes it."""
+        base = base_of(self.model)
+        return dense_mask(sees, base.dtype, text_config(base.config)._attn_implementation)
 
     def _next_generator(self, training: bool) -> torch.Generator:
         """The generator of this forward: counts micro-steps within an optimizer step, batches within an evaluation."""

@@ -329,10 +329,19 @@ def test_another_block_length_is_trained_with_and_kept_in_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"block_length": 8}, r"`block_length` has no effect on LLaDAModelLM \(got 8\): it sees the whole canvas"),
-        ({"packing": True}, r"`packing` has no effect on LLaDAModelLM \(got True\)"),
-        ({"complementary_masks": False}, r"`complementary_masks` has no effect on LLaDAModelLM \(got False\)"),
-        ({"mask_ratio_per_block": True}, r"`mask_ratio_per_block` has no effect on LLaDAModelLM \(got True\)"),
+        (
+            {"block_length": 8},
+            r"`block_length` has no effect on LLaDAModelLM with full attention \(got 8\): every position sees",
+        ),
+        ({"packing": True}, r"`packing` has no effect on LLaDAModelLM with full attention \(got True\)"),
+        (
+            {"complementary_masks": False},
+            r"`complementary_masks` has no effect on LLaDAModelLM with full attention \(got False\)",
+        ),
+        (
+            {"mask_ratio_per_block": True},
+            r"`mask_ratio_per_block` has no effect on LLaDAModelLM with full attention \(got True\)",
+        ),
     ],
 )
 def test_settings_of_blocks_are_refused_for_a_model_that_sees_everything(tmp_path, arguments, message):
@@ -343,8 +352,15 @@ def test_settings_of_blocks_are_refused_for_a_model_that_sees_everything(tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"suffix_mask_fraction": 0.5}, r"`suffix_mask_fraction` has no effect on SDARForCausalLM \(got 0.5\)"),
-        ({"suffix_window": 4}, r"`suffix_window` has no effect on SDARForCausalLM \(got 4\): it has no suffix masks"),
+        (
+            {"suffix_mask_fraction": 0.5},
+            r"`suffix_mask_fraction` has no effect on SDARForCausalLM with block-causal attention \(got 0.5\)",
+        ),
+        (
+            {"suffix_window": 4},
+            r"`suffix_window` has no effect on SDARForCausalLM with block-causal attention \(got 4\): there are no",
+        ),
+        ({"objective": "d2f"}, r"`objective` has no effect on SDARForCausalLM .* makes a bidirectional model"),
     ],
 )
 def test_settings_of_canvases_are_refused_for_a_model_of_blocks(tmp_path, arguments, message):
@@ -356,6 +372,11 @@ def test_settings_of_canvases_are_refused_for_a_model_of_blocks(tmp_path, argume
     ("arguments", "message"),
     [
         ({"block_length": 0}, "`block_length` must be at least 1 .got 0"),
+        ({"objective": "sft"}, "`objective` must be one of .'masked_diffusion', 'd2f', 'd2f_labels'. .got 'sft'"),
+        (
+            {"packing": True, "train_sampling_strategy": "group_by_length"},
+            "`train_sampling_strategy` must not order by length with `packing` .got 'group_by_length'",
+        ),
         ({"packing": True, "pad_prompt_to_max": True}, "`pad_prompt_to_max` must be False with `packing` .got True"),
     ],
 )
