@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .distill.collator import PseudoTrajectoryCollator
     from .distill.config import PseudoTrajectoryDistillConfig
     from .distill.trainer import PseudoTrajectoryDistillTrainer
+    from .sft.block_collator import BlockSFTCollator
     from .sft.collator import MaskedDiffusionSFTCollator
     from .sft.config import MaskedDiffusionSFTConfig
     from .sft.trainer import MaskedDiffusionSFTTrainer
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .trajectories.store import read_trajectories
 
 _MODULES = {
+    "BlockSFTCollator": "sft.block_collator",
     "MaskedDiffusionSFTCollator": "sft.collator",
     "MaskedDiffusionSFTConfig": "sft.config",
     "MaskedDiffusionSFTTrainer": "sft.trainer",
@@ -41,6 +43,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "BlockSFTCollator",
     "MaskedDiffusionSFTCollator",
     "MaskedDiffusionSFTConfig",
     "MaskedDiffusionSFTTrainer",

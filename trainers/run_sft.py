@@ -20,6 +20,16 @@ Any other model of transformers that has a mask token, an encoder or a decoder m
     accelerate launch trainers/run_sft.py --model_name_or_path qwen3-with-a-mask-token --bidirectional \
         --dataset_name train.jsonl --output_dir qwen3-sft --bf16
 
+A block-causal model, with several texts in each row:
+
+    accelerate launch trainers/run_sft.py --model_name_or_path JetLM/SDAR-4B-Chat --dataset_name train.jsonl \
+        --output_dir sdar-sft --bf16 --gradient_checkpointing --packing --use_peft --learning_rate 1e-4
+
+An adapter with which LLaDA or Dream sees blocks (D2F), learnt from the model without it:
+
+    accelerate launch trainers/run_sft.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dataset_name train.jsonl \
+        --output_dir llada-d2f --objective d2f --bf16 --use_peft --learning_rate 1e-5
+
 A data set has the columns `prompt` and `completion`, or `messages`.
 """
 
@@ -153,7 +163,7 @@ def load_model(script_args: SFTScriptArguments, tokenizer):
         ValueError: If neither or both are given, the shape names no known family, or the checkpoint cannot be decoded
             by diffusion (see [`as_diffusion_lm`]).
     """
-    from d3llm_hf import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
+    from d3llm_hf import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM, SDARConfig, SDARForCausalLM
     from d3llm_hf.hub.sources import checkpoint_source
 
     dtype = float_dtype("torch_dtype", script_args.torch_dtype)
@@ -172,7 +182,11 @@ def load_model(script_args: SFTScriptArguments, tokenizer):
             attn_implementation=script_args.attn_implementation,
         )
     shape = _model_shape(script_args.model_config)
-    families = {"llada": (LLaDAConfig, LLaDAModelLM), "Dream": (DreamConfig, DreamModel)}
+    families = {
+        "llada": (LLaDAConfig, LLaDAModelLM),
+        "Dream": (DreamConfig, DreamModel),
+        "sdar": (SDARConfig, SDARForCausalLM),
+    }
     family = shape.pop("model_type", None)
     if family not in families:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Runs of the distillation script in several processes that are joined as a launcher joins them, without its imports.
+"""Runs of a training script in several processes that are joined as a launcher joins them, without its imports.
 
 As in `killed_runs`, [`run_all`] is meant for a process of its own, which imports everything once and forks.
 """
@@ -17,8 +17,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from trainers import run_distill
+from trainers import run_distill, run_sft
 from trainers.common.canvas_trainer import CanvasTrainer
+
+
+SCRIPTS = {"distillation": run_distill, "sft": run_sft}
 
 
 def environment_of(config: Path) -> dict[str, str]:
@@ -35,7 +38,7 @@ def environment_of(config: Path) -> dict[str, str]:
 
 
 def run_all(runs: list[dict[str, Any]]) -> None:
-    """Starts each run with its `arguments`, in `processes`, with an `environment`, one run after the other."""
+    """Starts each run of a `script` with its `arguments`, in `processes`, with an `environment`, one after another."""
     for run in runs:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -83,7 +86,7 @@ def _as_rank(rank: int, port: int, run: dict[str, Any]) -> None:
             Path(run["told"]).write_text(json.dumps(told), encoding="utf-8")
 
     CanvasTrainer.train = train_and_tell
-    run_distill.main(run["arguments"])
+    SCRIPTS[run.get("script", "distillation")].main(run["arguments"])
 
 
 def _shard_on_cpu() -> None:

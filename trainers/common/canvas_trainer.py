@@ -62,6 +62,9 @@ class CanvasTrainer(PreparedDataTrainer):
     # What an evaluation reports beside the loss.
     metric_names: frozenset[str] = frozenset()
 
+    # Whether models are taken that see nothing of later blocks.
+    trains_blocks = False
+
     def __init__(self, *, args: Any, **kwargs: Any):
         self._metric_sums: dict[int, Any] = {}
         super().__init__(args=args, **kwargs)
@@ -85,11 +88,11 @@ class CanvasTrainer(PreparedDataTrainer):
         self.mask_token_id = mask_token_id(model, tokenizer)
         self.label_shift = getattr(model, "logit_shift", 0) if label_shift is None else label_shift
         base = base_of(model)
-        if getattr(base, "block_alignment", None) is not None:
+        if not self.trains_blocks and getattr(base, "block_alignment", None) is not None:
             raise ValueError(
                 f"`model` must see the whole canvas (got {type(base).__name__}, whose positions see nothing of later "
-                "blocks): training it takes each text twice, noisy and clean, which is not implemented. Train LLaDA, "
-                "Dream or a model that `as_diffusion_lm` takes."
+                "blocks): these canvases are seen as a whole. Train LLaDA, Dream or a model that `as_diffusion_lm` "
+                "takes, or fine-tune it with `MaskedDiffusionSFTTrainer`."
             )
         self._forward_takes = frozenset(inspect.signature(type(base).forward).parameters)
         self._position_offset = getattr(base, "position_offset", None)
@@ -131,6 +134,34 @@ class CanvasTrainer(PreparedDataTrainer):
         if "position_ids" in self._forward_takes and self._position_offset is not None:
             inputs["position_ids"] = positions_of(attention_mask) + self._position_offset
         return inputs
+
+    def _learnt_logits(
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        learnt: torch.Tensor,
+        sees: torch.Tensor | None = None,
+    ) -> tuple[Any, torch.Tensor]:
+        """The model's output, and its logits `(N, V)` that predict the learnt positions `(B, R)`, row by row.
+
+        Args:
+            model: called as it is.
+            input_ids, attention_mask (`(B, L)`): the canvases, and 0 on padding.
+            learnt (`(B, R)` bool): positions of the answers.
+            sees (`(B, 1, L, L)`, *optional*): a mask for each position, in place of the one on padding.
+        """
+        length = learnt.shape[1]
+        kept: int | torch.Tensor = length + self.label_shift
+        if self._keeps_marked_positions:
+            last = input_ids.shape[1] - self.label_shift
+            kept = torch.zeros_like(input_ids, dtype=torch.bool)
+            kept[:, last - length : last] = learnt
+        inputs = self._model_inputs(input_ids, attention_mask, kept)
+        outputs = model(**inputs if sees is None else inputs | {"attention_mask": sees})
+        if isinstance(kept, int):
+            return outputs, outputs.logits[:, -kept:][:, :length][learnt]
+        return outputs, outputs.logits
 
     def create_model_card(self, *args, **kwargs) -> None:
         """As transformers', with what the Hub shows of a text generation model in the card's metadata."""

@@ -239,21 +239,6 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
                 anyone,
             )
 
-    def _learnt_logits(
-        self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, learnt: torch.Tensor
-    ) -> tuple[Any, torch.Tensor]:
-        """The model's output, and its logits `(N, V)` that predict the learnt positions `(K B, R)`, row by row."""
-        length = learnt.shape[1]
-        if self._keeps_marked_positions:
-            wanted = torch.zeros_like(input_ids, dtype=torch.bool)
-            last = input_ids.shape[1] - self.label_shift
-            wanted[:, last - length : last] = learnt
-            outputs = model(**self._model_inputs(input_ids, attention_mask, wanted))
-            return outputs, outputs.logits
-        kept = length + self.label_shift
-        outputs = model(**self._model_inputs(input_ids, attention_mask, kept))
-        return outputs, outputs.logits[:, -kept:][:, :length][learnt]
-
     def _softened(
         self, inputs: dict[str, torch.Tensor], views: BatchViews, logits: torch.Tensor, cost: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

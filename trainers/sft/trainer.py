@@ -10,11 +10,21 @@ from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from d3llm_hf.models.modeling_common import dense_mask
+from d3llm_hf.models.text_config import text_config
+from d3llm_hf.models.topology import Topology
+from d3llm_hf.models.wrappers import base_of
+
 from ..common.canvas_trainer import EVAL, TRAIN, CanvasTrainer, fill_tokens
 from ..common.muon import MuonWithAdamW, split_parameters
 from ..common.rows import Canvas, canvas_of, columns_of, keep_fitting
+from .block_collator import BlockSFTCollator, pack
+from .block_masking import draw_block_mask
+from .block_settings import block_objective, block_topology
+from .block_views import DoubledCanvas
 from .collator import MaskedDiffusionSFTCollator, tokenize_conversations
 from .config import MaskedDiffusionSFTConfig
+from .d2f import answer_blocks, block_causal_mask, draw_block_noise
 from .masking import draw_answer_mask, generator_for
 
 
@@ -29,13 +39,18 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
     loss is `sum(CE / p) / length` over its masked tokens, averaged over rows. Part of each batch can have suffix masks
     instead, see [`MaskedDiffusionSFTConfig`].
 
+    A block-causal model (SDAR, LLaDA2, Fast-dLLM v2, or one that `as_diffusion_lm` made so) sees each text twice in
+    one forward, noisy and clean, and all of its blocks are learnt at once. `block_views` has what sees what, and
+    `block_masking` the loss, a mean over the learnt tokens of the batch. With `objective="d2f"` the adapter of a
+    bidirectional model learns to see blocks, see `d2f`.
+
     Masks are drawn in `compute_loss` from a generator seeded by `(seed, optimizer step, micro-step, rank)`: a resumed
     run repeats those of an unbroken one, whatever the number of data workers.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Any masked diffusion LM whose forward takes `input_ids` and a 2-D
-            `attention_mask`, and which has no causal attention. Where it takes `logits_to_keep`, the head runs on the
-            answer only; one with [`D3LLMGenerationMixin`] gets the positions that decoding gives it.
+            `attention_mask`, and which has no causal attention unless by blocks. Where it takes `logits_to_keep`, the
+            head runs on the answer only; one with [`D3LLMGenerationMixin`] gets the positions that decoding gives it.
         args ([`MaskedDiffusionSFTConfig`], *optional*): Training arguments.
         train_dataset, eval_dataset ([`~datasets.Dataset`]): Columns `prompt` and `completion` (text or turns), or
             `messages`, or ready `prompt_ids` and `response_ids`. A turn has a `role` and a `content`, which is text or
@@ -45,8 +60,9 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         kwargs: Further arguments of [`~transformers.Trainer`]; those that would have no effect are refused.
 
     Raises:
-        ValueError: If tokenizer and model disagree on the mask token, no example fits the canvas, or the canvas goes
-            beyond the model's positions; as a `RowError`, which names row and column, for one that cannot be learnt.
+        ValueError: If tokenizer and model disagree on the mask token, no example fits the canvas, the canvas goes
+            beyond the model's positions, or a setting has no effect on the model's attention; as a `RowError`, which
+            names row and column, for one that cannot be learnt.
         TypeError: For data that are no data set.
         FloatingPointError: While training, as soon as a loss is not finite.
 
@@ -70,6 +86,7 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
     """
 
     metric_names = frozenset({"uniform_loss", "suffix_loss", "masked_fraction"})
+    trains_blocks = True
 
     def __init__(
         self,
@@ -91,19 +108,31 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
             )
         model = self._adopt(model, processing_class, args.label_shift, peft_config)
 
-        collator = kwargs.pop("data_collator", None) or MaskedDiffusionSFTCollator(
-            **fill_tokens(processing_class),
-            response_length=args.response_length,
-            supervise_eos_fill=args.supervise_eos_fill,
-            prompt_length=args.max_prompt_length if args.pad_prompt_to_max else None,
-        )
+        self.topology = block_topology(model, args)
+        packer: BlockSFTCollator | None = None
+        made: MaskedDiffusionSFTCollator | BlockSFTCollator = _canvas_collator(processing_class, args)
+        if self.topology is not None:
+            self.metric_names = frozenset({"masked_fraction"})
+        self._loss = self._canvas_loss
+        if self.topology is not None and args.objective == "masked_diffusion":
+            self._loss = self._block_loss
+            self.block_objective = block_objective(model, args)
+            made = packer = _block_collator(processing_class, args, self.topology)
+        elif self.topology is not None:
+            self._loss = self._d2f_loss
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            prepare=partial(_prepare_dataset, tokenizer=processing_class, args=args, canvas=canvas_of(model, args)),
-            data_collator=collator,
+            prepare=partial(
+                _prepare_dataset,
+                tokenizer=processing_class,
+                args=args,
+                canvas=canvas_of(model, args),
+                packer=packer if args.packing else None,
+            ),
+            data_collator=kwargs.pop("data_collator", None) or made,
             processing_class=processing_class,
             **kwargs,
         )
@@ -117,7 +146,17 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Mask the answers of a batch and return the mean of the rows' losses; see the class for the formula."""
+        """Mask the answers of a batch and return its loss; see the class for the formulas."""
+        loss, outputs = self._loss(model, inputs)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss must be finite (got {loss.item()} at step {self.state.global_step}). Lower "
+                "`learning_rate`, set `max_grad_norm`, or resume from an earlier checkpoint."
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def _canvas_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """The mean of the rows' losses, of a model that sees the whole canvas."""
         labels = inputs["labels"]  # (B, R)
         response_length = labels.shape[1]
         mask = draw_answer_mask(
@@ -140,14 +179,88 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         logits = outputs.logits[:, -kept:][:, :response_length][counted].float()  # (N, V)
         token_loss = F.cross_entropy(logits, labels[counted], reduction="none") * weights[counted]
         row_loss = torch.zeros_like(weights).masked_scatter(counted, token_loss).sum(1)  # (B,)
-        loss = row_loss.mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss must be finite (got {loss.item()} at step {self.state.global_step}). Lower "
-                "`learning_rate`, set `max_grad_norm`, or resume from an earlier checkpoint."
-            )
         self._record(model.training, row_loss.detach(), mask, labels)
-        return (loss, outputs) if return_outputs else loss
+        return row_loss.mean(), outputs
+
+    def _block_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """The mean over the learnt tokens of a batch, of a block-causal model."""
+        # 1. The masks: a text's first token has no row that predicts it under a shift
+        labels = inputs["labels"]  # (B, L)
+        learnt = labels.ne(-100) & inputs["position_ids"].ge(self.label_shift)
+        mask = draw_block_mask(
+            learnt.cpu(),
+            inputs["documents"].cpu(),
+            inputs["blocks"].cpu(),
+            self._next_generator(model.training),
+            self.block_objective,
+            min_mask_ratio=self.args.min_mask_ratio,
+            eps=self.args.mask_ratio_eps,
+            stratified=self.args.stratified_mask_ratio,
+        )
+        hidden = mask.hidden.to(labels.device)  # (V, B, L)
+        self._add(model.training, torch.stack([hidden.sum(), learnt.sum() * len(hidden)]))
+
+        # 2. The logits of the noisy halves, where something is hidden
+        outputs, logits = self._doubled_logits(model, inputs, hidden)  # (N, V)
+
+        # 3. The loss
+        targets = labels.expand_as(hidden)[hidden]
+        token_loss = F.cross_entropy(logits.float(), targets, reduction="none")
+        return (token_loss * mask.weights.to(labels.device)[hidden]).sum(), outputs
+
+    def _doubled_logits(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], hidden: torch.Tensor
+    ) -> tuple[Any, torch.Tensor]:
+        """The model's output, and its logits `(N, V)` that predict what is hidden in `(V, B, L)` views, in order."""
+        clean, length = inputs["input_ids"], hidden.shape[-1]
+        canvas = DoubledCanvas.of(
+            torch.where(hidden, self.mask_token_id, clean),
+            clean,
+            inputs["position_ids"],
+            inputs["documents"],
+            inputs["blocks"],
+        )
+        taken: dict[str, Any] = {
+            "input_ids": canvas.input_ids,
+            "position_ids": canvas.position_ids + (self._position_offset or 0),
+            "attention_mask": self._as_taken(canvas.attention_mask),
+        }
+        wanted = F.pad(hidden.flatten(0, 1)[:, self.label_shift :], (0, self.label_shift))  # (V B, L)
+        if self._keeps_marked_positions:
+            outputs = model(**taken, logits_to_keep=F.pad(wanted, (0, length)))
+            return outputs, outputs.logits
+        if "logits_to_keep" in self._forward_takes:
+            taken["logits_to_keep"] = torch.arange(length, device=clean.device)
+        outputs = model(**taken)
+        return outputs, outputs.logits[:, :length][wanted]
+
+    def _d2f_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """The mean over the hidden tokens of a batch, of a bidirectional model that learns to see blocks."""
+        # 1. The masks, and what the student sees
+        labels, seen = inputs["labels"], inputs["attention_mask"]  # (B, R), (B, L)
+        learnt, block_length = labels.ne(-100), self.topology.block_length
+        noise = draw_block_noise(learnt.cpu(), block_length, self._next_generator(model.training))
+        hidden, weights = noise.hidden.to(labels.device), noise.weights.to(labels.device)
+        self._add(model.training, torch.stack([hidden.sum(), learnt.sum()]))
+        input_ids = inputs["input_ids"].clone()
+        input_ids[:, -labels.shape[1] :].masked_fill_(hidden, self.mask_token_id)
+        sees = self._as_taken(block_causal_mask(seen, answer_blocks(learnt, block_length)))
+
+        # 2. The targets: what the model without its adapter says of the same canvas, or the text
+        targets = labels[hidden]
+        if self.args.objective == "d2f":
+            with torch.no_grad(), self.model.disable_adapter():
+                targets = self._learnt_logits(model, input_ids, seen, hidden)[1].float().softmax(-1)
+
+        # 3. The loss
+        outputs, logits = self._learnt_logits(model, input_ids, seen, hidden, sees)  # (N, V)
+        token_loss = F.cross_entropy(logits.float(), targets, reduction="none")
+        return (token_loss * weights[hidden]).sum(), outputs
+
+    def _as_taken(self, sees: torch.Tensor) -> torch.Tensor:
+        """A bool mask for each position as the model's attention takes it."""
+        base = base_of(self.model)
+        return dense_mask(sees, base.dtype, text_config(base.config)._attn_implementation)
 
     def _next_generator(self, training: bool) -> torch.Generator:
         """The generator of this forward: counts micro-steps within an optimizer step, batches within an evaluation."""
@@ -169,13 +282,19 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
                 labels.ne(-100).sum().to(row_loss),
             ]
         )
+        self._add(training, sums)
+
+    def _add(self, training: bool, sums: torch.Tensor) -> None:
         mode = TRAIN if training else EVAL
         self._metric_sums[mode] = self._metric_sums[mode] + sums if mode in self._metric_sums else sums
 
     def _averages(self, sums: torch.Tensor | None) -> dict[str, float]:
-        """The uniform-mask loss, the suffix-mask loss and the masked fraction apart."""
+        """The uniform-mask loss, the suffix-mask loss and the masked fraction apart; in blocks, the last one."""
         if sums is None:
             return {}
+        if self.topology is not None:
+            masked, learnt = self.accelerator.gather(sums[None]).sum(0).tolist()
+            return {"masked_fraction": round(masked / max(learnt, 1), 6)}
         uniform, uniform_rows, suffix, suffix_rows, masked, learnt = (
             self.accelerator.gather(sums[None]).sum(0).tolist()
         )
@@ -219,10 +338,36 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         return self.optimizer
 
 
+def _canvas_collator(tokenizer: PreTrainedTokenizerBase, args: MaskedDiffusionSFTConfig) -> MaskedDiffusionSFTCollator:
+    return MaskedDiffusionSFTCollator(
+        **fill_tokens(tokenizer),
+        response_length=args.response_length,
+        supervise_eos_fill=args.supervise_eos_fill,
+        prompt_length=args.max_prompt_length if args.pad_prompt_to_max else None,
+    )
+
+
+def _block_collator(
+    tokenizer: PreTrainedTokenizerBase, args: MaskedDiffusionSFTConfig, topology: Topology
+) -> BlockSFTCollator:
+    static = args.packing or args.pad_prompt_to_max
+    return BlockSFTCollator(
+        **fill_tokens(tokenizer),
+        topology=topology,
+        response_length=args.response_length,
+        supervise_eos_fill=args.supervise_eos_fill,
+        row_length=args.max_prompt_length + args.response_length if static else None,
+    )
+
+
 def _prepare_dataset(
-    dataset, tokenizer: PreTrainedTokenizerBase, args: MaskedDiffusionSFTConfig, canvas: Canvas
+    dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: MaskedDiffusionSFTConfig,
+    canvas: Canvas,
+    packer: BlockSFTCollator | None,
 ) -> Dataset | IterableDataset:
-    """Tokenise unless that is done, and leave out what does not fit the canvas."""
+    """Tokenise unless that is done, leave out what does not fit the canvas, and pack what does if asked to."""
     columns = columns_of(dataset)
     if not {"prompt_ids", "response_ids"} <= set(columns):
         used = [name for name in columns if name != args.length_column_name]
@@ -233,7 +378,15 @@ def _prepare_dataset(
             fn_kwargs={"tokenizer": tokenizer, "control_tokens_in_text": args.control_tokens_in_text},
             remove_columns=used,
         ).with_format(None)  # a transform has made text of the columns, and is not for ids
-    return keep_fitting(dataset, canvas)
+    fitting = keep_fitting(dataset, canvas)
+    if packer is None:
+        return fitting
+    return fitting.map(
+        pack,
+        batched=True,
+        fn_kwargs={"collator": packer, "length": canvas.prompt_length + canvas.response_length},
+        remove_columns=columns_of(fitting),
+    )
 
 
 def _tokenize(batch: dict[str, list[Any]], numbers: list[int], **kwargs: Any) -> dict[str, list[list[int]]]:

@@ -286,7 +286,6 @@ def test_values_are_checked_after_a_command_line_was_read(tmp_path):
             config_class(str(tmp_path), use_cpu=True, label_shift="a")
 
 
-@BOTH
-def test_a_model_that_sees_nothing_of_later_blocks_is_refused(tmp_path, kind):
+def test_distillation_refuses_a_model_that_sees_nothing_of_later_blocks(tmp_path):
     with pytest.raises(ValueError, match=r"`model` must see the whole canvas \(got SDARForCausalLM"):
-        make(kind, tmp_path, given={"model": checkpoint("sdar-tiny-a")})
+        make("distillation", tmp_path, given={"model": checkpoint("sdar-tiny-a")})

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -561,14 +562,15 @@ def test_processes_that_would_train_apart_are_refused(monkeypatch):
         run_sft.check_processes(1)
 
 
-def test_the_committed_recipe_parses_and_its_model_has_two_million_parameters_at_most(tokenizer):
-    path = "trainers/recipes/sft_llada_tiny.yaml"
+@pytest.mark.parametrize("path", sorted(Path("trainers/recipes").glob("sft_*.yaml")), ids=lambda path: path.stem)
+def test_the_committed_recipes_parse_and_their_models_have_two_million_parameters_at_most(tokenizer, path):
     script_args, args = parse_args_with_config(
-        (run_sft.SFTScriptArguments, MaskedDiffusionSFTConfig), ["--config", path, "--use_cpu", "--seed", "3"]
+        (run_sft.SFTScriptArguments, MaskedDiffusionSFTConfig), ["--config", str(path), "--use_cpu", "--seed", "3"]
     )
     model = run_sft.load_model(script_args, tokenizer)
     assert model.num_parameters() <= 2_000_000
-    assert args.seed == 3 and args.suffix_mask_fraction > 0
+    assert args.seed == 3 and args.packing == (model.block_alignment is not None)
+    assert (args.suffix_mask_fraction > 0) == (model.block_alignment is None)
 
 
 @pytest.mark.parametrize(
