@@ -135,6 +135,19 @@ class CanvasTrainer(PreparedDataTrainer):
             inputs["position_ids"] = positions_of(attention_mask) + self._position_offset
         return inputs
 
+    def _check_prompts(self, input_ids: torch.Tensor, length: int) -> None:
+        """Whether every answer of `length` tokens has a row before it, where that one predicts its first token.
+
+        Raises:
+            ValueError: For a batch in which no text has a prompt.
+        """
+        if input_ids.shape[1] < length + self.label_shift:
+            raise ValueError(
+                f"`train_dataset` must have prompts with `label_shift={self.label_shift}` (got a batch in which all "
+                "are empty): the token before an answer predicts its first one. Begin each prompt with a token, such as "
+                "the one that texts of the tokenizer begin with."
+            )
+
     def _learnt_logits(
         self,
         model: torch.nn.Module,
@@ -152,6 +165,7 @@ class CanvasTrainer(PreparedDataTrainer):
             sees (`(B, 1, L, L)`, *optional*): a mask for each position, in place of the one on padding.
         """
         length = learnt.shape[1]
+        self._check_prompts(input_ids, length)
         kept: int | torch.Tensor = length + self.label_shift
         if self._keeps_marked_positions:
             last = input_ids.shape[1] - self.label_shift

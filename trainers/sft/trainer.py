@@ -159,6 +159,7 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         """The mean of the rows' losses, of a model that sees the whole canvas."""
         labels = inputs["labels"]  # (B, R)
         response_length = labels.shape[1]
+        self._check_prompts(inputs["input_ids"], response_length)
         mask = draw_answer_mask(
             labels.ne(-100).cpu(),
             inputs["content_lengths"].cpu(),

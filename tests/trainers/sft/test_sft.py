@@ -275,6 +275,15 @@ def test_the_loss_of_a_written_down_mask_is_the_weighted_cross_entropy(tmp_path,
     assert outputs.logits.shape[1] == 4 + shift
 
 
+def test_a_batch_without_prompts_is_refused_where_the_token_before_an_answer_predicts_it(tmp_path, tokenizer):
+    inputs = two_by_six(tokenizer)
+    inputs |= {name: inputs[name][:, 2:] for name in ("input_ids", "attention_mask")}
+    make_trainer(tmp_path, tokenizer, label_shift=0).compute_loss(tiny_model(tokenizer), dict(inputs))
+    trainer = make_trainer(tmp_path, tokenizer, label_shift=1)
+    with pytest.raises(ValueError, match=r"`train_dataset` must have prompts with `label_shift=1` .got a batch in"):
+        trainer.compute_loss(trainer.model, inputs)
+
+
 def test_the_prompt_is_never_masked_whatever_the_draw(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, suffix_mask_fraction=0.5)
     seen = []
