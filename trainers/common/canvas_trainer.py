@@ -143,9 +143,9 @@ class CanvasTrainer(PreparedDataTrainer):
         """
         if input_ids.shape[1] < length + self.label_shift:
             raise ValueError(
-                f"`train_dataset` must have prompts with `label_shift={self.label_shift}` (got a batch in which all "
-                "are empty): the token before an answer predicts its first one. Begin each prompt with a token, such as "
-                "the one that texts of the tokenizer begin with."
+                f"`train_dataset` must have prompts with `label_shift={self.label_shift}` (got a batch without any): "
+                "the token before an answer predicts its first one. Begin each prompt with a token, such as the one "
+                "that texts of the tokenizer begin with."
             )
 
     def _learnt_logits(

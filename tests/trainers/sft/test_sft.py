@@ -280,7 +280,9 @@ def test_a_batch_without_prompts_is_refused_where_the_token_before_an_answer_pre
     inputs |= {name: inputs[name][:, 2:] for name in ("input_ids", "attention_mask")}
     make_trainer(tmp_path, tokenizer, label_shift=0).compute_loss(tiny_model(tokenizer), dict(inputs))
     trainer = make_trainer(tmp_path, tokenizer, label_shift=1)
-    with pytest.raises(ValueError, match=r"`train_dataset` must have prompts with `label_shift=1` .got a batch in"):
+    with pytest.raises(
+        ValueError, match=r"`train_dataset` must have prompts with `label_shift=1` .got a batch without any"
+    ):
         trainer.compute_loss(trainer.model, inputs)
 
 
