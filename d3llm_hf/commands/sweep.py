@@ -31,7 +31,7 @@ def add_parser(subparsers) -> None:
         nargs="+",
         default=["d3llm"],
         metavar="METHOD",
-        help="decoding methods (d3llm; ar, ar_prompt_lookup, ... for causal models); LABEL=METHOD:NAME=VALUE,... names "
+        help="decoding methods (d3llm; ar, ar_prompt_lookup, ... of causal models); LABEL=METHOD:NAME=VALUE,... names "
         "the curve and gives it settings of its own",
     )
     group.add_argument("--thresholds", nargs="+", type=float, metavar="X", help="of methods with a threshold or bound")

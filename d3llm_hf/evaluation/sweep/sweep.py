@@ -95,8 +95,8 @@ def sweep(
         TypeError: for a model that the method of a curve cannot decode.
         ArithmeticError: where a method that drafts gives other tokens than plain greedy decoding.
         ValueError: for an assistant that no curve takes, a batch size below 1, labels of curves that are not unique,
-            settings that `generate` refuses (naming the point), prompts that do not fit into the model, damaged or foreign results or progress, and
-            for results that another process is writing.
+            settings that `generate` refuses (naming the point), prompts that do not fit into the model, damaged or
+            foreign results or progress, and for results that another process is writing.
     """
     output = Path(output)
     if isinstance(batch_size, bool) or batch_size < 1:

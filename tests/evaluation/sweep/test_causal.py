@@ -156,7 +156,7 @@ def test_what_the_model_cannot_do_is_refused_before_anything_is_decoded(model, t
 def test_a_diffusion_model_and_an_idle_assistant_are_refused(model, tmp_path):
     with pytest.raises(TypeError, match=r"ar: `model` must be a causal model for the method 'ar' \(got ScriptedModel"):
         run(sure_model(), tmp_path / "results.jsonl", PLAIN)
-    with pytest.raises(ValueError, match="`assistant` drafts with 'ar_assistant'"):
+    with pytest.raises(ValueError, match=r"`assistant` drafts with .ar_assistant. \(got it with \[.ar.\]\)"):
         run(model, tmp_path / "results.jsonl", PLAIN, assistant=(model, TOKENIZER))
     with pytest.raises(ValueError, match=r"leave room for the longest prompt in the model's 512 positions"):
         run(model, tmp_path / "results.jsonl", PLAIN, max_new_tokens=512)
@@ -171,7 +171,7 @@ def test_curves_have_a_grid_only_where_one_is_asked_for():
     plain, threshold = curves_of([("ar", "ar", {}), ("d", "d3llm", {})], thresholds=[0.3])
     assert (plain.swept, threshold.values) == (None, (0.3,))
     assert curves_of([("ar", "ar", {})], no_grid=True)[0].points(8) == PLAIN.points(8)
-    with pytest.raises(ValueError, match="`parameter` must be a setting of ar_prompt_lookup .got 'block_length'"):
+    with pytest.raises(ValueError, match="`parameter` must be a setting of ar_prompt_lookup"):
         Curve("ar_prompt_lookup", parameter="block_length", values=(1,))
     check_settings({"decoding_method": "ar"}, 8)
     with pytest.raises(ValueError, match="p: `prompt_lookup_num_tokens` must be a positive integer"):
