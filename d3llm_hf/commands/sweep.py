@@ -84,7 +84,7 @@ def _sweep(args: argparse.Namespace, models: dict[str, str]) -> None:
     from ..evaluation.tasks.load import load_tasks
 
     curves = curves_of(
-        [_method(text) for text in args.methods],
+        [method_and_settings(text) for text in args.methods],
         settings=dict(name_and_value("--set", text) for text in args.set),
         thresholds=args.thresholds,
         grids=_grids(args.grid),
@@ -188,7 +188,7 @@ def _models(texts: list[str]) -> dict[str, str]:
     return models
 
 
-def _method(text: str) -> tuple[str, str, dict[str, Any]]:
+def method_and_settings(text: str) -> tuple[str, str, dict[str, Any]]:
     """`[LABEL=]METHOD[:NAME=VALUE,...]` as label, method and settings."""
     head, _, tail = text.partition(":")
     label, mark, method = head.partition("=")
