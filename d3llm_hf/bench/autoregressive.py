@@ -29,7 +29,7 @@ class ARBench:
     """What is measured.
 
     Args:
-        model (`str`): a causal checkpoint, which answers word problems. Without one a random Llama gets random prompts.
+        model (`str`): a causal checkpoint, which answers word problems; without one a random Llama has random prompts.
         assistant (`str`): a causal checkpoint that drafts with `"ar_assistant"`; beside a random model a random one of
             one layer does.
         methods: `(label, method, settings)` of each; plain decoding is measured in any case.
@@ -65,14 +65,16 @@ class ARBench:
         labels = [label for label, _, _ in self.rows]
         if len(set(labels)) < len(labels):
             raise ValueError(f"`methods` must have different labels (got {labels}). Write LABEL=METHOD.")
-        if self.assistant and not any(AR_METHODS[method].needs_assistant for _, method, _ in self.methods):
+        assisted = any(AR_METHODS[method].needs_assistant for _, method, _ in self.methods)
+        if self.assistant and not (assisted and self.model):
             raise ValueError(
-                f"`assistant` drafts with 'ar_assistant' (got {self.assistant!r} with {labels}). Leave it out, or add "
-                "the method."
+                f"`assistant` drafts for a `model` with 'ar_assistant' (got {self.assistant!r} with {self.model!r} and "
+                f"{labels}). Leave it out, or name both."
             )
-        if self.model and not self.assistant and any(AR_METHODS[m].needs_assistant for _, m, _ in self.methods):
+        if self.model and assisted and not self.assistant:
             raise ValueError(
-                f"`assistant` must be given with `model` and 'ar_assistant' (got None with {self.model!r})."
+                f"`assistant` must be given with `model` and 'ar_assistant' (got none with {self.model!r}). Name a "
+                "smaller checkpoint."
             )
 
     @property
