@@ -45,14 +45,18 @@ def counted(model: Any, assistant: Any = None, draft_class: type | None = None) 
 
 
 @contextmanager
-def counted_by_last_layer(model: Any) -> Iterator[Forwards]:
+def counted_by_last_layer(model: Any, exit_after: int) -> Iterator[Forwards]:
     """Counts inside of it, where a model drafts with its own first layers: what reaches the last one is the target.
 
     transformers sets `config.num_hidden_layers` while the model drafts, and does not set it back after an error; it is
     what it was when this ends.
 
+    Args:
+        model: the target.
+        exit_after: layers that draft.
+
     Raises:
-        ValueError: where the last layer runs while the model drafts, so that the setting has no effect.
+        ValueError: where a further layer runs while the model drafts, so that the setting has no effect.
     """
     found, base = Forwards(), getattr(model, model.base_model_prefix)
     layers = model.get_decoder().layers
@@ -61,16 +65,21 @@ def counted_by_last_layer(model: Any) -> Iterator[Forwards]:
     def any_depth(module, args, output):
         found.drafts += base.config.num_hidden_layers < full
 
-    def full_depth(module, args, kwargs, output):
+    def behind_the_exit(module, args):
         if base.config.num_hidden_layers < full:
             raise ValueError(
                 "`assistant_early_exit` must be followed by the model, which runs all of its layers whatever "
                 f"`num_hidden_layers` says (got {type(model).__name__}). Choose another method."
             )
+
+    def full_depth(module, args, kwargs, output):
         found.target.append(_width(args, kwargs))
 
     try:
-        with model.register_forward_hook(any_depth), layers[-1].register_forward_hook(full_depth, with_kwargs=True):
+        with ExitStack() as hooks:
+            hooks.enter_context(model.register_forward_hook(any_depth))
+            hooks.enter_context(layers[exit_after].register_forward_pre_hook(behind_the_exit))
+            hooks.enter_context(layers[-1].register_forward_hook(full_depth, with_kwargs=True))
             yield found
     finally:
         base.config.num_hidden_layers = full

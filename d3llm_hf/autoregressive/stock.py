@@ -54,8 +54,9 @@ def assistant(request: Request) -> Continued:
 
 def early_exit(request: Request) -> Continued:
     """Drafts are the model's own after its first layers (LayerSkip, 2404.16710)."""
-    with counted_by_last_layer(request.model) as found:
-        return _generate(request, found, assistant_early_exit=request.settings["assistant_early_exit"])
+    exit_after = request.settings["assistant_early_exit"]
+    with counted_by_last_layer(request.model, exit_after) as found:
+        return _generate(request, found, assistant_early_exit=exit_after)
 
 
 def mtp(request: Request) -> Continued:

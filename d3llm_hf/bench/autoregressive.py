@@ -68,7 +68,7 @@ class ARBench:
         assisted = any(AR_METHODS[method].needs_assistant for _, method, _ in self.methods)
         if self.assistant and not (assisted and self.model):
             raise ValueError(
-                f"`assistant` drafts for a `model` with 'ar_assistant' (got {self.assistant!r} with {self.model!r} and "
+                f"`assistant` drafts for a `model` with 'ar_assistant' (got {self.assistant!r}, {self.model!r} and "
                 f"{labels}). Leave it out, or name both."
             )
         if self.model and assisted and not self.assistant:

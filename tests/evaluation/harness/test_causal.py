@@ -99,9 +99,7 @@ def test_other_models_methods_and_likelihoods_are_refused(model):
     with pytest.raises(TypeError, match="causal ones are evaluated as they are with `--model d3llm-ar`"):
         D3LLMLM(model, tokenizer=TOKENIZER)
     lm = lm_of(model)
-    with pytest.raises(
-        ValueError, match="`decoding_method` in `gen_kwargs` must be that of the model, ar .got 'ar_mtp'"
-    ):
+    with pytest.raises(ValueError, match=r"`decoding_method` in `gen_kwargs` must be that of the model, ar \(got"):
         lm.generate_until(asked("x", decoding_method="ar_mtp"), True)
     with pytest.raises(ValueError, match="`tasks` must generate text with `--model d3llm-ar`"):
         lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("abc",), 0, ("task", 0, 1))], True)
