@@ -9,16 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.generation import GenerationMixin
 
-from ..models.generation_d3llm import D3LLMGenerationMixin
-from ..models.methods import METHODS
-from ..models.text_config import text_config
+from .causal import check_causal
 from .methods import AR_METHODS, complete_settings
 from .output import ARGenerationOutput
 from .request import Continued, Request
-from .stock import check_generation_config
 
 
 @torch.no_grad()
@@ -118,19 +113,7 @@ def check_model(model: Any, method: str, settings: Mapping[str, Any] | None = No
         TypeError, ValueError: see [`generate`].
     """
     complete = complete_settings(method, settings)
-    name = type(model).__name__
-    if isinstance(model, D3LLMGenerationMixin):
-        raise TypeError(
-            f"`model` must be a causal model for the method {method!r} (got {name}, which decodes by diffusion). Load "
-            f"an autoregressive checkpoint, or choose one of {list(METHODS)}."
-        )
-    stock = isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin) and model.can_generate()
-    if not stock or model.config.is_encoder_decoder or getattr(text_config(model.config), "is_causal", True) is False:
-        raise TypeError(
-            f"`model` must be a causal language model of transformers for the method {method!r} (got {name}). Load it "
-            "with `AutoModelForCausalLM`; merge an adapter of PEFT with `merge_and_unload`."
-        )
-    check_generation_config(model)
+    check_causal(model, method)
     AR_METHODS[method].check(model, complete)
 
 
@@ -142,39 +125,18 @@ def check_assistant(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    if not AR_METHODS[method].needs_assistant:
-        for name, value in (("assistant_model", assistant_model), ("assistant_tokenizer", assistant_tokenizer)):
-            if value is not None:
-                raise ValueError(
-                    f"`{name}` has no effect with {method!r} (got {type(value).__name__}). Leave it out, or choose "
-                    "'ar_assistant'."
-                )
+    check = AR_METHODS[method].check_assistant
+    if check is not None:
+        if assistant_model is None:
+            raise ValueError(f"`assistant_model` must be given for {method!r} (got None). Pass a loaded model.")
+        check(model, assistant_model, tokenizer, assistant_tokenizer)
         return
-    if assistant_model is None:
-        raise ValueError(f"`assistant_model` must be given for {method!r} (got None). Pass a loaded model.")
-    if assistant_model is model:
-        raise ValueError(
-            "`assistant_model` must be another model than the target, or its forwards could not be counted apart (got "
-            f"the same {type(model).__name__}). Choose 'ar_early_exit', or load a smaller one."
-        )
-    check_model(assistant_model, "ar")
-    sizes = [text_config(each.config).vocab_size for each in (model, assistant_model)]
-    given = tokenizer is not None and assistant_tokenizer is not None
-    if sizes[0] != sizes[1] and not given:
-        raise ValueError(
-            f"`tokenizer` and `assistant_tokenizer` must be given where the vocabularies differ (got {sizes[0]} and "
-            f"{sizes[1]} tokens). Pass both, or an assistant of the same vocabulary."
-        )
-    if sizes[0] == sizes[1] and assistant_tokenizer is not None:
-        raise ValueError(
-            f"`assistant_tokenizer` has no effect where both vocabularies have {sizes[0]} tokens (got "
-            f"{type(assistant_tokenizer).__name__}). Leave it out."
-        )
-
-
-def max_positions(model: Any) -> int | None:
-    """Positions that a causal model was made for; `None` where its config names none."""
-    return getattr(text_config(model.config), "max_position_embeddings", None)
+    for name, value in (("assistant_model", assistant_model), ("assistant_tokenizer", assistant_tokenizer)):
+        if value is not None:
+            raise ValueError(
+                f"`{name}` has no effect with {method!r} (got {type(value).__name__}). Leave it out, or choose "
+                "'ar_assistant'."
+            )
 
 
 def _checked(input_ids: Any, attention_mask: Any, max_new_tokens: Any) -> torch.Tensor:

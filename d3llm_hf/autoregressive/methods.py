@@ -18,7 +18,8 @@ class ARMethod:
         settings: name -> default; `None` where there is none and a value must be given.
         one_row: whether it takes one row at a time; several are then decoded one after the other.
         drafts: whether something drafts, so that the tokens are to be those of plain decoding.
-        needs_assistant: whether it takes an `assistant_model`.
+        check_assistant: refuses an `assistant_model` that cannot draft for the model, given both and the tokenizers of
+            both; `None` where the method takes none.
         check: refuses a model that cannot do it, given the complete settings.
     """
 
@@ -26,8 +27,12 @@ class ARMethod:
     settings: Mapping[str, Any] = field(default_factory=dict)
     one_row: bool = True
     drafts: bool = True
-    needs_assistant: bool = False
+    check_assistant: Callable[[Any, Any, Any, Any], None] | None = None
     check: Callable[[Any, Mapping[str, Any]], None] = lambda model, settings: None
+
+    @property
+    def needs_assistant(self) -> bool:
+        return self.check_assistant is not None
 
 
 _DRAFTING: dict[str, Any] = {
@@ -38,7 +43,7 @@ _DRAFTING: dict[str, Any] = {
 AR_METHODS: dict[str, ARMethod] = {
     "ar": ARMethod(stock.plain, one_row=False, drafts=False),
     "ar_prompt_lookup": ARMethod(stock.prompt_lookup, {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 2}),
-    "ar_assistant": ARMethod(stock.assistant, _DRAFTING, needs_assistant=True),
+    "ar_assistant": ARMethod(stock.assistant, _DRAFTING, check_assistant=stock.check_assistant),
     "ar_early_exit": ARMethod(
         stock.early_exit, {"assistant_early_exit": None, **_DRAFTING}, check=stock.check_early_exit
     ),

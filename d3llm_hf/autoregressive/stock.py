@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..models.text_config import text_config
+from .causal import check_causal
 from .counting import Forwards, counted, counted_by_last_layer, num_layers
 from .endings import FirstEnd
 from .request import Continued, Request
@@ -16,17 +17,6 @@ from .settings import SAMPLING
 
 # What makes `generate` draft. A method passes its own and no other counts, whatever the checkpoint's config says.
 _SWITCHES = ("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "use_mtp")
-# What would decode in another way than one token, or one verified run of drafts, a forward.
-_OTHER_WAYS = {
-    "num_beams": (None, 1),
-    "penalty_alpha": (None, 0, 0.0),
-    "dola_layers": (None,),
-    "constraints": (None,),
-    "force_words_ids": (None,),
-    "guidance_scale": (None, 1, 1.0),
-    "assistant_ensemble_weight": (None,),
-    "speculation_type": (None,),
-}
 _DRAFTING = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
 
 
@@ -98,19 +88,30 @@ def check_mtp(model: Any, settings: Mapping[str, Any]) -> None:
         )
 
 
-def check_generation_config(model: Any) -> None:
-    """Refuses a checkpoint whose generation config asks for what these methods do not do.
+def check_assistant(model: Any, assistant_model: Any, tokenizer: Any, assistant_tokenizer: Any) -> None:
+    """Refuses an assistant that is the target itself, no causal model, or of another vocabulary without tokenizers.
 
     Raises:
-        ValueError: naming the entry.
+        TypeError, ValueError: naming the argument.
     """
-    for name, allowed in _OTHER_WAYS.items():
-        value = getattr(model.generation_config, name, None)
-        if value not in allowed:
-            raise ValueError(
-                f"`{name}` in the model's generation config must be unset (got {value!r}): no method here follows it. "
-                f"Set `model.generation_config.{name} = None`."
-            )
+    if assistant_model is model:
+        raise ValueError(
+            "`assistant_model` must be another model than the target, or its forwards could not be counted apart (got "
+            f"the same {type(model).__name__}). Choose 'ar_early_exit', or load a smaller one."
+        )
+    check_causal(assistant_model, "ar_assistant")
+    sizes = [text_config(each.config).vocab_size for each in (model, assistant_model)]
+    given = tokenizer is not None and assistant_tokenizer is not None
+    if sizes[0] != sizes[1] and not given:
+        raise ValueError(
+            f"`tokenizer` and `assistant_tokenizer` must be given where the vocabularies differ (got {sizes[0]} and "
+            f"{sizes[1]} tokens). Pass both, or an assistant of the same vocabulary."
+        )
+    if sizes[0] == sizes[1] and assistant_tokenizer is not None:
+        raise ValueError(
+            f"`assistant_tokenizer` has no effect where both vocabularies have {sizes[0]} tokens (got "
+            f"{type(assistant_tokenizer).__name__}). Leave it out."
+        )
 
 
 def _generate(request: Request, found: Forwards, **switches: Any) -> Continued:

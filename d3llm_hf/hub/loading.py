@@ -36,11 +36,11 @@ def load_causal(name: str, *, device: str = "auto", dtype: str = "auto", revisio
         TypeError: for one that decodes by diffusion.
         OSError: when there is no such checkpoint.
     """
-    from ..autoregressive.generate import check_model
+    from ..autoregressive.causal import check_causal
 
     with waiting(f"loading {name}"):
         model, tokenizer = _load(name, device, dtype, revision, "AutoModelForCausalLM")
-    check_model(model, "ar")
+    check_causal(model, "ar")
     return model, tokenizer
 
 

@@ -9,7 +9,8 @@ from thin import covering
 from tiny import tiny_model, tiny_prompt
 from transformers.generation import StoppingCriteria
 
-from d3llm_hf.autoregressive.generate import generate, max_positions
+from d3llm_hf.autoregressive.causal import max_positions
+from d3llm_hf.autoregressive.generate import generate
 from d3llm_hf.autoregressive.methods import AR_METHODS, complete_settings
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 
-from ...autoregressive.generate import check_assistant, check_model, generate, max_positions
+from ...autoregressive.causal import max_positions
+from ...autoregressive.generate import check_assistant, check_model, generate
 from ...autoregressive.methods import AR_METHODS, complete_settings
 from ...autoregressive.settings import COMMON
 from ...fingerprints import model_fingerprint

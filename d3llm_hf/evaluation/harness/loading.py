@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ...autoregressive.generate import check_model
+from ...autoregressive.causal import check_causal
 from ...hub.sources import checkpoint_source, load_tokenizer, loading
 
 
@@ -67,7 +67,7 @@ def load_checkpoint(
         if not model.active_peft_config.is_prompt_learning:  # a learnt prompt has no weights to be merged into
             model = model.merge_and_unload()
     if causal:
-        check_model(model, "ar")
+        check_causal(model, "ar")
     elif getattr(model, "logit_shift", None) is None:
         raise TypeError(
             f"`pretrained` must be a LLaDA, Dream or d3LLM checkpoint, or a model that decodes by diffusion (got "

@@ -21,7 +21,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from ... import __version__
-from ...autoregressive.generate import max_positions
+from ...autoregressive.causal import max_positions
 from ...autoregressive.methods import AR_METHODS, complete_settings, is_autoregressive
 from ...files import replace_file
 from ...fingerprints import model_fingerprint

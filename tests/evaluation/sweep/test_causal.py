@@ -13,6 +13,8 @@ from sweeping import CAREFUL, sure_model, task_of, without_times
 
 from d3llm_hf import cli
 from d3llm_hf.evaluation.leaderboard.board import build_board
+from d3llm_hf.evaluation.leaderboard.document import document, markdown
+from d3llm_hf.evaluation.leaderboard.write import figures
 from d3llm_hf.evaluation.sweep import causal as module
 from d3llm_hf.evaluation.sweep.grids import Curve, curves_of
 from d3llm_hf.evaluation.sweep.points import check_point, curves, key_of, read_points
@@ -69,8 +71,13 @@ def test_figures_are_those_counted_by_hand(model, tmp_path):
     assert key_of(other) != key_of(assisted)
     with pytest.raises(ValueError, match="must have the same `assistant_fingerprint`"):
         curves([assisted, other])
+    # The leaderboard marks these rows, and ranks them as all others.
     board = build_board(points)
-    assert [entry.method for entry in board.tasks[0].entries][-1] in ("ar", "ar_prompt_lookup")
+    assert [entry.method for entry in board.tasks[0].entries] == ["ar_assistant", "early", "ar", "ar_prompt_lookup"]
+    text = markdown(document(board, ()))
+    assert "| early (AR) | seven |" in text and "Rows marked AR are causal models" in text
+    assert "| 1.50 | 100.0 % |" in text and "Draft forwards per token" in text
+    assert all(entry["autoregressive"] for entry in figures(board)["tasks"][0]["entries"])
 
 
 def test_a_sweep_that_was_interrupted_goes_on(model, tmp_path):
