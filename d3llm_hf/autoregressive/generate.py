@@ -52,7 +52,7 @@ def generate(
         eos_token_id: stop tokens; the checkpoint's where nothing is given, none where empty.
         pad_token_id: fills up rows; the checkpoint's, or else a stop token or 0.
         stopping_criteria: of transformers.
-        seed: of what is drawn (`do_sample=True`), one for all rows or one for each; without one torch's generator is
+        seed: of what is drawn (`do_sample=True`), for all rows or one for each; without one torch's generator is
             used as it is.
         assistant_model: what drafts with `"ar_assistant"`.
         tokenizer, assistant_tokenizer: of model and assistant, where their vocabularies differ in size.

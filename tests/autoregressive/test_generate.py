@@ -20,9 +20,9 @@ SPECULATIVE = [
     ("ar_prompt_lookup", {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}),
     ("ar_assistant", {}),
     ("ar_assistant", {"num_assistant_tokens": 4, "assistant_confidence_threshold": 0}),
-    ("ar_assistant", {"num_assistant_tokens_schedule": "heuristic_transient"}),
+    ("ar_assistant", {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "heuristic_transient"}),
     ("ar_early_exit", {"assistant_early_exit": 1}),
-    ("ar_early_exit", {"assistant_early_exit": 2, "assistant_confidence_threshold": 0.0}),
+    ("ar_early_exit", {"assistant_early_exit": 2, "assistant_confidence_threshold": 0.0, "num_assistant_tokens": 5}),
 ]
 
 
@@ -168,11 +168,11 @@ def test_the_models_are_left_as_they_were():
     model.generation_config.prompt_lookup_num_tokens = 5
     own, drafts = model.generation_config, drafter.generation_config
     before = own.to_dict(), drafts.to_dict(), model.config.to_dict()
-    plain = run(model, tiny_prompt(0, 9))
-    assert plain.num_forwards.tolist() == [24]  # the checkpoint's own drafts are no part of "ar"
-    for method, settings in SPECULATIVE:
-        run(model, tiny_prompt(0, 9), method=method, settings=settings, **drafter_of(model, method))
-    run(model, tiny_prompt(0, 9), method="ar_assistant", settings=SPECULATIVE[4][1], assistant_model=drafter)
+    plain = run(model, tiny_prompt(0, 9), count=6)
+    assert plain.num_forwards.tolist() == [6]  # the checkpoint's own drafts are no part of "ar"
+    for method, settings in [SPECULATIVE[0], SPECULATIVE[4], SPECULATIVE[6]]:
+        more = {"assistant_model": drafter} if AR_METHODS[method].needs_assistant else {}
+        run(model, tiny_prompt(0, 9), count=6, method=method, settings=settings, **more)
     assert (model.generation_config, drafter.generation_config) == (own, drafts)
     assert before == (own.to_dict(), drafts.to_dict(), model.config.to_dict())
     assert not model._forward_hooks and not model.model.layers[-1]._forward_hooks and not drafter._forward_hooks

@@ -151,7 +151,7 @@ def test_an_assistant_of_another_vocabulary(model, tmp_path):
         (CAREFUL, "llada: `model` must decode by diffusion for 'llada' .got LlamaForCausalLM"),
         (Curve("ar_mtp"), "ar_mtp: The method 'ar_mtp' needs a checkpoint with `num_mtp_layers`"),
         (ASSISTED, "ar_assistant: `assistant_model` must be given"),
-        (Curve("ar", settings={"block_length": 4}), "ar: `block_length` must be a setting of ar"),
+        (Curve("ar", "x", {"block_length": 4}), "x: `block_length` must be a setting of ar"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused_before_anything_is_decoded(model, tmp_path, curve, expected):
