@@ -6,6 +6,7 @@ The methods share a model and prompts and take turns. Each decodes one prompt at
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ def _times(bench: ARBench, work: CausalWork, advance: Callable[[], Any]) -> dict
     found: dict[str, list[tuple[float, float]]] = {label: [] for label, _, _ in bench.rows}
     for _ in range(bench.repeats):
         for label, method, settings in bench.rows:
-            found[label].append(timed(lambda m=method, s=settings: decode(bench, work, m, s), bench.device))
+            found[label].append(timed(partial(decode, bench, work, method, settings), bench.device))
             advance()
     return found
 

@@ -86,12 +86,15 @@ class CausalD3LLMLM(D3LLMLM):
 
     def _generate(self, inputs: dict[str, torch.Tensor], settings: dict[str, Any]) -> Any:
         own = {name: value for name, value in self._own(settings).items() if name in self.known}
-        more = {n: settings[n] for n in ("max_new_tokens", "stopping_criteria", "pad_token_id") if n in settings}
+        more: dict[str, Any] = {
+            n: settings[n] for n in ("max_new_tokens", "stopping_criteria", "pad_token_id") if n in settings
+        }
         if own["do_sample"] and "seed" in settings:
             more["seed"] = settings["seed"]
         return generate(
             self.model,
-            **inputs,
+            inputs["input_ids"],
+            inputs["attention_mask"],
             method=self.method,
             settings=own,
             eos_token_id=settings["eos_token_id"] or [],

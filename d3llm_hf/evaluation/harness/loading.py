@@ -54,9 +54,8 @@ def load_checkpoint(
         source = checkpoint_source(pretrained)
         more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         with loading(pretrained, "pretrained"):
-            model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(
-                source, dtype=dtype, **common, **more
-            )
+            auto: Any = AutoModelForCausalLM if causal else AutoModel
+            model = auto.from_pretrained(source, dtype=dtype, **common, **more)
         tokenizer = source if tokenizer is None else tokenizer
     else:
         model = pretrained

@@ -36,7 +36,8 @@ class CausalDecoder:
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, assistant: tuple[Any, Any] | None = None):
         self.model, self.tokenizer, self.task = model, tokenizer, task
-        self.assistant_model, self.assistant_tokenizer = assistant or (None, None)
+        drafter: tuple[Any, Any] = assistant or (None, None)
+        self.assistant_model, self.assistant_tokenizer = drafter
         self.plain: dict[tuple[int, ...], list[int]] = {}  # prompt -> its plain greedy answer
 
     def check(self, settings: Mapping[str, Any]) -> None:
