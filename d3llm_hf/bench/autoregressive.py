@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..autoregressive.agreement import agrees
+from ..autoregressive.drafters import drafter_arguments
 from ..autoregressive.generate import check_assistant, check_model, generate
 from ..autoregressive.methods import AR_METHODS, complete_settings
 from ..evaluation.tasks.word_problems import exact_match, generate_problems
@@ -232,10 +233,7 @@ def _checkpoint(bench: ARBench) -> CausalWork:
     ]
     more: dict[str, Any] = {}
     if bench.assistant:
-        assistant, other = load_causal(bench.assistant, **where)
-        more = {"assistant_model": assistant}
-        if assistant.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
-            more |= {"tokenizer": tokenizer, "assistant_tokenizer": other}
+        more = drafter_arguments(model, tokenizer, load_causal(bench.assistant, **where))
     return CausalWork(model, [row["input_ids"].to(model.device) for row in encoded], more, problems, tokenizer)
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers.generation import StopStringCriteria
 
 from ...autoregressive.agreement import agrees
+from ...autoregressive.drafters import drafter_arguments
 from ...autoregressive.generate import check_assistant, check_model, generate
 from ...autoregressive.methods import AR_METHODS, complete_settings
 from ...fingerprints import model_fingerprint
@@ -36,8 +37,7 @@ class CausalDecoder:
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, assistant: tuple[Any, Any] | None = None):
         self.model, self.tokenizer, self.task = model, tokenizer, task
-        drafter: tuple[Any, Any] = assistant or (None, None)
-        self.assistant_model, self.assistant_tokenizer = drafter
+        self.assistant = assistant
         self.plain: dict[tuple[int, ...], list[int]] = {}  # prompt -> its plain greedy answer
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -49,13 +49,13 @@ class CausalDecoder:
         method, own = split_settings(settings)
         check_model(self.model, method, own)
         if AR_METHODS[method].needs_assistant:
-            check_assistant(self.model, method, **self._drafter())
+            check_assistant(self.model, method, **drafter_arguments(self.model, self.tokenizer, self.assistant))
 
     def made(self, settings: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
         """What the record of a point says besides: the batch that it is decoded in, and what drafted."""
         found: dict[str, Any] = {"batch_size": 1 if alone(settings) else batch_size}
-        if AR_METHODS[settings["decoding_method"]].needs_assistant:
-            found["assistant_fingerprint"] = model_fingerprint(self.assistant_model)
+        if AR_METHODS[settings["decoding_method"]].needs_assistant and self.assistant is not None:
+            found["assistant_fingerprint"] = model_fingerprint(self.assistant[0])
         return found
 
     def decode(
@@ -71,7 +71,9 @@ class CausalDecoder:
         seeds = (
             {"seed": [abs(self.task.seed) + start + row for row in range(len(rows))]} if own.get("do_sample") else {}
         )
-        drafter = self._drafter() if AR_METHODS[method].needs_assistant else {}
+        drafter = (
+            drafter_arguments(self.model, self.tokenizer, self.assistant) if AR_METHODS[method].needs_assistant else {}
+        )
         output, answers = self._generate(rows, length, method=method, settings=own, **seeds, **drafter)
         counted = {
             "tokens": (output.tokens_per_forward * output.num_forwards).round().long().tolist(),
@@ -111,17 +113,3 @@ class CausalDecoder:
         answers = output.sequences[:, width:].tolist()
         ends = (output.tokens_per_forward * output.num_forwards).round().long().tolist()  # before the stop tokens
         return output, [answer[:end] for answer, end in zip(answers, ends, strict=True)]
-
-    def _drafter(self) -> dict[str, Any]:
-        """The arguments of `generate` about what drafts; tokenizers only where the vocabularies differ."""
-        found: dict[str, Any] = {"assistant_model": self.assistant_model}
-        if self.assistant_model is not None:
-            sizes = {each.config.get_text_config().vocab_size for each in (self.model, self.assistant_model)}
-            if len(sizes) > 1:
-                found |= {"tokenizer": self.tokenizer, "assistant_tokenizer": self.assistant_tokenizer}
-            elif self.tokenizer.get_vocab() != self.assistant_tokenizer.get_vocab():
-                raise ValueError(
-                    "`assistant` must have the target's tokenizer, or a vocabulary of another size (got another "
-                    f"vocabulary of {sizes.pop()} tokens): its drafts would be other text. Choose another assistant."
-                )
-        return found
