@@ -11,6 +11,7 @@ import torch
 from lm_eval.api.registry import register_model
 
 from ...autoregressive.causal import max_positions
+from ...autoregressive.drafters import drafter_arguments
 from ...autoregressive.generate import check_assistant, check_model, generate
 from ...autoregressive.methods import AR_METHODS, complete_settings
 from ...autoregressive.settings import COMMON
@@ -29,7 +30,8 @@ class CausalD3LLMLM(D3LLMLM):
 
     Args:
         pretrained (`str` or model): folder, id on the Hub, or a loaded model.
-        assistant (`str` or model, *optional*): what drafts with `"ar_assistant"`; of the target's vocabulary.
+        assistant (`str` or model, *optional*): what drafts with `"ar_assistant"`; a loaded model has the target's
+            tokenizer.
         arguments: as [`~.model.D3LLMLM`]'s; settings of decoding are `decoding_method` (`"ar"` when unset), those of
             the method, and `do_sample`, `temperature`, `top_p`, `top_k`, `seed`.
 
@@ -49,14 +51,16 @@ class CausalD3LLMLM(D3LLMLM):
                     f"`{name}` is of the estimated likelihood of diffusion models (got {arguments[name]!r}). Leave it "
                     "out; lm-eval's `--model hf` computes the likelihood of causal ones."
                 )
-        self.assistant: Any = None
+        self.drafter: dict[str, Any] = {"assistant_model": None}
         super().__init__(pretrained, **arguments)
         if assistant is not None:
             same = {name: arguments[name] for name in ("dtype", "device") if name in arguments}
-            self.assistant = load_checkpoint(assistant, self.tokenizer, causal=True, **same)[0]
-        self.assistant_fingerprint = None if self.assistant is None else model_fingerprint(self.assistant)
+            tokenizer = None if isinstance(assistant, str) else self.tokenizer
+            loaded = load_checkpoint(assistant, tokenizer, causal=True, **same)
+            self.drafter = drafter_arguments(self.model, self.tokenizer, loaded)
+        self.assistant_fingerprint = None if assistant is None else model_fingerprint(self.drafter["assistant_model"])
         check_model(self.model, self.method, self._own(self._asked({}).generate))
-        check_assistant(self.model, self.method, self.assistant)
+        check_assistant(self.model, self.method, **self.drafter)
         if AR_METHODS[self.method].one_row and self.batch_size > 1:
             raise ValueError(
                 f"`batch_size` must be 1 with {self.method}, which takes one row at a time (got {self.batch_size}). "
@@ -86,9 +90,8 @@ class CausalD3LLMLM(D3LLMLM):
 
     def _generate(self, inputs: dict[str, torch.Tensor], settings: dict[str, Any]) -> Any:
         own = {name: value for name, value in self._own(settings).items() if name in self.known}
-        more: dict[str, Any] = {
-            n: settings[n] for n in ("max_new_tokens", "stopping_criteria", "pad_token_id") if n in settings
-        }
+        names = ("max_new_tokens", "stopping_criteria", "pad_token_id")
+        more: dict[str, Any] = {name: settings[name] for name in names if name in settings}
         if own["do_sample"] and "seed" in settings:
             more["seed"] = settings["seed"]
         return generate(
@@ -98,7 +101,7 @@ class CausalD3LLMLM(D3LLMLM):
             method=self.method,
             settings=own,
             eos_token_id=settings["eos_token_id"] or [],
-            assistant_model=self.assistant,
+            **self.drafter,
             **more,
         )
 

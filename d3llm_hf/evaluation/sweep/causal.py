@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,6 +41,11 @@ class CausalDecoder:
         self.assistant = assistant
         self.plain: dict[tuple[int, ...], list[int]] = {}  # prompt -> its plain greedy answer
 
+    @cached_property
+    def drafter(self) -> dict[str, Any]:
+        """The arguments of `generate` about the assistant."""
+        return drafter_arguments(self.model, self.tokenizer, self.assistant)
+
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuses settings that the model cannot be decoded with.
 
@@ -49,7 +55,7 @@ class CausalDecoder:
         method, own = split_settings(settings)
         check_model(self.model, method, own)
         if AR_METHODS[method].needs_assistant:
-            check_assistant(self.model, method, **drafter_arguments(self.model, self.tokenizer, self.assistant))
+            check_assistant(self.model, method, **self.drafter)
 
     def made(self, settings: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
         """What the record of a point says besides: the batch that it is decoded in, and what drafted."""
@@ -67,14 +73,11 @@ class CausalDecoder:
             ArithmeticError: where greedy tokens are not those of plain greedy decoding.
         """
         method, own = split_settings(settings)
+        more: dict[str, Any] = dict(self.drafter) if AR_METHODS[method].needs_assistant else {}
+        if own.get("do_sample"):
+            more["seed"] = [abs(self.task.seed) + start + row for row in range(len(rows))]
         began, cpu_began = time.perf_counter(), time.process_time()
-        seeds = (
-            {"seed": [abs(self.task.seed) + start + row for row in range(len(rows))]} if own.get("do_sample") else {}
-        )
-        drafter = (
-            drafter_arguments(self.model, self.tokenizer, self.assistant) if AR_METHODS[method].needs_assistant else {}
-        )
-        output, answers = self._generate(rows, length, method=method, settings=own, **seeds, **drafter)
+        output, answers = self._generate(rows, length, method=method, settings=own, **more)
         counted = {
             "tokens": (output.tokens_per_forward * output.num_forwards).round().long().tolist(),
             "forwards": output.num_forwards.tolist(),
