@@ -1,5 +1,6 @@
 """Model and tokenizer of the commands, from the name that was typed."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ..progress import quiet_loading
@@ -17,15 +18,8 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str 
         ValueError: for an unknown device or dtype, or a model that cannot decode by diffusion.
         OSError: when there is no such checkpoint.
     """
-    from ..models.generation_d3llm import D3LLMGenerationMixin
-
     with waiting(f"loading {name}"):
-        model, tokenizer = _load(name, device, dtype, revision, "AutoModel")
-    if not isinstance(model, D3LLMGenerationMixin):
-        raise ValueError(
-            f"`model` must be a LLaDA, Dream or d3LLM checkpoint (got {type(model).__name__} from {name!r})."
-        )
-    return model, tokenizer
+        return _load(name, device, dtype, revision, "AutoModel", _check_diffusion)
 
 
 def load_causal(name: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None):
@@ -36,12 +30,8 @@ def load_causal(name: str, *, device: str = "auto", dtype: str = "auto", revisio
         TypeError: for one that decodes by diffusion.
         OSError: when there is no such checkpoint.
     """
-    from ..autoregressive.causal import check_causal
-
     with waiting(f"loading {name}"):
-        model, tokenizer = _load(name, device, dtype, revision, "AutoModelForCausalLM")
-    check_causal(model, "ar")
-    return model, tokenizer
+        return _load(name, device, dtype, revision, "AutoModelForCausalLM", _check_causal)
 
 
 def decodes_by_diffusion(name: str, *, revision: str | None = None) -> bool:
@@ -57,7 +47,29 @@ def decodes_by_diffusion(name: str, *, revision: str | None = None) -> bool:
     return config.model_type in {family.model_type for family in FAMILIES.values()}
 
 
-def _load(name: str, device: str, dtype: str, revision: str | None, auto_class: str):
+def _check_diffusion(model: Any, name: str) -> None:
+    from ..models.generation_d3llm import D3LLMGenerationMixin
+
+    if not isinstance(model, D3LLMGenerationMixin):
+        raise ValueError(
+            f"`model` must be a LLaDA, Dream or d3LLM checkpoint (got {type(model).__name__} from {name!r})."
+        )
+
+
+def _check_causal(model: Any, name: str) -> None:
+    from ..autoregressive.causal import check_causal
+
+    check_causal(model, "ar")
+
+
+def _load(
+    name: str,
+    device: str,
+    dtype: str,
+    revision: str | None,
+    auto_class: str,
+    check: Callable[[Any, str], None],
+):
     import torch
     import transformers
 
@@ -78,4 +90,5 @@ def _load(name: str, device: str, dtype: str, revision: str | None, auto_class: 
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     with loading(name):
         model = getattr(transformers, auto_class).from_pretrained(source, dtype=dtype, **common)
+    check(model, name)
     return model.to(target).eval(), load_tokenizer(source, name, **common)
