@@ -1,14 +1,19 @@
 """`d3llm sweep`: tokens per forward against accuracy, for models, methods and thresholds, into one results file."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable
-from ..hub.loading import load
+from ..hub.loading import decodes_by_diffusion, load, load_causal
 from ..locks import only_writer
 from .common import new_parser, tell
 from .generate import name_and_value, value_of
+
+
+if TYPE_CHECKING:
+    from ..evaluation.sweep.grids import Curve
 
 
 def add_parser(subparsers) -> None:
@@ -26,7 +31,8 @@ def add_parser(subparsers) -> None:
         nargs="+",
         default=["d3llm"],
         metavar="METHOD",
-        help="decoding methods (d3llm); LABEL=METHOD:NAME=VALUE,... names the curve and gives it settings of its own",
+        help="decoding methods (d3llm; ar, ar_prompt_lookup, ... of causal models); LABEL=METHOD:NAME=VALUE,... names "
+        "the curve and gives it settings of its own",
     )
     group.add_argument("--thresholds", nargs="+", type=float, metavar="X", help="of methods with a threshold or bound")
     group.add_argument(
@@ -58,6 +64,9 @@ def add_parser(subparsers) -> None:
     )
     group.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
     group.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
+    group.add_argument(
+        "--assistant", metavar="MODEL", help="causal checkpoint that drafts with the method ar_assistant"
+    )
     group.add_argument("--revision", help="branch, tag or commit of models on the Hub")
 
 
@@ -69,12 +78,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace, models: dict[str, str]) -> None:
+    from ..autoregressive.methods import AR_METHODS
     from ..evaluation.sweep.grids import curves_of
     from ..evaluation.sweep.sweep import check_settings, describe, sweep
     from ..evaluation.tasks.load import load_tasks
 
     curves = curves_of(
-        [_method(text) for text in args.methods],
+        [method_and_settings(text) for text in args.methods],
         settings=dict(name_and_value("--set", text) for text in args.set),
         thresholds=args.thresholds,
         grids=_grids(args.grid),
@@ -97,23 +107,58 @@ def _sweep(args: argparse.Namespace, models: dict[str, str]) -> None:
         for curve in curves:
             for parameter, value, settings in curve.points(length):
                 check_settings(settings, length, what=describe(curve.name, parameter, value))
+    chosen = _curves_of_models(models, curves, args.revision)
+    where = {"device": args.device, "dtype": args.dtype}
+    if args.assistant is not None and not any(curve.method == "ar_assistant" for curve in curves):
+        raise ValueError(
+            f"`--assistant` drafts with the method ar_assistant (got {args.assistant!r} without it). Leave it out, or "
+            "name the method."
+        )
+    assistant = None if args.assistant is None else load_causal(args.assistant, **where)
     for label, source in models.items():
-        model, tokenizer = load(source, device=args.device, dtype=args.dtype, revision=args.revision)
+        own = chosen[label]
+        causal = own[0].method in AR_METHODS  # so are the others
+        model, tokenizer = (load_causal if causal else load)(source, revision=args.revision, **where)
         for task in tasks:
             points = sweep(
                 model,
                 tokenizer,
                 task,
-                curves,
+                own,
                 args.output,
                 label=label,
                 max_new_tokens=args.max_new_tokens,
                 batch_size=args.batch_size,
                 chat=args.chat,
                 revision=args.revision,
+                assistant=assistant if causal else None,
             )
             for point in points:
                 tell(summary(point))
+
+
+def _curves_of_models(
+    models: dict[str, str], curves: Sequence["Curve"], revision: str | None
+) -> dict[str, Sequence["Curve"]]:
+    """Label -> the curves of its kind: where methods of both kinds are named, a model's config says which are its.
+
+    Raises:
+        ValueError: where a model has no method of its kind, or the methods of a kind have no model.
+    """
+    from ..autoregressive.methods import AR_METHODS
+
+    kinds = {kind: [curve for curve in curves if (curve.method not in AR_METHODS) == kind] for kind in (True, False)}
+    if not all(kinds.values()):
+        return dict.fromkeys(models, curves)  # loading refuses a model of the other kind
+    found = {label: decodes_by_diffusion(source, revision=revision) for label, source in models.items()}
+    for kind, named in kinds.items():
+        if kind not in found.values():
+            raise ValueError(
+                f"`--methods` must fit the models (got {[curve.name for curve in named]} for "
+                f"{'diffusion' if kind else 'causal'} models, and there is none among {list(models)}). Add one, or "
+                "leave them out."
+            )
+    return {label: kinds[kind] for label, kind in found.items()}
 
 
 def summary(point: dict[str, Any]) -> str:
@@ -122,9 +167,11 @@ def summary(point: dict[str, Any]) -> str:
 
     name = describe(point["model"], point["task"], point["method"], point["parameter"], point["value"])
     (fewest, most), (low, high) = point["tpf_interval"], point["accuracy_interval"]
+    drafts = point.get("draft_forwards_per_token")
     return (
         f"{name}: {point['tpf']:.2f} tokens per forward ({fewest:.2f} to {most:.2f}), {point['accuracy']:.1f} % "
         f"({low:.1f} to {high:.1f}), {point['tokens_per_second']:.0f} tokens/s"
+        + (f", {drafts:.2f} draft forwards per token" if drafts else "")
     )
 
 
@@ -141,7 +188,7 @@ def _models(texts: list[str]) -> dict[str, str]:
     return models
 
 
-def _method(text: str) -> tuple[str, str, dict[str, Any]]:
+def method_and_settings(text: str) -> tuple[str, str, dict[str, Any]]:
     """`[LABEL=]METHOD[:NAME=VALUE,...]` as label, method and settings."""
     head, _, tail = text.partition(":")
     label, mark, method = head.partition("=")

@@ -1,8 +1,10 @@
 """Model and tokenizer of the commands, from the name that was typed."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ..progress import quiet_loading
+from ..registration.families import FAMILIES
 from ..watch.terminal import waiting
 from .sources import checkpoint_source, load_tokenizer, loading
 
@@ -17,14 +19,59 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str 
         OSError: when there is no such checkpoint.
     """
     with waiting(f"loading {name}"):
-        return _load(name, device, dtype, revision)
+        return _load(name, device, dtype, revision, "AutoModel", _check_diffusion)
 
 
-def _load(name: str, device: str, dtype: str, revision: str | None):
-    import torch
-    from transformers import AutoModel
+def load_causal(name: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None):
+    """Model and tokenizer of a causal checkpoint of transformers, otherwise as [`load`].
 
+    Raises:
+        ValueError: for an unknown device or dtype, or a checkpoint of which transformers makes no causal model.
+        TypeError: for one that decodes by diffusion.
+        OSError: when there is no such checkpoint.
+    """
+    with waiting(f"loading {name}"):
+        return _load(name, device, dtype, revision, "AutoModelForCausalLM", _check_causal)
+
+
+def decodes_by_diffusion(name: str, *, revision: str | None = None) -> bool:
+    """Whether a checkpoint is one of this package's families, by its config alone.
+
+    Raises:
+        OSError: when there is no such checkpoint.
+    """
+    from transformers import AutoConfig
+
+    with loading(name):
+        config = AutoConfig.from_pretrained(checkpoint_source(name), revision=revision, trust_remote_code=False)
+    return config.model_type in {family.model_type for family in FAMILIES.values()}
+
+
+def _check_diffusion(model: Any, name: str) -> None:
     from ..models.generation_d3llm import D3LLMGenerationMixin
+
+    if not isinstance(model, D3LLMGenerationMixin):
+        raise ValueError(
+            f"`model` must be a LLaDA, Dream or d3LLM checkpoint (got {type(model).__name__} from {name!r})."
+        )
+
+
+def _check_causal(model: Any, name: str) -> None:
+    from ..autoregressive.causal import check_causal
+
+    check_causal(model, "ar")
+
+
+def _load(
+    name: str,
+    device: str,
+    dtype: str,
+    revision: str | None,
+    auto_class: str,
+    check: Callable[[Any, str], None],
+):
+    import torch
+    import transformers
 
     quiet_loading()
     known = getattr(torch, dtype, None)
@@ -42,9 +89,6 @@ def _load(name: str, device: str, dtype: str, revision: str | None):
     source = checkpoint_source(name)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     with loading(name):
-        model = AutoModel.from_pretrained(source, dtype=dtype, **common)
-    if not isinstance(model, D3LLMGenerationMixin):
-        raise ValueError(
-            f"`model` must be a LLaDA, Dream or d3LLM checkpoint (got {type(model).__name__} from {name!r})."
-        )
+        model = getattr(transformers, auto_class).from_pretrained(source, dtype=dtype, **common)
+    check(model, name)
     return model.to(target).eval(), load_tokenizer(source, name, **common)

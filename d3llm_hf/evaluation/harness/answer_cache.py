@@ -26,7 +26,7 @@ def identity(model: Any, tokenizer: Any, settings: Mapping[str, Any]) -> str:
     about = {
         "version": __version__,
         "model": model_fingerprint(model),
-        "traits": asdict(model.traits),
+        "traits": asdict(model.traits) if hasattr(model, "traits") else None,
         "attention": getattr(model.config, "_attn_implementation", None),
         "device": model.device.type,
         "training": model.training,

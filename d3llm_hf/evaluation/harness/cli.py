@@ -1,8 +1,9 @@
-"""The `d3llm-eval` command: lm-eval's own, with our model registered, and recipes of published evaluations.
+"""The `d3llm-eval` command: lm-eval's own, with our models registered, and recipes of published evaluations.
 
     d3llm-eval --pretrained d3llm-llada --tasks word_problems --apply_chat_template --limit 50
     d3llm-eval --recipe gsm8k_cot --pretrained d3LLM/d3LLM_LLaDA --stats outputs/gsm8k_cot.jsonl --batch_size 8
     d3llm-eval --recipe gsm8k_cot --settings d3llm-dream --show
+    d3llm-eval --model d3llm-ar --pretrained gpt2 --tasks gsm8k --model_args decoding_method=ar_prompt_lookup
     accelerate launch -m d3llm_hf.evaluation.harness.cli --recipe gsm8k_cot --settings d3llm-llada
 
 All other arguments are lm-eval's: `d3llm-eval run --help` lists them, `d3llm-eval ls tasks` the tasks.
@@ -80,7 +81,7 @@ def _run_lm_eval(words: list[str]) -> int:
     """lm-eval's command reads `sys.argv`."""
     from lm_eval.__main__ import cli_evaluate
 
-    from . import model as lm_eval_model  # noqa: F401  (registers the model)
+    from . import causal, model  # noqa: F401  (they register the models)
 
     before = sys.argv
     sys.argv = ["d3llm-eval", *words]

@@ -22,6 +22,7 @@ class GenerationRecord:
         forwards, forwards_reference: see [`D3LLMGenerationOutput`].
         positions: pushed through the model.
         seconds: wall clock of its batch in `generate`, shared equally by the rows.
+        draft_forwards: of whatever drafts for a causal model; `None` for others.
     """
 
     task: str | None
@@ -35,6 +36,7 @@ class GenerationRecord:
     forwards_reference: int
     positions: int
     seconds: float
+    draft_forwards: int | None = None
 
 
 SUMMED = ("tokens", "forwards", "forwards_reference", "positions", "seconds")
@@ -46,10 +48,13 @@ def totals(records: Iterable[GenerationRecord]) -> dict[str, Any]:
     Returns:
         `requests`, `tokens`, `forwards`, `forwards_reference`, `positions`, `seconds`; `tpf` and `tpf_reference`
         (tokens over forwards, by either count), `positions_per_token`, `tokens_per_second`; `None` where the
-        denominator is 0.
+        denominator is 0. Of causal models also `draft_forwards`.
     """
     records = list(records)
     sums = {name: sum(getattr(record, name) for record in records) for name in SUMMED}
+    drafts = [record.draft_forwards for record in records if record.draft_forwards is not None]
+    if drafts:
+        sums["draft_forwards"] = sum(drafts)
     pairs = {
         "tpf": ("tokens", "forwards"),
         "tpf_reference": ("tokens", "forwards_reference"),
@@ -62,7 +67,11 @@ def totals(records: Iterable[GenerationRecord]) -> dict[str, Any]:
 
 def write_records(path: str | os.PathLike, records: Sequence[GenerationRecord]) -> None:
     """Writes JSON lines, one a record; the file is complete or as it was."""
-    replace_file(Path(path), "".join(json.dumps(asdict(record)) + "\n" for record in records).encode())
+    lines = [
+        {name: value for name, value in asdict(record).items() if name != "draft_forwards" or value is not None}
+        for record in records
+    ]
+    replace_file(Path(path), "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def read_records(path: str | os.PathLike) -> list[GenerationRecord]:

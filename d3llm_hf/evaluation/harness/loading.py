@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ...autoregressive.causal import check_causal
 from ...hub.sources import checkpoint_source, load_tokenizer, loading
 
 
@@ -21,6 +22,7 @@ def load_checkpoint(
     attn_implementation: str | None = None,
     peft: str | None = None,
     device: str | torch.device | None = None,
+    causal: bool = False,
 ) -> tuple[Any, Any]:
     """Loads what is named, puts the model on its device, in evaluation mode.
 
@@ -32,16 +34,17 @@ def load_checkpoint(
         peft (`str`, *optional*): folder or id of an adapter, merged into the weights where it can be.
         device (*optional*): where there is a GPU that one, when unset. lm-eval asks for `cuda:0` by default; where
             there is none, the CPU takes its place.
+        causal (`bool`): load a causal model of transformers, as it is, in place of one that decodes by diffusion.
 
     Returns:
         model and tokenizer.
 
     Raises:
         ValueError: for a data type or device that torch does not know.
-        TypeError: for a model that does not decode by diffusion, or one without a tokenizer.
+        TypeError: for a model of the other kind, or one without a tokenizer.
         OSError: when there is no such checkpoint.
     """
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoModelForCausalLM
 
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"`dtype` must be a data type of torch (got {dtype!r}). Try float32 or bfloat16.")
@@ -51,7 +54,8 @@ def load_checkpoint(
         source = checkpoint_source(pretrained)
         more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         with loading(pretrained, "pretrained"):
-            model = AutoModel.from_pretrained(source, dtype=dtype, **common, **more)
+            auto: Any = AutoModelForCausalLM if causal else AutoModel
+            model = auto.from_pretrained(source, dtype=dtype, **common, **more)
         tokenizer = source if tokenizer is None else tokenizer
     else:
         model = pretrained
@@ -61,10 +65,13 @@ def load_checkpoint(
         model = PeftModel.from_pretrained(model, peft)
         if not model.active_peft_config.is_prompt_learning:  # a learnt prompt has no weights to be merged into
             model = model.merge_and_unload()
-    if getattr(model, "logit_shift", None) is None:
+    if causal:
+        check_causal(model, "ar")
+    elif getattr(model, "logit_shift", None) is None:
         raise TypeError(
             f"`pretrained` must be a LLaDA, Dream or d3LLM checkpoint, or a model that decodes by diffusion (got "
-            f"{type(model).__name__}). For stock models see `d3llm_hf.as_diffusion_lm`."
+            f"{type(model).__name__}). For stock models see `d3llm_hf.as_diffusion_lm`; causal ones are evaluated as "
+            "they are with `--model d3llm-ar`."
         )
     if tokenizer is None:
         raise TypeError("`tokenizer` must be given with a loaded model (got None). Pass its name or the tokenizer.")

@@ -28,7 +28,7 @@ from .answer_cache import identity, keep_apart
 from .generation_stats import GenerationRecord, totals, write_records
 from .loading import load_checkpoint
 from .processes import Processes
-from .request_settings import LENGTHS, RequestSettings, check_names, draws, request_settings
+from .request_settings import LENGTHS, SETTINGS, RequestSettings, check_names, draws, request_settings
 
 
 # `get_model` imports lm-eval's own models only while nothing is registered; after ours they would be unknown.
@@ -80,6 +80,14 @@ class D3LLMLM(TemplateLM):
             that does not decode by diffusion.
     """
 
+    known = SETTINGS
+    """Settings of decoding that the model and a request may name."""
+    decisive: tuple[str, ...] = (
+        "max_length", "add_bos_token", "end_at_until", "num_samples", "likelihood_seed", "check_greedy"
+    )  # fmt: skip
+    """Attributes that decide an answer besides the settings of decoding."""
+    load = staticmethod(load_checkpoint)
+
     def __init__(
         self,
         pretrained: Any,
@@ -103,7 +111,7 @@ class D3LLMLM(TemplateLM):
         **settings,
     ):
         super().__init__()
-        check_names(settings, OWN_ARGUMENTS, "`model_args`")
+        check_names(settings, OWN_ARGUMENTS, "`model_args`", self.known)
         self.settings = {name: value for name, value in settings.items() if value is not None}
         if isinstance(self.settings.get("seed"), (list, tuple)):
             raise TypeError(f"`seed` must be one integer (got {settings['seed']!r}). Each request has its own seed.")
@@ -113,7 +121,7 @@ class D3LLMLM(TemplateLM):
         self.likelihood_seed, self.check_greedy = likelihood_seed, check_greedy
         self.end_at_until, self.add_bos_token, self.stats_path = end_at_until, add_bos_token, stats_path
         self.processes = Processes()
-        self.model, self.tokenizer = load_checkpoint(
+        self.model, self.tokenizer = self.load(
             pretrained,
             tokenizer,
             revision=revision,
@@ -130,7 +138,7 @@ class D3LLMLM(TemplateLM):
         self.max_length = _positive("max_length", max_length or self._positions())
         self.records: list[GenerationRecord] = []  # of all processes, on the first
         self._drawn: set[str] = set()  # lm-eval's names of requests whose answers are not for the cache
-        request_settings({}, self.settings, self.max_gen_toks)
+        self._asked({})
 
     # ---- what lm-eval asks about the model -----------------------------------------------------------------------
 
@@ -166,8 +174,7 @@ class D3LLMLM(TemplateLM):
         """Names what the cache is given from now on: a hook outlives its evaluation, and the model may change."""
         if self.cache_hook.dbdict is None:
             return
-        names = ("max_length", "add_bos_token", "end_at_until", "num_samples", "likelihood_seed", "check_greedy")
-        decisive = {name: getattr(self, name) for name in names}
+        decisive = {name: getattr(self, name) for name in self.decisive}
         owner = identity(self.model, self.tokenizer, {"decoding": self.settings, **decisive})
         keep_apart(self.cache_hook.dbdict, owner, self._drawn)
 
@@ -230,11 +237,8 @@ class D3LLMLM(TemplateLM):
         groups: dict[str, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True, default=str)].append(place)
-        asked = {
-            key: request_settings(requests[places[0]].args[1], self.settings, self.max_gen_toks)
-            for key, places in groups.items()
-        }
-        drawn = sorted(place for key, places in groups.items() if draws(asked[key], self.model) for place in places)
+        asked = {key: self._asked(requests[places[0]].args[1]) for key, places in groups.items()}
+        drawn = sorted(place for key, places in groups.items() if self._draws(asked[key]) for place in places)
         self._drawn |= {hash_args("generate_until", requests[place].args) for place in drawn}
         seeds = {place: number * self.world_size + self.rank for number, place in enumerate(drawn)}
 
@@ -298,13 +302,8 @@ class D3LLMLM(TemplateLM):
 
         # 2. Decode
         began = time.perf_counter()
-        output = self.model.generate(
-            **{name: table.to(self.device) for name, table in inputs.items()},
-            **settings,
-            eos_token_id=eos or None,
-            pad_token_id=self._pad_token_id(),
-            return_dict_in_generate=True,
-        )
+        settings |= {"eos_token_id": eos or None, "pad_token_id": self._pad_token_id()}
+        output = self._generate({name: table.to(self.device) for name, table in inputs.items()}, settings)
         lengths = (output.tokens_per_forward * output.num_forwards).round().long().tolist()  # waits for the device
         seconds = (time.perf_counter() - began) / len(prompts)
 
@@ -314,6 +313,8 @@ class D3LLMLM(TemplateLM):
             "forwards_reference": output.num_forwards_reference.tolist(),
             "positions": output.positions_computed.tolist(),
         }
+        if hasattr(output, "num_draft_forwards"):
+            counts["draft_forwards"] = output.num_draft_forwards.tolist()
         answers = []
         for row, (ids, length) in enumerate(zip(output.sequences[:, width:].tolist(), lengths, strict=True)):
             length = next((place for place, token in enumerate(ids[:length]) if token in control), length)
@@ -324,6 +325,15 @@ class D3LLMLM(TemplateLM):
             took["tokens"] = length if text == whole else tokens_of(self._decode, ids[:length], text)
             answers.append((text, took))
         return answers
+
+    def _asked(self, arguments: dict[str, Any]) -> RequestSettings:
+        return request_settings(arguments, self.settings, self.max_gen_toks, self.known)
+
+    def _draws(self, asked: RequestSettings) -> bool:
+        return draws(asked, self.model)
+
+    def _generate(self, inputs: dict[str, torch.Tensor], settings: dict[str, Any]) -> Any:
+        return self.model.generate(**inputs, **settings, return_dict_in_generate=True)
 
     def _record(self, requests: Sequence[Instance], place: int, took: dict[str, Any]) -> GenerationRecord:
         request = requests[place]

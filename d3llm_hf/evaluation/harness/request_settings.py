@@ -1,7 +1,7 @@
 """What a request of lm-eval asks of `generate`: its own arguments over those of the model, checked by name."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,13 +42,13 @@ class RequestSettings:
     generate: Mapping[str, Any]
 
 
-def check_names(names: Iterable[str], more: Iterable[str], where: str) -> None:
-    """Refuses names that are neither settings of decoding nor in `more`.
+def check_names(names: Iterable[str], more: Iterable[str], where: str, settings: Collection[str] = SETTINGS) -> None:
+    """Refuses names that are neither in `settings`, those of decoding, nor in `more`.
 
     Raises:
         ValueError: naming the nearest name that exists.
     """
-    known = [*SETTINGS, *LENGTHS, *more]
+    known = [*settings, *LENGTHS, *more]
     for name in names:
         if name in known:
             continue
@@ -57,11 +57,17 @@ def check_names(names: Iterable[str], more: Iterable[str], where: str) -> None:
                 f"`{name}` in {where} cannot be chosen: {(REFUSED | IDLE).get(name, 'it is set for you')}."
             )
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean `{near[0]}`?" if near else f"Settings of decoding: {sorted(FIELDS)}."
+        shown = sorted(FIELDS if settings is SETTINGS else settings)
+        hint = f"Did you mean `{near[0]}`?" if near else f"Settings of decoding: {shown}."
         raise ValueError(f"`{name}` in {where} is no setting of decoding or of this model. {hint}")
 
 
-def request_settings(asked: Mapping[str, Any], own: Mapping[str, Any], max_new_tokens: int) -> RequestSettings:
+def request_settings(
+    asked: Mapping[str, Any],
+    own: Mapping[str, Any],
+    max_new_tokens: int,
+    known: Collection[str] = SETTINGS,
+) -> RequestSettings:
     """The settings of a request.
 
     A temperature of 0 is greedy decoding, another one is sampling unless `do_sample` says otherwise; without sampling
@@ -71,11 +77,12 @@ def request_settings(asked: Mapping[str, Any], own: Mapping[str, Any], max_new_t
         asked: `gen_kwargs` of the request, as the task or the command line gives them.
         own: settings of the model, for what the request leaves open.
         max_new_tokens: the length of an answer where neither names one.
+        known: settings of decoding that there are.
 
     Raises:
         ValueError, TypeError: for unknown names, stop strings that are none, or a length that is none.
     """
-    check_names(asked, ["until"], "`gen_kwargs`")
+    check_names(asked, ["until"], "`gen_kwargs`", known)
     stops = asked.get("until") or ()
     stops = (stops,) if isinstance(stops, str) else tuple(stops)
     if not all(isinstance(stop, str) for stop in stops):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...autoregressive.methods import is_autoregressive
 from ...metrics.aup.curve import AUPResult, aup_score
 from ..sweep.points import Point, curve_aup, curves
 from .published import published_points
@@ -54,6 +55,11 @@ class Entry:
     common: Score
     own: Score
     as_published: float | None
+
+    @property
+    def autoregressive(self) -> bool:
+        """Whether its model writes from left to right; not known of published figures."""
+        return any(is_autoregressive(point.get("settings") or {}) for point in self.points)
 
     @property
     def best(self) -> Point:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..sweep.points import Point
 from .board import Board, Entry, Group, Task
 from .published import published
 
@@ -79,6 +80,11 @@ _MEASURED = (
     "Intervals are 95 % bootstrap intervals over the task's samples, `y_max` counting as known where it is common. "
     "Curves whose intervals overlap widely are in no certain order."
 )
+_CAUSAL = (
+    "Rows marked AR are causal models, which write from left to right. Their forwards are the target's, the one "
+    "over the prompt among them; what drafts for it has forwards of its own, which no figure of tokens per forward "
+    "counts. Answers by drafts were compared with plain greedy ones."
+)
 _MARKED = (
     "Figures with a dagger (†) were published by others and not measured here: other models, harness and hardware. "
     "They have no intervals, and two points per curve at most. Do not read a rank of † against measured curves as a "
@@ -93,6 +99,7 @@ def document(board: Board, pictures: Collection[str]) -> list[Block]:
     blocks: list[Block] = [Heading(1, board.title), Paragraph(_ABOUT)]
     blocks += [Paragraph(_MEASURED)] if measured else []
     blocks += [Paragraph(_MARKED)] if foreign else []
+    blocks += [Paragraph(_CAUSAL)] if any(entry.autoregressive for entry in measured) else []
     for task in board.tasks:
         blocks += _task(task, foreign)
     if board.groups:
@@ -137,7 +144,7 @@ def _task(task: Task, foreign: bool) -> list[Block]:
 
 
 def _names(entry: Entry, foreign: bool) -> list[Cell]:
-    method = f"{entry.method} †" if entry.published else entry.method
+    method = entry.method + " †" * entry.published + " (AR)" * entry.autoregressive
     figures = "published" if entry.published else "measured"
     return [Cell(method, entry.method), Cell(entry.model, entry.model), *([Cell(figures, figures)] * foreign)]
 
@@ -179,6 +186,8 @@ def _ranks(task: Task, foreign: bool) -> Table:
 def _points(task: Task, foreign: bool) -> Table:
     heads = ["Method", "Model", *["Figures"] * foreign, "Setting", "TPF", "Accuracy", "TPF, reference count"]
     heads += ["Positions per token", "Tokens/s", "Counted"]
+    drafts = any(entry.autoregressive for entry in task.entries)
+    heads += ["Draft forwards per token", "Equal to plain greedy"] * drafts
     rows = []
     for entry in task.entries:
         for point, counted in zip(entry.points, entry.counted, strict=True):
@@ -195,10 +204,19 @@ def _points(task: Task, foreign: bool) -> Table:
                     _number(point.get("positions_per_token"), ".1f"),
                     _number(point.get("tokens_per_second"), ".0f"),
                     Cell("yes" if counted else "no", "yes" if counted else "no"),
+                    *(_drafted(point) if drafts else ()),
                 )
             )
     first = 3 + foreign
-    return Table(f"{task.name}: all points", tuple(heads), range(first, first + 5), tuple(rows))
+    numeric = [*range(first, first + 5), *range(first + 6, len(heads))]
+    return Table(f"{task.name}: all points", tuple(heads), numeric, tuple(rows))
+
+
+def _drafted(point: Point) -> tuple[Cell, Cell]:
+    """Forwards that drafted, and the share of answers that equal plain greedy decoding's."""
+    equal = point.get("samples", {}).get("equal_to_plain")
+    share = None if equal is None else 100 * sum(equal) / len(equal)
+    return _number(point.get("draft_forwards_per_token"), ".2f"), _number(share, unit=" %")
 
 
 def _group(group: Group) -> Table:

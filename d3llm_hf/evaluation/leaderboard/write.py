@@ -40,6 +40,7 @@ def figures(board: Board) -> dict[str, Any]:
             "common": score(found.common),
             "own": score(found.own),
             "as_published": found.as_published,
+            **({"autoregressive": True} if found.autoregressive else {}),
             "points": [
                 {name: p.get(name) for name in point} | {"counted": counted}
                 for p, counted in zip(found.points, found.counted, strict=True)

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...autoregressive.methods import AR_METHODS
+from ...autoregressive.settings import COMMON as AR_COMMON
 from ...models.generation_config_d3llm import FIELDS, NUMBER
 from ...models.methods import CACHES, COMMON, METHODS
 from ..suites import Settings
@@ -46,7 +48,7 @@ class Curve:
     """A decoding method and a grid of one of its parameters.
 
     Args:
-        method: a key of `METHODS`.
+        method: a key of `METHODS`, or of `AR_METHODS`, which make one point where no parameter is given.
         label: name of the curve in results; the method's where nothing is given.
         settings: further arguments of `generate`, the same at every point.
         parameter: what is swept; the method's natural parameter where nothing is given.
@@ -64,8 +66,9 @@ class Curve:
     values: Sequence[Any] | None = None
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"`methods` must be of {list(METHODS)} (got {self.method!r}). Correct the name.")
+        known = [*METHODS, *AR_METHODS]
+        if self.method not in known:
+            raise ValueError(f"`methods` must be of {known} (got {self.method!r}). Correct the name.")
         if self.parameter is not None and self.parameter not in settings_of(self.method, self.settings):
             raise ValueError(
                 f"`parameter` must be a setting of {self.method} (got {self.parameter!r}). Choose one of "
@@ -74,7 +77,7 @@ class Curve:
         for name in [*self.settings, self.parameter]:
             if name in GIVEN:
                 raise ValueError(f"`settings` must not hold `{name}`: {GIVEN[name]} (got it for {self.name}).")
-        if self.swept is None and self.values != ():
+        if self.swept is None and self.values != () and not (self.method in AR_METHODS and self.values is None):
             raise ValueError(
                 f"`parameter` must be given for {self.method}, which has no grid of its own (got None). Name one of "
                 f"{sorted(settings_of(self.method, self.settings))}, or pass `values=()` (`--no-grid`)."
@@ -117,6 +120,8 @@ class Curve:
 
 def settings_of(method: str, settings: Mapping[str, Any]) -> set[str]:
     """Names of the settings that a method has, with those of the cache that `settings` choose."""
+    if method in AR_METHODS:
+        return {*AR_METHODS[method].settings, *AR_COMMON}
     cache = settings.get("kv_cache", METHODS[method].get("kv_cache", "none"))
     return {*METHODS[method], *COMMON, *CACHES.get(cache, {})}
 
@@ -159,10 +164,10 @@ def curves_of(
     found = []
     for label, method, own in methods:
         given = (settings or {}) | own
-        if method not in METHODS or no_grid:
+        if method not in {*METHODS, *AR_METHODS} or no_grid:
             found.append(Curve(method, label, given, values=() if no_grid else None))
             continue
-        natural = NATURAL[method][0]
+        natural = NATURAL.get(method, (None, ()))[0]
         known = [name for name in grids if name in settings_of(method, given)]
         if len(known) > 1 and natural not in known:
             raise ValueError(f"`grids` must leave one parameter for {method} (got {known}). Leave all but one out.")
@@ -170,7 +175,7 @@ def curves_of(
         if known:
             name = natural if natural in known else known[0]
             found.append(Curve(method, label, given, name, tuple(grids[name])))
-        elif thresholds and natural != "steps":
+        elif thresholds and natural not in (None, "steps"):
             found.append(Curve(method, label, given, natural, tuple(thresholds)))
         else:
             found.append(Curve(method, label, given))

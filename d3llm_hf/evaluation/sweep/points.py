@@ -48,11 +48,13 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "provenance": (dict,),
 }
 SAMPLES = ("tokens", "forwards", "forwards_reference", "correct")
+# Of the samples of a causal model: forwards of its drafter, and 1 where the tokens are those of plain greedy decoding.
+CAUSAL_SAMPLES = ("draft_forwards", "equal_to_plain")
 # What a point is about. The rest of it is what was found.
 KEY = ("model", "method", "parameter", "value", "settings", "task", "num_samples", "seed")
 KEY_PROVENANCE = ("model_fingerprint", "task_fingerprint", "dtype", "device", "max_new_tokens", "batch_size")
 # What all points of a curve share besides.
-SAME = ("model_fingerprint", "task_fingerprint", "dtype", "device", "max_new_tokens")
+SAME = ("model_fingerprint", "task_fingerprint", "dtype", "device", "max_new_tokens", "assistant_fingerprint")
 
 
 def read_points(*paths: str | os.PathLike) -> list[Point]:
@@ -123,15 +125,16 @@ def check_point(point: Any, where: str = "point") -> Point:
         if isinstance(value, float) and not math.isfinite(value):
             raise _damaged(where, f"{name}={value}")
     samples, count = point["samples"], point["num_samples"]
-    for name in SAMPLES:
+    for name in (*SAMPLES, *(name for name in CAUSAL_SAMPLES if name in samples)):
         values = samples.get(name)
         smallest = 1 if name.startswith("forwards") else 0
         if not isinstance(values, list) or len(values) != count or not values:
             raise _damaged(where, f"samples of {name} that are not num_samples={count} numbers")
         if any(type(value) is not int or value < smallest for value in values):
             raise _damaged(where, f"samples of {name} below {smallest} or no integers")
-    if set(samples["correct"]) - {0, 1}:
-        raise _damaged(where, "samples of correct other than 0 and 1")
+    for name in ("correct", "equal_to_plain"):
+        if set(samples.get(name, ())) - {0, 1}:
+            raise _damaged(where, f"samples of {name} other than 0 and 1")
     for name, value in ratios(samples).items():
         if abs(point[name] - value) > 1e-3:
             raise _damaged(where, f"{name}={point[name]}, where the samples give {value}")
@@ -203,6 +206,8 @@ def key_of(point: Point) -> str:
     """A digest of what a point is about: model, method, settings, task, samples and how they were decoded."""
     made = point["provenance"]
     about = [point[name] for name in KEY] + [made.get(name) for name in KEY_PROVENANCE]
+    if "assistant_fingerprint" in made:  # points without one keep the key that they had before there were any
+        about.append(made["assistant_fingerprint"])
     return digest(about)
 
 

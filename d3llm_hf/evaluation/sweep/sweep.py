@@ -21,21 +21,35 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from ... import __version__
+from ...autoregressive.causal import max_positions
+from ...autoregressive.methods import AR_METHODS, complete_settings, is_autoregressive
 from ...files import replace_file
 from ...fingerprints import model_fingerprint
 from ...locks import only_writer
 from ...models.generation_d3llm import D3LLMGenerationMixin
 from ...progress import progress_bar
 from ..tasks.load import Task
+from .causal import CausalDecoder, split_settings
 from .grids import Curve
-from .points import SAMPLES, SCHEMA, Point, append_point, digest, intervals, key_of, ratios, read_points
+from .points import (
+    CAUSAL_SAMPLES,
+    SAMPLES,
+    SCHEMA,
+    Point,
+    append_point,
+    digest,
+    intervals,
+    key_of,
+    ratios,
+    read_points,
+)
 
 
 SUMS = ("positions", "seconds", "cpu_seconds")
 
 
 def sweep(
-    model: D3LLMGenerationMixin,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     curves: Sequence[Curve],
@@ -47,6 +61,7 @@ def sweep(
     chat: bool | None = None,
     revision: str | None = None,
     progress: bool | None = None,
+    assistant: tuple[Any, Any] | None = None,
 ) -> list[Point]:
     """Decodes a task's prompts at every point of some curves, greedily unless the settings sample.
 
@@ -55,10 +70,12 @@ def sweep(
     3. Decode what is missing, batch by batch; progress is kept after each.
     4. Append each point to the results file when it is complete.
 
-    What is drawn at random (`do_sample`, `remasking="random"`) is drawn for each sample from the task's seed.
+    What is drawn at random (`do_sample`, `remasking="random"`) is drawn for each sample from the task's seed. The
+    methods of `AR_METHODS` decode a causal model; those that draft take one row at a time, and their greedy answers
+    are compared with plain greedy ones, outside of the time that is measured.
 
     Args:
-        model: a model with the decoder of this package.
+        model: a model with the decoder of this package; a causal model of transformers for methods of `AR_METHODS`.
         tokenizer: its tokenizer.
         task: prompts and a judge, see `tasks/load.py`.
         curves: what to visit.
@@ -69,14 +86,17 @@ def sweep(
         chat: whether prompts go through the chat template; where nothing is given, if the tokenizer has one.
         revision: of the model, for the record; the Hub's commit where transformers knows it.
         progress: show a bar on stderr; where nothing is given, if that is a terminal.
+        assistant: model and tokenizer of what drafts with the method `"ar_assistant"`.
 
     Returns:
         the points of these curves, in their order, as the results file holds them.
 
     Raises:
-        ValueError: for a batch size below 1, labels of curves that are not unique, settings that `generate` refuses
-            (naming the point), prompts that do not fit into the model, damaged or foreign results or progress, and
-            for results that another process is writing.
+        TypeError: for a model that the method of a curve cannot decode.
+        ArithmeticError: where a method that drafts gives other tokens than plain greedy decoding.
+        ValueError: for an assistant that no curve takes, a batch size below 1, labels of curves that are not unique,
+            settings that `generate` refuses (naming the point), prompts that do not fit into the model, damaged or
+            foreign results or progress, and for results that another process is writing.
     """
     output = Path(output)
     if isinstance(batch_size, bool) or batch_size < 1:
@@ -84,6 +104,10 @@ def sweep(
     names = [curve.name for curve in curves]
     if len(set(names)) < len(names):
         raise ValueError(f"`curves` must have different labels (got {names}). Set `label` of each.")
+    if assistant is not None and not any(curve.method == "ar_assistant" for curve in curves):
+        raise ValueError(
+            f"`assistant` drafts with 'ar_assistant' (got it with {names}). Leave it out, or add a curve."
+        )
 
     # 1. Encode the prompts, name every point, and refuse what `generate` would refuse
     chat = bool(tokenizer.chat_template) if chat is None else chat
@@ -98,10 +122,13 @@ def sweep(
         "chat": chat,
         "scored_by": task.scored_by,
     }
+    causal = CausalDecoder(model, tokenizer, task, assistant)
     wanted: list[Point] = []
     for curve in curves:
         for parameter, value, settings in curve.points(length):
-            check_settings(settings, length, model, what=describe(label, curve.name, parameter, value))
+            what = describe(label, curve.name, parameter, value)
+            check_settings(settings, length, model, what=what, causal=causal)
+            more = causal.made(settings, batch_size) if is_autoregressive(settings) else {}
             wanted.append(
                 {
                     "schema": SCHEMA,
@@ -114,7 +141,7 @@ def sweep(
                     "task": task.name,
                     "num_samples": len(prompts),
                     "seed": task.seed,
-                    "provenance": made,
+                    "provenance": made | more,
                 }
             )
 
@@ -127,12 +154,12 @@ def sweep(
         missing.sort(key=lambda point: key_of(point) != begun)  # stable: the interrupted one first
 
         # 3. Decode what is missing, batch by batch
-        batches = -(-len(prompts) // batch_size)
-        with progress_bar(batches * len(wanted), "batch", label, shown=progress) as bar:
-            bar.update(batches * (len(wanted) - len(missing)))
+        batches = {key_of(point): -(-len(prompts) // point["provenance"]["batch_size"]) for point in wanted}
+        with progress_bar(sum(batches.values()), "batch", label, shown=progress) as bar:
+            bar.update(sum(batches.values()) - sum(batches[key_of(point)] for point in missing))
             for point in missing:
                 bar.set_postfix_str(describe(point["method"], None, point["parameter"], point["value"]), refresh=False)
-                found = _measure(model, tokenizer, task, prompts, point, journal, bar.update)
+                found = _measure(model, tokenizer, task, prompts, point, journal, bar.update, causal)
 
                 # 4. Append the point to the results file
                 complete = _complete(point, found)
@@ -143,9 +170,16 @@ def sweep(
 
 
 def check_settings(
-    settings: dict[str, Any], length: int, model: D3LLMGenerationMixin | None = None, *, what: str = "point"
+    settings: dict[str, Any],
+    length: int,
+    model: Any = None,
+    *,
+    what: str = "point",
+    causal: CausalDecoder | None = None,
 ) -> None:
     """Refuses what `generate` would refuse of some settings: alone, or with a checkpoint's own.
+
+    A method of `AR_METHODS` is checked with `causal`, where there is one.
 
     Raises:
         ValueError, TypeError: what `generate` raises, with the point named before it.
@@ -153,7 +187,18 @@ def check_settings(
     from ...models.generation_config_d3llm import D3LLMGenerationConfig
 
     try:
+        if is_autoregressive(settings):
+            method, own = split_settings(settings)
+            complete_settings(method, own)
+            if causal is not None:
+                causal.check(settings)
+            return
         if model is not None:
+            if not isinstance(model, D3LLMGenerationMixin):
+                raise TypeError(
+                    f"`model` must decode by diffusion for {settings.get('decoding_method')!r} (got "
+                    f"{type(model).__name__}). Choose one of {list(AR_METHODS)}, or another checkpoint."
+                )
             model.check_settings(**settings, max_new_tokens=length)
             return
         config = D3LLMGenerationConfig(**settings, max_new_tokens=length)
@@ -169,10 +214,11 @@ def describe(*names: Any) -> str:
     return ", ".join(filter(None, labels)) + (f", {parameter}={value}" if parameter else "")
 
 
-def _check_length(model: D3LLMGenerationMixin, prompts: Sequence[Sequence[int]], length: int) -> None:
+def _check_length(model: Any, prompts: Sequence[Sequence[int]], length: int) -> None:
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"`max_new_tokens` must be a positive integer (got {length!r}). Pass 1 or more.")
-    longest, limit = max(map(len, prompts)), model.max_positions
+    longest = max(map(len, prompts))
+    limit = model.max_positions if isinstance(model, D3LLMGenerationMixin) else max_positions(model)
     if limit is not None and longest + length > limit:
         raise ValueError(
             f"`max_new_tokens` must leave room for the longest prompt in the model's {limit} positions (got {longest} "
@@ -181,29 +227,39 @@ def _check_length(model: D3LLMGenerationMixin, prompts: Sequence[Sequence[int]],
 
 
 def _measure(
-    model: D3LLMGenerationMixin,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     prompts: Sequence[list[int]],
     point: Point,
     journal: "Journal",
     advance: Callable[[int], Any],
+    causal: CausalDecoder,
 ) -> dict[str, Any]:
     """Decodes the batches that the journal does not hold yet; returns what all have given."""
+
+    def decode(rows: Sequence[list[int]], settings: dict[str, Any], start: int, length: int) -> tuple:
+        if is_autoregressive(settings):
+            return causal.decode(rows, settings, start, length)
+        return _decode(model, tokenizer, task, rows, settings, start, length)
+
     made, key = point["provenance"], key_of(point)
     size, found = made["batch_size"], journal.start(point)
     done = len(found["tokens"])
     advance(-(-done // size))
     if done < len(prompts):  # one forward that is not counted, for whatever is set up by the first
         settings = {name: value for name, value in point["settings"].items() if name != "steps"}
-        _decode(model, tokenizer, task, prompts[done : done + size], settings, done, 1)
+        decode(prompts[done : done + size], settings, done, 1)
     for start in range(done, len(prompts), size):
         rows = prompts[start : start + size]
-        answers, counted = _decode(model, tokenizer, task, rows, point["settings"], start, made["max_new_tokens"])
+        answers, counted = decode(rows, point["settings"], start, made["max_new_tokens"])
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         counted["correct"] = [int(task.judge(start + row, text)) for row, text in enumerate(texts)]
         for name in SAMPLES + SUMS:
             found[name] += counted[name]
+        for name in CAUSAL_SAMPLES:
+            if name in counted:
+                found[name] = found.get(name, []) + counted[name]
         journal.write(key, found)
         advance(1)
     return found
@@ -248,13 +304,15 @@ def _decode(
 
 def _complete(point: Point, found: dict[str, Any]) -> Point:
     """The line of the results file."""
-    samples = {name: found[name] for name in SAMPLES}
+    samples = {name: found[name] for name in (*SAMPLES, *CAUSAL_SAMPLES) if name in found}
     tokens = sum(samples["tokens"])
     about = {name: value for name, value in point.items() if name != "provenance"}
     figures = ratios(samples) | intervals(samples)
     figures["tokens_per_second"] = round(tokens / max(found["seconds"], 1e-9), 2)
     figures["positions_per_token"] = round(found["positions"] / max(1, tokens), 2)
     figures |= {name: round(found[name], 3) for name in ("seconds", "cpu_seconds")}
+    if "draft_forwards" in samples:
+        figures["draft_forwards_per_token"] = round(sum(samples["draft_forwards"]) / max(1, tokens), 3)
     return about | figures | {"samples": samples, "provenance": point["provenance"]}
 
 
@@ -319,7 +377,7 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def provenance(model: D3LLMGenerationMixin) -> dict[str, Any]:
+def provenance(model: Any) -> dict[str, Any]:
     """What is needed to repeat a measurement: versions, machine, weights."""
     device = next(model.parameters()).device
     return {

@@ -224,10 +224,43 @@ def quantised_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_CAUSAL: dict[str, Callable[[dict[str, Any]], str]] = {
+    **{name: _DECODE[name] for name in ("tokens/s", "faster", "faster (CPU s)", "forwards", "tokens per forward")},
+    "draft forwards": lambda row: f"{row['draft_forwards']}",
+    "positions per token": _BLOCKS["positions per token"],
+    "answers as plain greedy's": lambda row: (
+        "drawn" if row["equal_answers"] is None else f"{row['equal_answers']:.1f} %"
+    ),
+}
+
+
+def autoregressive_table(results: dict[str, Any]) -> str:
+    """The Markdown of a results file of `d3llm bench autoregressive`."""
+    shape, columns = results["shape"], _CAUSAL
+    if shape["model"]:
+        columns = {"accuracy": lambda row: f"{row['accuracy']:.1f} %"} | columns
+        what = f"`{shape['model']}` on {shape['prompts']} word problems"
+    else:
+        what = (
+            f"A random Llama ({shape['layers']} layers of width {shape['d_model']}, {shape['vocab_size']} tokens), "
+            f"{shape['prompts']} prompts of {shape['prompt_length']} tokens"
+        )
+    lines = _lines("decoding", columns, [(f"{row['name']}: {_settings(row)}", row) for row in results["rows"]])
+    lines += [
+        "",
+        f"{what}, one by one, at most {shape['new_tokens']} new tokens, {shape['dtype']}. Forwards are the target's; "
+        f"tokens before the stop token count. Times are medians over {shape['repeats']} turn"
+        f"{'s' * (shape['repeats'] > 1)}, ratios medians within a turn, of tokens a second. {_where(results)} "
+        f"Regenerate: `{results['command']}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench_train": training_table,
     "bench_decode": decoding_table,
     "bench_growth": growth_table,
     "bench_blocks": blocks_table,
     "bench_quantised": quantised_table,
+    "bench_autoregressive": autoregressive_table,
 }
