@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -114,16 +116,15 @@ def read_checkpoint(name: str, revision: str | None = None) -> tuple[HeadConfig,
     if folder.is_dir() and revision is not None:
         raise ValueError(f"`revision` has no effect on a folder (got {revision!r} with {name!r}). Leave it out.")
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", *WEIGHTS]))
+        folder = _fetched(name, revision)
 
     # 2. The config
-    if not (folder / "config.json").is_file():
+    config_file = folder / "config.json"
+    if not config_file.is_file():
         raise FileNotFoundError(
             f"A draft head must have a config.json (got {str(folder)!r} without). Pass the folder that holds it."
         )
-    config = HeadConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")), str(folder))
+    config = HeadConfig.from_dict(json.loads(config_file.read_text(encoding="utf-8")), str(folder))
 
     # 3. The tensors; of two files the one that cannot hold code
     found = [folder / file for file in WEIGHTS if (folder / file).is_file()]
@@ -134,17 +135,29 @@ def read_checkpoint(name: str, revision: str | None = None) -> tuple[HeadConfig,
     return config, _tensors(found[0])
 
 
-def _tensors(file: Path) -> dict[str, torch.Tensor]:
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def _fetched(name: str, revision: str | None) -> Path:
+    """The folder of a head on the Hub, in the cache of this machine."""
+    from huggingface_hub import snapshot_download
 
-        return load_file(file)
     try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", *WEIGHTS]))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"`name` must be the folder of a draft head or its id on the Hub (got {name!r}, which is no folder here, "
+            "and the Hub does not give it). Correct the name, or the connection."
+        ) from error
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    """What a file of weights holds; nothing in it is run."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"The weights of a draft head must be tensors alone (got {str(file)!r}, which holds other objects, or is "
-            "damaged). Nothing of it was run. Fetch it again, or convert it to model.safetensors where you trust it."
+            f"The weights of a draft head must be whole, and tensors alone (got {str(file)!r}, which is damaged or "
+            "holds other objects). Fetch it again, or convert it to model.safetensors where you trust it."
         ) from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(
