@@ -56,7 +56,8 @@ class Target:
     def keep(self, path: list[int], nodes: int) -> None:
         """Of the cache's last `nodes` entries those of a path stay, in its order."""
         before, size = self.cache.get_seq_length() - nodes, len(path)
-        for layer in self.cache.layers:
+        layers: Any = self.cache.layers  # of attention alone, see `check_pair`
+        for layer in layers:
             for table in (layer.keys, layer.values):
                 entries = torch.tensor(path, device=table.device) + before
                 table[:, :, before : before + size] = table[:, :, entries]

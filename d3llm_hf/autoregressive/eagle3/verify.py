@@ -7,6 +7,7 @@ and accepts as much: a draw is among the children as often as one of them is acc
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.generation import (
@@ -57,7 +58,8 @@ class Choice:
             raise ValueError("The target's logits must be finite (got NaN or inf). Check its weights and its dtype.")
         if self.sampler is None:
             return logits.argmax(-1)
-        scores = self._warpers(positions[:, None], logits.float())
+        text: Any = positions[:, None]  # which these samplers do not read
+        scores = self._warpers(text, logits.float())
         return self.sampler.tokens(scores, torch.zeros_like(positions), torch.zeros_like(positions), positions)
 
 
