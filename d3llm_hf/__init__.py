@@ -29,6 +29,7 @@ _MODULE_OF = {
     "D3LLMGenerationOutput": "models.generation_d3llm",
     "DreamConfig": "models.configuration_dream",
     "DreamModel": "models.modeling_dream",
+    "Eagle3Head": "autoregressive.eagle3.head",
     "Fast_dLLM_QwenConfig": "models.configuration_fast_dllm_v2",
     "Fast_dLLM_QwenForCausalLM": "models.modeling_fast_dllm_v2",
     "LLaDA2MoeConfig": "models.configuration_llada2",
@@ -45,6 +46,7 @@ _MODULE_OF = {
     "as_diffusion_lm": "adapters",
     "aup_score": "metrics.aup.curve",
     "bootstrap_aup": "metrics.aup.curve",
+    "eagle3_generate": "autoregressive.eagle3.generate",
     "encode_chat": "text",
     "encode_infill": "text",
     "encode_text": "text",
@@ -66,6 +68,7 @@ __all__ = [
     "D3LLMGenerationOutput",
     "DreamConfig",
     "DreamModel",
+    "Eagle3Head",
     "Fast_dLLM_QwenConfig",
     "Fast_dLLM_QwenForCausalLM",
     "LLaDA2MoeConfig",
@@ -83,6 +86,7 @@ __all__ = [
     "as_diffusion_lm",
     "aup_score",
     "bootstrap_aup",
+    "eagle3_generate",
     "encode_chat",
     "encode_infill",
     "encode_text",
@@ -112,6 +116,8 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from .adapters import as_diffusion_lm
+    from .autoregressive.eagle3.generate import eagle3_generate
+    from .autoregressive.eagle3.head import Eagle3Head
     from .hub.checkpoints import export_checkpoint, init_checkpoint
     from .hub.push import push_folder
     from .likelihood import LogLikelihood, is_greedy, log_likelihood
