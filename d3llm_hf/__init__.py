@@ -37,6 +37,8 @@ _MODULE_OF = {
     "LLaDAModel": "models.modeling_llada",
     "LLaDAModelLM": "models.modeling_llada",
     "LogLikelihood": "likelihood",
+    "MMadaConfig": "models.configuration_mmada",
+    "MMadaModelLM": "models.modeling_mmada",
     "SDARConfig": "models.configuration_sdar",
     "SDARForCausalLM": "models.modeling_sdar",
     "SDARMoeConfig": "models.configuration_sdar_moe",
@@ -74,6 +76,8 @@ __all__ = [
     "LLaDAModel",
     "LLaDAModelLM",
     "LogLikelihood",
+    "MMadaConfig",
+    "MMadaModelLM",
     "SDARConfig",
     "SDARForCausalLM",
     "SDARMoeConfig",
@@ -121,6 +125,7 @@ if TYPE_CHECKING:
     from .models.configuration_fast_dllm_v2 import Fast_dLLM_QwenConfig
     from .models.configuration_llada import LLaDAConfig
     from .models.configuration_llada2 import LLaDA2MoeConfig
+    from .models.configuration_mmada import MMadaConfig
     from .models.configuration_sdar import SDARConfig
     from .models.configuration_sdar_moe import SDARMoeConfig
     from .models.generation_config_d3llm import D3LLMGenerationConfig
@@ -129,6 +134,7 @@ if TYPE_CHECKING:
     from .models.modeling_fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
     from .models.modeling_llada import LLaDAModel, LLaDAModelLM
     from .models.modeling_llada2 import LLaDA2MoeModelLM
+    from .models.modeling_mmada import MMadaModelLM
     from .models.modeling_sdar import SDARForCausalLM
     from .models.modeling_sdar_moe import SDARMoeForCausalLM
     from .text import encode_chat, encode_infill, encode_text

@@ -314,7 +314,7 @@ class _Texts:
 
     def best_tokens(self, rows: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The token that greedy decoding takes at each hidden position, and its rank: `(b, L)`, inf elsewhere."""
-        logits = self._logits(rows, hidden)
+        logits = base_of(self.model).text_logits(self._logits(rows, hidden))
         parts = []
         for part in _parts(logits):
             stats, best, finite = statistics(logits[part].float(), self.mask_token_id)

@@ -84,6 +84,8 @@ OUR_CLASSES = (
     "LLaDAModelLM",
     "LLaDAModel",
     "LLaDAPreTrainedModel",
+    "MMadaModelLM",
+    "MMadaModel",
     "DreamModel",
     "DreamBaseModel",
     "DreamPreTrainedModel",

@@ -308,7 +308,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 ledger.stored.index_add_(0, trial.rows, drawn.only_stores(trial).long())
 
                 # 5. Score the candidates: a token and a cost each
-                scores = scorer(logits, trial, drawn, where)
+                scores = scorer(self.text_logits(logits), trial, drawn, where)
                 scores.broken *= asked  # of what is looked at for drafts alone nothing is asked
 
                 # 6. Commit what the rules choose, replace, keep the drafts that came true; fill after a stop token

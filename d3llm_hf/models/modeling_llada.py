@@ -41,11 +41,14 @@ OFFICIAL_BLOCK = {
 _OFFICIAL = _OFFICIAL_TOP | {
     rf"transformer\.blocks\.(\d+)\.{theirs}\.": rf"layers.\1.{ours}." for theirs, ours in OFFICIAL_BLOCK.items()
 }
-register_checkpoint_conversion_mapping(
-    LLaDAConfig.model_type,
-    [WeightRenaming(theirs, ours) for theirs, ours in _OFFICIAL.items()],
-    overwrite=True,
-)
+
+
+def official_names() -> list[WeightRenaming]:
+    """The renaming of official tensors, for each `model_type` that has them."""
+    return [WeightRenaming(theirs, ours) for theirs, ours in _OFFICIAL.items()]
+
+
+register_checkpoint_conversion_mapping(LLaDAConfig.model_type, official_names(), overwrite=True)
 
 
 class LLaDARotaryEmbedding(Float32RotaryMixin, LlamaRotaryEmbedding):
