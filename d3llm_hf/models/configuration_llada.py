@@ -139,8 +139,8 @@ class LLaDAConfig(DerivingConfigMixin, PreTrainedConfig):
             value = getattr(self, name, None)
             if value not in (None, implemented):
                 raise ValueError(
-                    f"`{name}` must be {implemented!r} (got {value!r}): no released {self.label} uses another value, and it "
-                    "is not implemented. Remove the key from config.json if the checkpoint does not need it."
+                    f"`{name}` must be {implemented!r} (got {value!r}): no released {self.label} uses another value, "
+                    "and it is not implemented. Remove the key from config.json if the checkpoint does not need it."
                 )
         keys = {name: value for name, value in vars(self).items() if name not in self.own_keys}
         refuse_another_architecture(self.label, keys, activation="silu")

@@ -1,4 +1,4 @@
-"""MMaDA's text part on today's transformers: LLaDA's layers over a vocabulary that holds the codes of images as well."""
+"""MMaDA's text part on today's transformers: LLaDA's layers, and a vocabulary with codes of images."""
 
 from typing import Any
 
