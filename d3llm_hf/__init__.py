@@ -39,6 +39,8 @@ _MODULE_OF = {
     "LogLikelihood": "likelihood",
     "MMadaConfig": "models.configuration_mmada",
     "MMadaModelLM": "models.modeling_mmada",
+    "ReFusionConfig": "models.configuration_refusion",
+    "ReFusionForCausalLM": "models.modeling_refusion",
     "SDARConfig": "models.configuration_sdar",
     "SDARForCausalLM": "models.modeling_sdar",
     "SDARMoeConfig": "models.configuration_sdar_moe",
@@ -78,6 +80,8 @@ __all__ = [
     "LogLikelihood",
     "MMadaConfig",
     "MMadaModelLM",
+    "ReFusionConfig",
+    "ReFusionForCausalLM",
     "SDARConfig",
     "SDARForCausalLM",
     "SDARMoeConfig",
@@ -126,6 +130,7 @@ if TYPE_CHECKING:
     from .models.configuration_llada import LLaDAConfig
     from .models.configuration_llada2 import LLaDA2MoeConfig
     from .models.configuration_mmada import MMadaConfig
+    from .models.configuration_refusion import ReFusionConfig
     from .models.configuration_sdar import SDARConfig
     from .models.configuration_sdar_moe import SDARMoeConfig
     from .models.generation_config_d3llm import D3LLMGenerationConfig
@@ -135,6 +140,7 @@ if TYPE_CHECKING:
     from .models.modeling_llada import LLaDAModel, LLaDAModelLM
     from .models.modeling_llada2 import LLaDA2MoeModelLM
     from .models.modeling_mmada import MMadaModelLM
+    from .models.modeling_refusion import ReFusionForCausalLM
     from .models.modeling_sdar import SDARForCausalLM
     from .models.modeling_sdar_moe import SDARMoeForCausalLM
     from .text import encode_chat, encode_infill, encode_text

@@ -71,6 +71,9 @@ _ROWS = (
         "modeling_fast_dllm_v2",
         "Fast_dLLM_QwenForCausalLM",
     ),
+    Family(
+        "refusion", "ReFusion", "configuration_refusion", "ReFusionConfig", "modeling_refusion", "ReFusionForCausalLM"
+    ),
 )
 FAMILIES = {family.model_type: family for family in _ROWS}
 """The families by the `model_type` of their config.json."""
