@@ -13,9 +13,9 @@ from .configuration_common import DerivingConfigMixin
 class ReFusionConfig(DerivingConfigMixin, PreTrainedConfig):
     r"""Configuration of a [`ReFusionForCausalLM`]: the keys of Qwen3, and `mask_token_id`.
 
-    Official files say `model_type` "qwen3", as any Qwen3 does; `ReFusionForCausalLM.from_pretrained` reads them, and what
-    it saves says "refusion". Keys that describe another architecture (experts, windows, images) are refused. All other
-    keys of a config.json are kept, and saved again.
+    Official files say `model_type` "qwen3", as any Qwen3 does; `ReFusionForCausalLM.from_pretrained` reads them, and
+    what it saves says "refusion". Keys that describe another architecture (experts, windows, images) are refused.
+    All other keys of a config.json are kept, and saved again.
 
     Args:
         vocab_size (`int`): rows of the embedding and of the head: `len(tokenizer)`, fewer than Qwen3 has.

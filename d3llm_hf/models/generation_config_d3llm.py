@@ -114,7 +114,7 @@ class D3LLMGenerationConfig(GenerationConfig):
             entropy), `"fast_dllm"` (by confidence or factor), `"dinfer"` (its threshold, hierarchy and credit
             decoders), `"dkv"` (a fixed quota over a cache by token), `"entropy_bound"` (EB-Sampler), `"local_leap"`
             (LocalLeap), `"llada"` (a fixed quota), `"dream"` (a schedule), `"sdar"` (a quota of each block, or what
-            is surer), `"llada2"` (the same, with edits), `"fast_dllm_v2"` (by confidence, in parts of a block), 
+            is surer), `"llada2"` (the same, with edits), `"fast_dllm_v2"` (by confidence, in parts of a block),
             `"d2f"` (several blocks at once, by confidence, none of which sees a later one: for LLaDA or Dream with an
             adapter of D2F), or `"refusion"` (whole slots in any order, verified from left to right). The model's own
             when unset: `"d3llm"`, or that of the same name for SDAR, LLaDA2, Fast-dLLM v2 and ReFusion, which has no
@@ -156,9 +156,9 @@ class D3LLMGenerationConfig(GenerationConfig):
         token_threshold (`float`): probability above which a drafted token holds (`"refusion"`).
         early_stop (`bool`): end a row once everything up to its first stop token is decided. With `"d3llm"` also fill
             what follows a stop token at once. With `"d2f"` no block opens once a stop token is decided; False is its
-            published loop, which decides all blocks that are open by then to their ends. With `"refusion"` what follows a
-            stop token in its part of the answer, and all later parts, are not decided. With `"llada2"` a row ends
-            with the block of its stop token if told False, and with `edit_threshold` that is what True means.
+            published loop, which decides all blocks that are open by then to their ends. With `"refusion"` what
+            follows a stop token in its part of the answer, and all later parts, are not decided. With `"llada2"` a row
+            ends with the block of its stop token if told False, and with `edit_threshold` that is what True means.
         kv_cache (`str`): which keys and values are kept between forwards: `"none"`, `"prefix"`, `"dual"` (Fast-dLLM),
             `"delayed"` (d3LLM), `"dkv"`, `"dkv_greedy"` (dKV-Cache; the latter with `remasking="random"`),
             `"vicinity"` (dInfer). Block-causal models keep finished blocks, whose keys are `"exact"`, unless told

@@ -117,8 +117,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fast_dllm_v2": {"block_length": 32, "sub_block_length": 8, "confidence_threshold": 0.9},
     "refusion": {"slot_size": 8, "serial_num_blocks": 2, "slot_threshold": 0.9, "token_threshold": 0.9},
 }
-# Methods that decide whole slots (`slots.py`), of models that were trained for it and know no other; and the cache that
-# goes with it.
+# Methods that decide whole slots (`slots.py`), of models that were trained for it and know no other; and their cache.
 IN_SLOTS = {"refusion"}
 CACHE_OF_SLOTS = "exact"
 # Method -> where its blocks begin, of one that brings block-causal attention whatever the model's class says: an

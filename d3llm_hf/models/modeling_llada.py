@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
@@ -43,7 +43,7 @@ _OFFICIAL = _OFFICIAL_TOP | {
 }
 
 
-def official_names() -> list[WeightRenaming]:
+def official_names() -> list[WeightConverter | WeightRenaming]:
     """The renaming of official tensors, for each `model_type` that has them."""
     return [WeightRenaming(theirs, ours) for theirs, ours in _OFFICIAL.items()]
 

@@ -34,7 +34,7 @@ class MMadaModelLM(LLaDAModelLM):
         """`(n, V)` logits with those of codes and tasks at -inf."""
         if not self.config.text_only:
             return logits
-        size, hidden = self.config.text_vocab_size, float("-inf")
+        size, hidden = self.config.text_vocab_size or self.config.vocab_size, float("-inf")
         tasks = [token for token in self.config.task_token_ids if token < size]
         logits[:, size:] = hidden
         logits[:, tasks] = hidden

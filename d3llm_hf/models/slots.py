@@ -6,6 +6,7 @@ that of the text: here a key lies at its place in the text, and masks say what w
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class RowInSlots:
         """Block by block, each until none of its slots is undecided; what follows a stop token's block is not."""
         blocks = min(self.rules.serial_num_blocks, count)
         ends = [count * block // blocks for block in range(blocks + 1)]
-        for start, end in zip(ends, ends[1:], strict=False):
+        for start, end in pairwise(ends):
             undecided, stopped = list(range(start, end)), False
             while undecided:
                 undecided, stops = yield from self._round(undecided)
@@ -136,7 +137,7 @@ class RowInSlots:
             kept = run // self.size
             return self._commit(undecided, chosen[:kept], drafts[: kept * self.size], forwards=2)
         filled = [drafts[start : start + self.size] for start in range(0, len(drafts), self.size)]
-        held = [(holds[start : start + self.size] + [False]).index(False) for start in range(0, len(holds), self.size)]
+        held = [[*holds[start : start + self.size], False].index(False) for start in range(0, len(holds), self.size)]
         forwards = yield from self._repair(chosen, filled, held)
         return self._commit(undecided, chosen, [token for slot in filled for token in slot], forwards=2 + forwards)
 
@@ -166,7 +167,10 @@ class RowInSlots:
             given = [tokens[row][column] for row, column in fed]
             asking = [place for place, (row, column) in enumerate(fed) if held[row] <= column < self.size - 1]
             verified = yield Ask(columns, given, True, asking, [given[place + 1] for place in asking])
-            sure = {fed[place]: reply[1] > self.rules.token_threshold for place, reply in zip(asking, verified, strict=True)}
+            sure = {
+                fed[place]: reply[1] > self.rules.token_threshold
+                for place, reply in zip(asking, verified, strict=True)
+            }
             forwards += 2
             for row in rows:
                 held[row] = min(held[row] + 1, self.size)
@@ -269,7 +273,9 @@ def decode_in_slots(
             asks = [row.ask for row in rows if row.ask is not None]
             text = canvas.fill(state.tokens)
             given = [list(range(first, start)) if state.forward == 0 else [] for first in beginnings]
-            fed = [before + [start + column for column in ask.columns] for before, ask in zip(given, asks, strict=True)]
+            fed = [
+                before + [start + column for column in ask.columns] for before, ask in zip(given, asks, strict=True)
+            ]
             width = max(map(len, fed))
             query = table([slots + slots[:1] * (width - len(slots)) for slots in fed])
             owner = table([index for index, ask in enumerate(asks) for _ in ask.columns])

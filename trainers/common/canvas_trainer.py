@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from d3llm_hf.hub.model_card import complete_card
 from d3llm_hf.locks import only_writer
+from d3llm_hf.models.methods import IN_SLOTS
 from d3llm_hf.models.modeling_common import positions_of
 from d3llm_hf.models.text_config import text_setting
 from d3llm_hf.models.token_ids import check_inside, vocabulary_of
@@ -90,6 +91,12 @@ class CanvasTrainer(PreparedDataTrainer):
                 f"`model` must see the whole canvas (got {type(base).__name__}, whose positions see nothing of later "
                 "blocks): training it takes each text twice, noisy and clean, which is not implemented. Train LLaDA, "
                 "Dream or a model that `as_diffusion_lm` takes."
+            )
+        if getattr(base, "default_method", None) in IN_SLOTS:
+            raise ValueError(
+                f"`model` must see the whole canvas (got {type(base).__name__}, whose tokens see those that were "
+                "decided before them): its objective on shuffled slots is not implemented. Train LLaDA, Dream "
+                "or a model that `as_diffusion_lm` takes."
             )
         self._forward_takes = frozenset(inspect.signature(type(base).forward).parameters)
         self._position_offset = getattr(base, "position_offset", None)
