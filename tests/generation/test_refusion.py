@@ -147,6 +147,17 @@ def test_rows_of_a_batch_are_decoded_as_each_alone(names, model):
             assert float(getattr(together, name)[row]) == pytest.approx(float(getattr(alone, name)[0]))
 
 
+def test_drawn_rows_of_a_batch_are_what_each_draws_alone(model):
+    chosen = settings(GREEDY["a23"]) | {"max_new_tokens": 12, "do_sample": True, "temperature": 1.2, "top_p": 0.95}
+    prompts = [GREEDY[name]["prompt"] for name in ("a23", "a12", "a27")]
+    together = decode(model, prompts, chosen | {"seed": [3, 4, 5]})
+    for row, prompt in enumerate(prompts):
+        alone = decode(model, [prompt], chosen | {"seed": [3 + row]})
+        assert together.sequences[row, -12:].tolist() == alone.sequences[0, -12:].tolist()
+    greedy = decode(model, prompts, settings(GREEDY["a23"]) | {"max_new_tokens": 12})
+    assert together.sequences.tolist() != greedy.sequences.tolist()
+
+
 def test_a_length_that_is_no_multiple_of_a_slot_is_that_length(model):
     chosen = settings(GREEDY["a10"]) | {"max_new_tokens": 10, "eos_token_id": []}
     output = decode(model, [GREEDY["a10"]["prompt"]], chosen)

@@ -59,6 +59,8 @@ class CanvasTrainer(PreparedDataTrainer):
     # Each micro-batch's loss is a mean, so the Trainer has to divide by the accumulation steps. Before transformers
     # 5.19 it asks `model_accepts_loss_kwargs` for that.
     loss_is_scaled_for_ga = False
+    # Whether there is an objective for models that decide whole slots (ReFusion).
+    trains_slots = False
 
     # What an evaluation reports beside the loss.
     metric_names: frozenset[str] = frozenset()
@@ -92,11 +94,12 @@ class CanvasTrainer(PreparedDataTrainer):
                 "blocks): training it takes each text twice, noisy and clean, which is not implemented. Train LLaDA, "
                 "Dream or a model that `as_diffusion_lm` takes."
             )
-        if getattr(base, "default_method", None) in IN_SLOTS:
+        self._in_slots = getattr(base, "default_method", None) in IN_SLOTS
+        if self._in_slots and not self.trains_slots:
             raise ValueError(
                 f"`model` must see the whole canvas (got {type(base).__name__}, whose tokens see those that were "
-                "decided before them): its objective on shuffled slots is not implemented. Train LLaDA, Dream "
-                "or a model that `as_diffusion_lm` takes."
+                "decided before them): there is no such objective for them here. Fine-tune it with "
+                "`MaskedDiffusionSFTTrainer`, or distil LLaDA or Dream."
             )
         self._forward_takes = frozenset(inspect.signature(type(base).forward).parameters)
         self._position_offset = getattr(base, "position_offset", None)

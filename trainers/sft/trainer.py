@@ -15,7 +15,8 @@ from ..common.muon import MuonWithAdamW, split_parameters
 from ..common.rows import Canvas, canvas_of, columns_of, keep_fitting
 from .collator import MaskedDiffusionSFTCollator, tokenize_conversations
 from .config import MaskedDiffusionSFTConfig
-from .masking import draw_answer_mask, generator_for
+from .masking import AnswerMask, draw_answer_mask, generator_for
+from .slots import draw_slots, in_slots, slot_losses
 
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
     The prompt is never masked. The answer, filled to a canvas of `response_length` tokens, is masked at random; the
     loss is `sum(CE / p) / length` over its masked tokens, averaged over rows. Part of each batch can have suffix masks
     instead, see [`MaskedDiffusionSFTConfig`].
+
+    ReFusion is trained with its own objective (`slots`): whole slots are masked, the others are shuffled, and the mean
+    loss of next tokens in these is added.
 
     Masks are drawn in `compute_loss` from a generator seeded by `(seed, optimizer step, micro-step, rank)`: a resumed
     run repeats those of an unbroken one, whatever the number of data workers.
@@ -70,6 +74,7 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
     """
 
     metric_names = frozenset({"uniform_loss", "suffix_loss", "masked_fraction"})
+    trains_slots = True
 
     def __init__(
         self,
@@ -90,6 +95,8 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
                 "Pass the tokenizer of the model."
             )
         model = self._adopt(model, processing_class, args.label_shift, peft_config)
+        if self._in_slots:
+            self._check_slots(args)
 
         collator = kwargs.pop("data_collator", None) or MaskedDiffusionSFTCollator(
             **fill_tokens(processing_class),
@@ -118,6 +125,8 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Mask the answers of a batch and return the mean of the rows' losses; see the class for the formula."""
+        if self._in_slots:
+            return self._loss_in_slots(model, inputs, return_outputs)
         labels = inputs["labels"]  # (B, R)
         response_length = labels.shape[1]
         mask = draw_answer_mask(
@@ -141,11 +150,50 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         token_loss = F.cross_entropy(logits, labels[counted], reduction="none") * weights[counted]
         row_loss = torch.zeros_like(weights).masked_scatter(counted, token_loss).sum(1)  # (B,)
         loss = row_loss.mean()
+        self._check_finite(loss)
+        self._record(model.training, row_loss.detach(), mask, labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def _check_finite(self, loss: torch.Tensor) -> None:
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss must be finite (got {loss.item()} at step {self.state.global_step}). Lower "
                 "`learning_rate`, set `max_grad_norm`, or resume from an earlier checkpoint."
             )
+
+    def _check_slots(self, args: MaskedDiffusionSFTConfig) -> None:
+        """Refuse what the objective of slots does not have."""
+        neutral = {"min_mask_ratio": 0.0, "stratified_mask_ratio": False, "suffix_mask_fraction": 0.0}
+        neutral |= {"label_shift": None, "supervise_eos_fill": False}
+        for name, value in neutral.items():
+            if getattr(args, name) != value:
+                raise ValueError(
+                    f"`{name}` must be {value} for a model that decides slots (got {getattr(args, name)!r}): its "
+                    "objective masks whole slots of an answer, which ends with its stop token. Set it so."
+                )
+        if "position_ids" not in self._forward_takes:
+            raise ValueError(
+                "`peft_config` must leave `position_ids` to a model that decides slots, whose tokens are fed in "
+                "another order than the text's (got a learnt prompt). Train a LoRA adapter."
+            )
+
+    def _loss_in_slots(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """ReFusion's objective; see `slots`. What is recorded is the part of masked slots."""
+        labels, lengths = inputs["labels"], inputs["content_lengths"].tolist()
+        generator = self._next_generator(model.training)
+        draws = [draw_slots(length, generator, self.args.mask_ratio_eps) for length in lengths]
+        ids, kept = inputs["input_ids"], labels.shape[1]
+        rows = in_slots(ids.cpu(), [ids.shape[1] - kept] * len(ids), lengths, draws, self.mask_token_id)
+        fed = self._model_inputs(rows.input_ids.to(ids.device), inputs["attention_mask"], kept)
+        fed["position_ids"] = fed["position_ids"].gather(1, rows.order.to(ids.device))
+        outputs = model(**fed)
+        following, row_loss = slot_losses(outputs.logits[:, -kept:], rows)
+        loss = following + row_loss.mean()
+        self._check_finite(loss)
+        weights = rows.weights[:, -kept:]
+        mask = AnswerMask(weights > 0, weights, torch.zeros(len(ids), dtype=torch.bool, device="cpu"))
         self._record(model.training, row_loss.detach(), mask, labels)
         return (loss, outputs) if return_outputs else loss
 

@@ -294,8 +294,7 @@ def test_a_model_that_sees_nothing_of_later_blocks_is_refused(tmp_path, kind):
         make(kind, tmp_path, given={"model": checkpoint("sdar-tiny-a")})
 
 
-@BOTH
-def test_a_model_that_decides_slots_is_refused(tmp_path, kind):
+def test_a_model_that_decides_slots_is_not_distilled(tmp_path):
     model = ReFusionForCausalLM.from_pretrained(GOLDEN / "refusion-tiny-a")
     with pytest.raises(ValueError, match=r"`model` must see the whole canvas \(got ReFusionForCausalLM"):
-        make(kind, tmp_path, given={"model": model})
+        make("distillation", tmp_path, given={"model": model})
