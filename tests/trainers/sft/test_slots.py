@@ -10,9 +10,10 @@ from official import tiny_tokenizer
 from peft import PromptTuningConfig
 from places import GOLDEN
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from d3llm_hf import ReFusionForCausalLM
-from trainers import MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer
+from trainers import MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer, run_sft
 from trainers.sft.masking import generator_for
 from trainers.sft.slots import NOTHING, SIZES, SlotDraw, draw_slots, in_slots, slot_losses
 
@@ -128,3 +129,20 @@ def test_a_learnt_prompt_is_refused(tmp_path):
     learnt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="`peft_config` must leave `position_ids` to a model that decides slots"):
         trainer(tmp_path, peft_config=learnt)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_script_trains_a_checkpoint_that_was_saved_here(tmp_path):
+    folder, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    load().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    rows.write_text("".join(json.dumps({"prompt": f"{n} + 2?", "completion": str(n + 2)}) + "\n" for n in range(4)))
+    run_sft.main(
+        [
+            "--model_name_or_path", str(folder), "--dataset_name", str(rows), "--output_dir", str(tmp_path / "out"),
+            "--supervise_eos_fill", "False", "--response_length", "16", "--max_steps", "1", "--use_cpu",
+            "--per_device_train_batch_size", "2", "--report_to", "none",
+        ]
+    )  # fmt: skip
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(trained) is ReFusionForCausalLM
