@@ -38,6 +38,10 @@ _MODULE_OF = {
     "LLaDAModel": "models.modeling_llada",
     "LLaDAModelLM": "models.modeling_llada",
     "LogLikelihood": "likelihood",
+    "MMadaConfig": "models.configuration_mmada",
+    "MMadaModelLM": "models.modeling_mmada",
+    "ReFusionConfig": "models.configuration_refusion",
+    "ReFusionForCausalLM": "models.modeling_refusion",
     "SDARConfig": "models.configuration_sdar",
     "SDARForCausalLM": "models.modeling_sdar",
     "SDARMoeConfig": "models.configuration_sdar_moe",
@@ -77,6 +81,10 @@ __all__ = [
     "LLaDAModel",
     "LLaDAModelLM",
     "LogLikelihood",
+    "MMadaConfig",
+    "MMadaModelLM",
+    "ReFusionConfig",
+    "ReFusionForCausalLM",
     "SDARConfig",
     "SDARForCausalLM",
     "SDARMoeConfig",
@@ -127,6 +135,8 @@ if TYPE_CHECKING:
     from .models.configuration_fast_dllm_v2 import Fast_dLLM_QwenConfig
     from .models.configuration_llada import LLaDAConfig
     from .models.configuration_llada2 import LLaDA2MoeConfig
+    from .models.configuration_mmada import MMadaConfig
+    from .models.configuration_refusion import ReFusionConfig
     from .models.configuration_sdar import SDARConfig
     from .models.configuration_sdar_moe import SDARMoeConfig
     from .models.generation_config_d3llm import D3LLMGenerationConfig
@@ -135,6 +145,8 @@ if TYPE_CHECKING:
     from .models.modeling_fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
     from .models.modeling_llada import LLaDAModel, LLaDAModelLM
     from .models.modeling_llada2 import LLaDA2MoeModelLM
+    from .models.modeling_mmada import MMadaModelLM
+    from .models.modeling_refusion import ReFusionForCausalLM
     from .models.modeling_sdar import SDARForCausalLM
     from .models.modeling_sdar_moe import SDARMoeForCausalLM
     from .text import encode_chat, encode_infill, encode_text

@@ -13,6 +13,7 @@ import torch
 
 from .models.contract import CanvasContract
 from .models.half_precision import fast_products
+from .models.methods import decides_slots
 from .models.modeling_common import positions_of
 from .models.plain_values import plain
 from .models.prompt_checks import check_mask, check_tokens
@@ -244,6 +245,12 @@ class _Texts:
                 f"`model` must see the whole text (got {type(model).__name__}, whose positions see nothing of later "
                 "blocks): its likelihood is another one, which is not implemented. Score with LLaDA or Dream."
             )
+        if decides_slots(model.traits):
+            raise ValueError(
+                f"`model` must see the whole text (got {type(model).__name__}, whose tokens see those that were "
+                "decided before them): its likelihood is another one, which is not implemented. Score with "
+                "LLaDA or Dream."
+            )
         if mask_token_id is None:
             mask_token_id = getattr(model.generation_config, "mask_token_id", None)
         if mask_token_id is None:
@@ -314,7 +321,7 @@ class _Texts:
 
     def best_tokens(self, rows: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The token that greedy decoding takes at each hidden position, and its rank: `(b, L)`, inf elsewhere."""
-        logits = self._logits(rows, hidden)
+        logits = base_of(self.model).text_logits(self._logits(rows, hidden))
         parts = []
         for part in _parts(logits):
             stats, best, finite = statistics(logits[part].float(), self.mask_token_id)

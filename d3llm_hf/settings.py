@@ -5,7 +5,7 @@ SETTINGS: dict[str, tuple[type, str]] = {
     "decoding_method": (
         str,
         "d3llm, dparallel, fast_dllm, dinfer, dkv, entropy_bound, local_leap, llada, dream, sdar, llada2, "
-        "fast_dllm_v2 or d2f",
+        "fast_dllm_v2, d2f or refusion",
     ),
     "block_length": (int, "positions of a block"),
     "sub_block_length": (int, "positions of the parts of a block that are decided in order (fast_dllm_v2)"),
@@ -27,6 +27,10 @@ SETTINGS: dict[str, tuple[type, str]] = {
     "credit_weight": (float, "weight of the credit beside the logits (dinfer, credit)"),
     "block_add_threshold": (float, "decided fraction of a block at which the next one opens (d3llm, d2f)"),
     "block_activation_threshold": (float, "decided fraction at which the next block must advance (d3llm, d2f)"),
+    "slot_size": (int, "positions of a slot, which is drafted as a whole (refusion)"),
+    "serial_num_blocks": (int, "parts of the answer that are decided in order (refusion)"),
+    "slot_threshold": (float, "probability of its first token above which a slot is verified (refusion)"),
+    "token_threshold": (float, "probability above which a drafted token holds (refusion); lower is bolder"),
     "early_stop": (bool, "end once everything up to the first stop token is decided"),
     "kv_cache": (
         str,

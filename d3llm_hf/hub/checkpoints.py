@@ -15,6 +15,7 @@ from typing import Any
 from ..files import check_writable_folder
 from ..progress import progress_bar
 from ..registration.families import AUTO_CLASSES, FAMILIES
+from .chat_templates import own_template
 from .engines import check_for_engine, prepare_for_engine
 from .model_card import complete_card, render_card
 from .sources import embedded_checkpoints, loading
@@ -119,6 +120,7 @@ def export_checkpoint(
     with _appearing(destination) as target:
         _copy([*shards, *_matching(folder, TOKENIZER_FILES), *_matching(folder, DOCUMENTS)], target)
         _make_tokenizer_standard(target)
+        _put_own_template(target, config["model_type"])
         _write_json(target / "config.json", with_auto_map(config))
         _write_json(target / "generation_config.json", generation)
         for file in code_files(config["model_type"]):
@@ -297,6 +299,19 @@ def _make_tokenizer_standard(folder: Path) -> None:
             f"{config.get('tokenizer_class')!r}). Convert the tokenizer first."
         )
     _write_json(file, config)
+
+
+def _put_own_template(folder: Path, model_type: str) -> None:
+    """Replaces a chat template that the family's own code replaces as well (MMaDA's tokenizer has LLaDA's)."""
+    file, apart = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    if not file.is_file():
+        return
+    config = _read_json(file)
+    published = config.pop("chat_template", None)
+    template = own_template(model_type, apart.read_text(encoding="utf-8") if apart.is_file() else published)
+    if template is not None:
+        apart.write_text(template, encoding="utf-8")
+        _write_json(file, config)
 
 
 def _declare_added_tokens(file: Path, added: dict[str, dict]) -> None:

@@ -63,6 +63,11 @@ def check_for_engine(engine: str, family: str, folder: Path) -> None:
             f"`engine` must be one of {list(ENGINES)} (got {engine!r}). docs/engines.md says which engines load a "
             "plain export."
         )
+    if family not in _SGLANG_TENSORS:
+        raise ValueError(
+            f"`engine` must have code for the family (got {engine!r} for model_type {family!r}); its pull request has "
+            f"{list(_SGLANG_TENSORS)}. Export without `engine`; docs/engines.md says what loads which family."
+        )
     _check_tensors(family, folder)
 
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
+from .chat_templates import use_own_template
+
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -62,7 +64,7 @@ def loading(name: str, argument: str = "model") -> Iterator[None]:
 
 
 def load_tokenizer(source: str, name: str, argument: str = "model", **kwargs):
-    """The tokenizer of a checkpoint.
+    """The tokenizer of a checkpoint, with the chat template of its family's code.
 
     Args:
         source (`str`): what `from_pretrained` takes.
@@ -76,7 +78,7 @@ def load_tokenizer(source: str, name: str, argument: str = "model", **kwargs):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, **({"trust_remote_code": False} | kwargs))
+        tokenizer = AutoTokenizer.from_pretrained(source, **({"trust_remote_code": False} | kwargs))
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and not Path(source).is_dir():
             raise  # there may be no such checkpoint at all
@@ -84,6 +86,18 @@ def load_tokenizer(source: str, name: str, argument: str = "model", **kwargs):
             f"`{argument}` must have a tokenizer beside its weights (got {name!r}: {_said(error)}). Save one there "
             "with `tokenizer.save_pretrained`."
         ) from error
+    return use_own_template(tokenizer, _model_type(source, kwargs.get("revision")))
+
+
+def _model_type(source: str, revision: str | None) -> str | None:
+    """That of the checkpoint's config, `None` beside which no config lies."""
+    from transformers import PreTrainedConfig
+
+    try:
+        keys, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    except OSError:
+        return None
+    return keys.get("model_type")
 
 
 def _said(error: Exception) -> str:

@@ -62,6 +62,9 @@ class LLaDAConfig(DerivingConfigMixin, PreTrainedConfig):
     """
 
     model_type = "llada"
+    label: ClassVar[str] = "LLaDA"  # for people
+    # Keys that would describe another architecture elsewhere.
+    own_keys: ClassVar[frozenset[str]] = frozenset()
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "num_attention_heads": "n_heads",
@@ -136,10 +139,11 @@ class LLaDAConfig(DerivingConfigMixin, PreTrainedConfig):
             value = getattr(self, name, None)
             if value not in (None, implemented):
                 raise ValueError(
-                    f"`{name}` must be {implemented!r} (got {value!r}): no released LLaDA uses another value, and it "
-                    "is not implemented. Remove the key from config.json if the checkpoint does not need it."
+                    f"`{name}` must be {implemented!r} (got {value!r}): no released {self.label} uses another value, "
+                    "and it is not implemented. Remove the key from config.json if the checkpoint does not need it."
                 )
-        refuse_another_architecture("LLaDA", vars(self), activation="silu")
+        keys = {name: value for name, value in vars(self).items() if name not in self.own_keys}
+        refuse_another_architecture(self.label, keys, activation="silu")
         if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads:
             raise ValueError(
                 "`d_model` must be a multiple of `n_heads`, and `n_heads` of `n_kv_heads` "

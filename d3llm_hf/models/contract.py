@@ -135,6 +135,13 @@ class CanvasContract(Module):
             inputs[self.cache_name or CACHE] = cache
         return marked_logits(self, self.accepted(inputs), wanted)
 
+    def text_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """What decoding scores in place of `(n, V)` logits, which it may overwrite, guidance included.
+
+        A class whose vocabulary holds more than text sets the rest to -inf here.
+        """
+        return logits
+
     def accepted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The entries of `inputs` that `forward` has a parameter for, all of them where it takes any keyword."""
         names, takes_any = self._takes()

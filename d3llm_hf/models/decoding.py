@@ -67,6 +67,11 @@ class Rules:
         edit_threshold: cost under which another token takes the place of a decided one while its block is open
             (LLaDA2.1), `None` where what is decided stays.
         max_post_steps: forwards, after the last position of a block was decided, in which its tokens may be replaced.
+        slot_size: positions of a slot, which is drafted and verified as a whole (ReFusion; see `slots.py`, which takes
+            the place of this file then); 0 is none.
+        serial_num_blocks: parts of the answer that are decided one after the other, of whole slots.
+        slot_threshold: probability of its first token above which a slot is verified.
+        token_threshold: probability above which a drafted token holds.
     """
 
     block_length: int
@@ -109,6 +114,10 @@ class Rules:
     draft_length: int = 0
     edit_threshold: float | None = None
     max_post_steps: int = 0
+    slot_size: int = 0
+    serial_num_blocks: int = 1
+    slot_threshold: float = 1.0
+    token_threshold: float = 1.0
 
     @property
     def left_to_right(self) -> bool:

@@ -19,11 +19,14 @@ from .methods import (
     COMMON,
     DECODERS,
     DEFAULT_METHOD,
+    IN_SLOTS,
     INSIDE_BLOCKS,
     METHODS,
     REMASKING,
     caches_of,
+    decides_slots,
     defaults_of,
+    methods_of,
     rules_of,
     topology_of,
 )
@@ -58,6 +61,10 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "credit_weight": (NUMBER, f"a non-negative number of at most {MOST:g}", lambda v: 0 <= v <= MOST),
     "block_add_threshold": (NUMBER, "a fraction in [0, 1]", lambda v: 0 <= v <= 1),
     "block_activation_threshold": (NUMBER, "a non-negative fraction", lambda v: v >= 0),
+    "slot_size": ((int,), "a positive integer (positions)", lambda v: v > 0),
+    "serial_num_blocks": ((int,), "a positive integer", lambda v: v > 0),
+    "slot_threshold": (NUMBER, "a probability in [0, 1]", lambda v: 0 <= v <= 1),
+    "token_threshold": (NUMBER, "a probability in [0, 1]", lambda v: 0 <= v <= 1),
     "early_stop": ((bool,), "True or False", lambda v: True),
     "kv_cache": ((str,), "one of {caches}", lambda v: v in CACHES),
     "cache_delay": ((int,), "a non-negative integer (forwards)", lambda v: v >= 0),
@@ -107,10 +114,11 @@ class D3LLMGenerationConfig(GenerationConfig):
             entropy), `"fast_dllm"` (by confidence or factor), `"dinfer"` (its threshold, hierarchy and credit
             decoders), `"dkv"` (a fixed quota over a cache by token), `"entropy_bound"` (EB-Sampler), `"local_leap"`
             (LocalLeap), `"llada"` (a fixed quota), `"dream"` (a schedule), `"sdar"` (a quota of each block, or what
-            is surer), `"llada2"` (the same, with edits), `"fast_dllm_v2"` (by confidence, in parts of a block), or
+            is surer), `"llada2"` (the same, with edits), `"fast_dllm_v2"` (by confidence, in parts of a block),
             `"d2f"` (several blocks at once, by confidence, none of which sees a later one: for LLaDA or Dream with an
-            adapter of D2F). The model's own when unset: `"d3llm"`, or that of the same name for SDAR, LLaDA2 and
-            Fast-dLLM v2.
+            adapter of D2F), or `"refusion"` (whole slots in any order, verified from left to right). The model's own
+            when unset: `"d3llm"`, or that of the same name for SDAR, LLaDA2, Fast-dLLM v2 and ReFusion, which has no
+            other.
         block_length (`int`): positions of a block; when unset the whole answer with `"dream"`, and a block-causal
             model's own.
         sub_block_length (`int`): positions of the parts of a block that are decided one after the other
@@ -140,10 +148,17 @@ class D3LLMGenerationConfig(GenerationConfig):
         block_add_threshold (`float`): decided fraction of the last open block at which the next one opens.
         block_activation_threshold (`float`): decided fraction of a block at which its successor must advance in every
             step (the reference's `decoded_token_threshold`).
+        slot_size (`int`): with `"refusion"`, positions of a slot, which is drafted as a whole.
+        serial_num_blocks (`int`): parts of the answer, of whole slots, that are decided one after the other
+            (`"refusion"`); later ones have a slot more where they cannot be equal.
+        slot_threshold (`float`): probability of its first token above which a slot is verified (`"refusion"`); where
+            none has it, the surest is.
+        token_threshold (`float`): probability above which a drafted token holds (`"refusion"`).
         early_stop (`bool`): end a row once everything up to its first stop token is decided. With `"d3llm"` also fill
             what follows a stop token at once. With `"d2f"` no block opens once a stop token is decided; False is its
-            published loop, which decides all blocks that are open by then to their ends. With `"llada2"` a row ends
-            with the block of its stop token if told False, and with `edit_threshold` that is what True means.
+            published loop, which decides all blocks that are open by then to their ends. With `"refusion"` what
+            follows a stop token in its part of the answer, and all later parts, are not decided. With `"llada2"` a row
+            ends with the block of its stop token if told False, and with `edit_threshold` that is what True means.
         kv_cache (`str`): which keys and values are kept between forwards: `"none"`, `"prefix"`, `"dual"` (Fast-dLLM),
             `"delayed"` (d3LLM), `"dkv"`, `"dkv_greedy"` (dKV-Cache; the latter with `remasking="random"`),
             `"vicinity"` (dInfer). Block-causal models keep finished blocks, whose keys are `"exact"`, unless told
@@ -193,6 +208,10 @@ class D3LLMGenerationConfig(GenerationConfig):
     credit_weight: float | None
     block_add_threshold: float | None
     block_activation_threshold: float | None
+    slot_size: int | None
+    serial_num_blocks: int | None
+    slot_threshold: float | None
+    token_threshold: float | None
     early_stop: bool | None
     kv_cache: str | None
     cache_delay: int | None
@@ -383,6 +402,8 @@ class D3LLMGenerationConfig(GenerationConfig):
 
     def topology(self, traits: Traits) -> Topology | None:
         """The blocks of a call, `None` where every position sees all others."""
+        if self.method_of(traits) in IN_SLOTS:  # whole slots are decided, which begin behind the prompt
+            return Topology(self._values(traits)["slot_size"], "prompt")
         topology = topology_of(self.method_of(traits), traits)
         return topology and replace(topology, block_length=self._values(traits)["block_length"])
 
@@ -429,6 +450,9 @@ class D3LLMGenerationConfig(GenerationConfig):
     def _check(self, method: str, values: dict[str, Any], topology: Topology | None, traits: Traits) -> None:
         """Fields that exclude each other."""
         cache = values["kv_cache"]
+        if method in IN_SLOTS or decides_slots(traits):
+            self._check_slots(method, cache, traits)
+            return
         if topology is not None:
             self._check_block_causal(method, values, topology, traits)
         elif cache in ("exact", *INSIDE_BLOCKS.values()):
@@ -484,6 +508,21 @@ class D3LLMGenerationConfig(GenerationConfig):
             raise ValueError(
                 f"`factor` takes the place of `confidence_threshold` (got {self.factor} and "
                 f"{self.confidence_threshold}). Set one of them."
+            )
+
+    def _check_slots(self, method: str, cache: str, traits: Traits) -> None:
+        """Slots are decided by models that were trained for it, in no other way, and over what was decided."""
+        known = methods_of(traits)
+        if method not in known:
+            raise ValueError(
+                f"{self.named('decoding_method')[0]} must be one of {known} for this model (got {method!r}): whole "
+                "slots are decided by ReFusion alone, and nothing else by it. Leave it unset, for the model's own."
+            )
+        if cache not in caches_of(method, traits):
+            raise ValueError(
+                f"{self.named('kv_cache')[0]} must be one of {caches_of(method, traits)} with decoding_method="
+                f'"{method}" (got {cache!r}): tokens see those that were decided before them, whose keys are kept. '
+                "Leave it and `use_cache` unset."
             )
 
     def _check_llada2(self, values: dict[str, Any]) -> None:

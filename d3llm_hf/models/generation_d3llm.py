@@ -32,6 +32,7 @@ from .processors import Processors
 from .prompt_checks import check_positions
 from .scoring import Sampler, Scorer
 from .selection import choose
+from .slots import decode_in_slots
 from .speculation import Speculation
 from .static_shapes import is_compiled, static_shapes
 from .stock_settings import NO_INPUTS
@@ -58,6 +59,9 @@ class D3LLMGenerationOutput(GenerateDecoderOnlyOutput):
             first token of the next one behind them; 0 with other methods than `"fast_dllm_v2"`.
         step_map (`(B, N)` long): the forward, from 1, that committed each new token, the first one where it was
             replaced; -1 where none did. With infilling `(B, P + N)`, and -1 on the given text as well.
+        tokens_per_forward_reference (`(B,)` float, *optional*): with `"refusion"` what its code reports: the mean over
+            rounds of slots times their size over forwards, in which a slot that ends a row, and those that it takes
+            away, count as whole ones; `None` with other methods.
         positions_computed (`(B,)` long): positions pushed through the model, summed over the row's forwards (twice
             with guidance, and over all drafted canvases): the cost that tokens per forward hide.
 
@@ -70,6 +74,7 @@ class D3LLMGenerationOutput(GenerateDecoderOnlyOutput):
     num_forwards_reference: torch.Tensor | None = None
     num_store_forwards: torch.Tensor | None = None
     step_map: torch.Tensor | None = None
+    tokens_per_forward_reference: torch.Tensor | None = None
     positions_computed: torch.Tensor | None = None
 
 
@@ -244,7 +249,9 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         5. Score the candidates: a token and a cost each.
         6. Commit what the rules choose, replace, keep the drafts that came true; fill after a stop token.
         7. Rows that are finished, or that a criterion stops, leave the batch.
-        8. Pad behind the stop tokens and count.
+        8. Pad behind the stop tokens and count (`_result`).
+
+        A method of slots has a loop of its own in place of 2 to 7 (`decode_in_slots`).
         """
         # 1. Settings become rules, the prompt becomes a canvas
         device = input_ids.device
@@ -261,6 +268,14 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         sampler.check_batch(canvas.batch)
         suspects = {"cfg_scale": rules.cfg_scale} if rules.cfg_scale else {}
         ledger = Ledger(canvas, state, input_ids, stop_ids, stopping_criteria, streamer, suspects)
+        if rules.slot_size:
+            _refuse_compiled(is_compiled(generation_config))
+            official = decode_in_slots(
+                self, canvas, state, rules, ledger, processors=logits_processor, sampler=sampler,
+                sampling=bool(generation_config.do_sample), stop_ids=stop_ids,
+                unfinished=lambda finished: self._has_unfinished_sequences(finished, synced_gpus, device),
+            )  # fmt: skip
+            return self._result(ledger, generation_config, official)
         scorer = Scorer(
             rules,
             canvas.mask_token_id,
@@ -308,7 +323,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 ledger.stored.index_add_(0, trial.rows, drawn.only_stores(trial).long())
 
                 # 5. Score the candidates: a token and a cost each
-                scores = scorer(logits, trial, drawn, where)
+                scores = scorer(self.text_logits(logits), trial, drawn, where)
                 scores.broken *= asked  # of what is looked at for drafts alone nothing is asked
 
                 # 6. Commit what the rules choose, replace, keep the drafts that came true; fill after a stop token
@@ -335,7 +350,17 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                     if cache is not None:
                         cache.select_rows(keep)
 
-        # 8. Pad behind the stop tokens and count
+        return self._result(ledger, generation_config)
+
+    @staticmethod
+    def _result(
+        ledger: Ledger, generation_config: D3LLMGenerationConfig, official: torch.Tensor | None = None
+    ) -> D3LLMGenerationOutput | torch.Tensor:
+        """Stage 8: pad behind the stop tokens and count.
+
+        Args:
+            official (`(B,)`, *optional*): tokens per forward as the reference counts them.
+        """
         sequences, step_map, lengths = ledger.answers()
         if not generation_config.return_dict_in_generate:
             return sequences
@@ -346,7 +371,16 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
             num_forwards_reference=ledger.reference,
             num_store_forwards=ledger.stored,
             step_map=step_map,
+            tokens_per_forward_reference=official,
             positions_computed=ledger.computed,
+        )
+
+
+def _refuse_compiled(compiled: bool) -> None:
+    if compiled:
+        raise ValueError(
+            '`compile_config` does not go together with decoding_method="refusion", whose rows feed what each of them '
+            "needs (got one). Leave it unset."
         )
 
 

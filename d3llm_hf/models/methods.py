@@ -115,7 +115,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "max_post_steps": 16,
     },
     "fast_dllm_v2": {"block_length": 32, "sub_block_length": 8, "confidence_threshold": 0.9},
+    "refusion": {"slot_size": 8, "serial_num_blocks": 2, "slot_threshold": 0.9, "token_threshold": 0.9},
 }
+# Methods that decide whole slots (`slots.py`), of models that were trained for it and know no other; and their cache.
+IN_SLOTS = {"refusion"}
+CACHE_OF_SLOTS = "exact"
 # Method -> where its blocks begin, of one that brings block-causal attention whatever the model's class says: an
 # adapter of LLaDA or Dream was trained with it.
 ALIGNMENT_OF = {"d2f": "prompt"}
@@ -134,6 +138,8 @@ ALLOWED_REMASKING = {
 
 def defaults_of(method: str, traits: Traits) -> dict[str, Any]:
     """The settings of a method on a model where nothing else is said; those of its cache are in `CACHES`."""
+    if method in IN_SLOTS:  # what COMMON has beside these speaks of a canvas
+        return {"early_stop": COMMON["early_stop"], "kv_cache": CACHE_OF_SLOTS} | METHODS[method]
     values = COMMON | METHODS[method] | (SHIFTED_METHODS.get(method, {}) if traits.logit_shift else {})
     topology = topology_of(method, traits)
     if topology is not None:
@@ -144,6 +150,8 @@ def defaults_of(method: str, traits: Traits) -> dict[str, Any]:
 
 def caches_of(method: str, traits: Traits) -> list[str]:
     """The caches that a method can have on a model."""
+    if method in IN_SLOTS:
+        return [CACHE_OF_SLOTS]
     if topology_of(method, traits) is not None:
         return [*EXACT, INSIDE_BLOCKS[method]] if method in INSIDE_BLOCKS else [*EXACT]
     return [name for name in CACHES if name == "none" or name not in (*EXACT, *INSIDE_BLOCKS.values())]
@@ -151,7 +159,13 @@ def caches_of(method: str, traits: Traits) -> list[str]:
 
 def methods_of(traits: Traits) -> list[str]:
     """The methods that a model can be decoded with; one may have a cache of its own."""
-    return [name for name in METHODS if defaults_of(name, traits)["kv_cache"] in caches_of(name, traits)]
+    known = [name for name in METHODS if (name in IN_SLOTS) == decides_slots(traits)]
+    return [name for name in known if defaults_of(name, traits)["kv_cache"] in caches_of(name, traits)]
+
+
+def decides_slots(traits: Traits) -> bool:
+    """Whether a model decides whole slots, which no canvas has."""
+    return traits.method in IN_SLOTS
 
 
 def _cost(probability: float | None) -> float:
@@ -207,6 +221,7 @@ RULES: dict[str, dict[str, Any]] = {
         "stores_apart": True,
         "first_alone": True,
     },
+    "refusion": {"score": "confidence", "select": "slots"},
 }
 
 
@@ -301,6 +316,9 @@ def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -
         length: positions to decide, of the longest row.
         traits: of the model.
     """
+    if method in IN_SLOTS:
+        given = {name: values[name] for name in (*METHODS[method], "early_stop", "kv_cache")}
+        return Rules(block_length=length, **given, **RULES[method])
     logit_shift, block_length = traits.logit_shift, values["block_length"] or length
     rules = {
         # A block of block-causal attention goes on behind what was asked for.

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
@@ -41,11 +41,14 @@ OFFICIAL_BLOCK = {
 _OFFICIAL = _OFFICIAL_TOP | {
     rf"transformer\.blocks\.(\d+)\.{theirs}\.": rf"layers.\1.{ours}." for theirs, ours in OFFICIAL_BLOCK.items()
 }
-register_checkpoint_conversion_mapping(
-    LLaDAConfig.model_type,
-    [WeightRenaming(theirs, ours) for theirs, ours in _OFFICIAL.items()],
-    overwrite=True,
-)
+
+
+def official_names() -> list[WeightConverter | WeightRenaming]:
+    """The renaming of official tensors, for each `model_type` that has them."""
+    return [WeightRenaming(theirs, ours) for theirs, ours in _OFFICIAL.items()]
+
+
+register_checkpoint_conversion_mapping(LLaDAConfig.model_type, official_names(), overwrite=True)
 
 
 class LLaDARotaryEmbedding(Float32RotaryMixin, LlamaRotaryEmbedding):

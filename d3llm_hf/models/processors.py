@@ -253,6 +253,11 @@ class Processors:
                     f"left to right (got {kind.__name__} with blocks of {rules.block_length} positions, decided in "
                     'any order). Pass `block_length=1` with decoding_method "llada", "dparallel" or "d3llm".'
                 )
+            if rules.slot_size and kind not in ROW_WISE:
+                raise ValueError(
+                    f'decoding_method="refusion" takes what looks at one row of logits alone (got {kind.__name__}): '
+                    "slots are verified as the model gives them. Leave its option out."
+                )
             biased = kind in (lp.NoBadWordsLogitsProcessor, lp.SequenceBiasLogitsProcessor)
             if biased:
                 _check_biases(processor, vocab_size)

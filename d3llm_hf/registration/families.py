@@ -58,6 +58,7 @@ _PACKAGE = __package__.partition(".")[0]
 _MODELS = f"{_PACKAGE}.models"
 _ROWS = (
     Family("llada", "LLaDA", "configuration_llada", "LLaDAConfig", "modeling_llada", "LLaDAModelLM"),
+    Family("mmada", "MMaDA", "configuration_mmada", "MMadaConfig", "modeling_mmada", "MMadaModelLM"),
     Family("Dream", "Dream", "configuration_dream", "DreamConfig", "modeling_dream", "DreamModel"),
     Family("llada2_moe", "LLaDA2", "configuration_llada2", "LLaDA2MoeConfig", "modeling_llada2", "LLaDA2MoeModelLM"),
     Family("sdar", "SDAR", "configuration_sdar", "SDARConfig", "modeling_sdar", "SDARForCausalLM"),
@@ -69,6 +70,9 @@ _ROWS = (
         "Fast_dLLM_QwenConfig",
         "modeling_fast_dllm_v2",
         "Fast_dLLM_QwenForCausalLM",
+    ),
+    Family(
+        "refusion", "ReFusion", "configuration_refusion", "ReFusionConfig", "modeling_refusion", "ReFusionForCausalLM"
     ),
 )
 FAMILIES = {family.model_type: family for family in _ROWS}

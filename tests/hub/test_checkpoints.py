@@ -275,7 +275,8 @@ def test_what_cannot_be_exported_is_refused_with_a_way_out(official, tmp_path):
 
     refused(
         ValueError,
-        r"model_type \['llada', 'Dream', 'llada2_moe', 'sdar', 'sdar_moe', 'Fast_dLLM_Qwen'\] \(got 'gpt2'",
+        r"model_type \['llada', 'mmada', 'Dream', 'llada2_moe', 'sdar', 'sdar_moe', 'Fast_dLLM_Qwen', 'refusion'\] "
+        r"\(got 'gpt2'",
         source("gpt2", model_type="gpt2"),
     )
     refused(ValueError, "`alibi` must be False", source("alibi", alibi=True))

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 import d3llm_hf  # noqa: F401  # the Auto classes learn of its families
 
 
-OF_BLOCKS = {"sdar", "llada2", "fast_dllm_v2", "d2f"}
-"""Methods of models that see nothing of later blocks, as no embedded checkpoint is."""
+OF_BLOCKS = {"sdar", "llada2", "fast_dllm_v2", "d2f", "refusion"}
+"""Methods of models that see nothing of later blocks or slots, as no embedded checkpoint is."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from d3llm_hf.hub.model_card import complete_card
 from d3llm_hf.locks import only_writer
+from d3llm_hf.models.methods import IN_SLOTS
 from d3llm_hf.models.modeling_common import positions_of
 from d3llm_hf.models.text_config import text_setting
 from d3llm_hf.models.token_ids import check_inside, vocabulary_of
@@ -58,6 +59,8 @@ class CanvasTrainer(PreparedDataTrainer):
     # Each micro-batch's loss is a mean, so the Trainer has to divide by the accumulation steps. Before transformers
     # 5.19 it asks `model_accepts_loss_kwargs` for that.
     loss_is_scaled_for_ga = False
+    # Whether there is an objective for models that decide whole slots (ReFusion).
+    trains_slots = False
 
     # What an evaluation reports beside the loss.
     metric_names: frozenset[str] = frozenset()
@@ -93,6 +96,13 @@ class CanvasTrainer(PreparedDataTrainer):
                 f"`model` must see the whole canvas (got {type(base).__name__}, whose positions see nothing of later "
                 "blocks): these canvases are seen as a whole. Train LLaDA, Dream or a model that `as_diffusion_lm` "
                 "takes, or fine-tune it with `MaskedDiffusionSFTTrainer`."
+            )
+        self._in_slots = getattr(base, "default_method", None) in IN_SLOTS
+        if self._in_slots and not self.trains_slots:
+            raise ValueError(
+                f"`model` must see the whole canvas (got {type(base).__name__}, whose tokens see those that were "
+                "decided before them): there is no such objective for them here. Fine-tune it with "
+                "`MaskedDiffusionSFTTrainer`, or distil LLaDA or Dream."
             )
         self._forward_takes = frozenset(inspect.signature(type(base).forward).parameters)
         self._position_offset = getattr(base, "position_offset", None)

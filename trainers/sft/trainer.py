@@ -25,7 +25,8 @@ from .block_views import DoubledCanvas
 from .collator import MaskedDiffusionSFTCollator, tokenize_conversations
 from .config import MaskedDiffusionSFTConfig
 from .d2f import answer_blocks, block_causal_mask, draw_block_noise
-from .masking import draw_answer_mask, generator_for
+from .masking import AnswerMask, draw_answer_mask, generator_for
+from .slots import draw_slots, in_slots, slot_losses
 
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
     one forward, noisy and clean, and all of its blocks are learnt at once. `block_views` has what sees what, and
     `block_masking` the loss, a mean over the learnt tokens of the batch. With `objective="d2f"` the adapter of a
     bidirectional model learns to see blocks, see `d2f`.
+
+    ReFusion is trained with its own objective (`slots`): whole slots are masked, the others are shuffled, and the mean
+    loss of next tokens in these is added.
 
     Masks are drawn in `compute_loss` from a generator seeded by `(seed, optimizer step, micro-step, rank)`: a resumed
     run repeats those of an unbroken one, whatever the number of data workers.
@@ -87,6 +91,7 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
 
     metric_names = frozenset({"uniform_loss", "suffix_loss", "masked_fraction"})
     trains_blocks = True
+    trains_slots = True
 
     def __init__(
         self,
@@ -107,13 +112,15 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
                 "Pass the tokenizer of the model."
             )
         model = self._adopt(model, processing_class, args.label_shift, peft_config)
+        if self._in_slots:
+            self._check_slots(args)
 
         self.topology = block_topology(model, args)
         packer: BlockSFTCollator | None = None
         made: MaskedDiffusionSFTCollator | BlockSFTCollator = _canvas_collator(processing_class, args)
         if self.topology is not None:
             self.metric_names = frozenset({"masked_fraction"})
-        self._loss = self._canvas_loss
+        self._loss = self._slot_loss if self._in_slots else self._canvas_loss
         if self.topology is not None and args.objective == "masked_diffusion":
             self._loss = self._block_loss
             self.block_objective = block_objective(model, args)
@@ -182,6 +189,38 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         row_loss = torch.zeros_like(weights).masked_scatter(counted, token_loss).sum(1)  # (B,)
         self._record(model.training, row_loss.detach(), mask, labels)
         return row_loss.mean(), outputs
+
+    def _check_slots(self, args: MaskedDiffusionSFTConfig) -> None:
+        """Refuse what the objective of slots does not have."""
+        neutral = {"min_mask_ratio": 0.0, "stratified_mask_ratio": False, "suffix_mask_fraction": 0.0}
+        neutral |= {"label_shift": None, "supervise_eos_fill": False}
+        for name, value in neutral.items():
+            if getattr(args, name) != value:
+                raise ValueError(
+                    f"`{name}` must be {value} for a model that decides slots (got {getattr(args, name)!r}): its "
+                    "objective masks whole slots of an answer, which ends with its stop token. Set it so."
+                )
+        if "position_ids" not in self._forward_takes:
+            raise ValueError(
+                "`peft_config` must leave `position_ids` to a model that decides slots, whose tokens are fed in "
+                "another order than the text's (got a learnt prompt). Train a LoRA adapter."
+            )
+
+    def _slot_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """ReFusion's objective; see `slots`. What is recorded is the part of masked slots."""
+        labels, lengths = inputs["labels"], inputs["content_lengths"].tolist()
+        generator = self._next_generator(model.training)
+        draws = [draw_slots(length, generator, self.args.mask_ratio_eps) for length in lengths]
+        ids, kept = inputs["input_ids"], labels.shape[1]
+        rows = in_slots(ids.cpu(), [ids.shape[1] - kept] * len(ids), lengths, draws, self.mask_token_id)
+        fed = self._model_inputs(rows.input_ids.to(ids.device), inputs["attention_mask"], kept)
+        fed["position_ids"] = fed["position_ids"].gather(1, rows.order.to(ids.device))
+        outputs = model(**fed)
+        following, row_loss = slot_losses(outputs.logits[:, -kept:], rows)
+        weights = rows.weights[:, -kept:]
+        mask = AnswerMask(weights > 0, weights, torch.zeros(len(ids), dtype=torch.bool, device="cpu"))
+        self._record(model.training, row_loss.detach(), mask, labels)
+        return following + row_loss.mean(), outputs
 
     def _block_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
         """The mean over the learnt tokens of a batch, of a block-causal model."""

@@ -22,6 +22,7 @@ NATURAL: dict[str, tuple[str, tuple[float, ...]]] = {
     "sdar": ("confidence_threshold", (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)),
     "llada2": ("confidence_threshold", (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)),
     "fast_dllm_v2": ("confidence_threshold", (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)),
+    "refusion": ("token_threshold", (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)),
     "d2f": ("confidence_threshold", (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)),
     "local_leap": ("confidence_threshold", (0.99, 0.95, 0.9, 0.85, 0.8)),
     "entropy_bound": ("entropy_bound", (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)),

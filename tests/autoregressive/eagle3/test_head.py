@@ -170,7 +170,7 @@ def test_folders_that_are_not_whole_are_refused(tmp_path):
     shutil.copy(HEAD / "config.json", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"must have its weights in model\.safetensors or pytorch_model\.bin"):
         Eagle3Head.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="`revision` has no effect on a folder .got 'main'"):
+    with pytest.raises(ValueError, match=r"`revision` has no effect on a folder .got 'main'"):
         Eagle3Head.from_pretrained(tmp_path, revision="main")
 
 

@@ -10,11 +10,13 @@ import torch
 from both_trainers import KINDS, make, make_args
 from datasets import Dataset
 from distillation import trajectories
+from places import GOLDEN
 from recorded_blocks import checkpoint
 from thin import some_of
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from d3llm_hf import ReFusionForCausalLM
 from trainers.common.argument_checks import check_inherited
 from trainers.common.argument_table import COURSE, FREE, HELD_PARAMETERS, LIMITED, REFUSED, REFUSED_PARAMETERS
 from trainers.distill.config import PseudoTrajectoryDistillConfig
@@ -289,3 +291,9 @@ def test_values_are_checked_after_a_command_line_was_read(tmp_path):
 def test_distillation_refuses_a_model_that_sees_nothing_of_later_blocks(tmp_path):
     with pytest.raises(ValueError, match=r"`model` must see the whole canvas \(got SDARForCausalLM"):
         make("distillation", tmp_path, given={"model": checkpoint("sdar-tiny-a")})
+
+
+def test_a_model_that_decides_slots_is_not_distilled(tmp_path):
+    model = ReFusionForCausalLM.from_pretrained(GOLDEN / "refusion-tiny-a")
+    with pytest.raises(ValueError, match=r"`model` must see the whole canvas \(got ReFusionForCausalLM"):
+        make("distillation", tmp_path, given={"model": model})
