@@ -146,7 +146,7 @@ def test_tensors_that_do_not_fit_are_refused(folder, tensors):
     refused(few, r"must hold the tensors of EAGLE-3 .* without norm\.weight")
     refused(tensors | {"layers.0.x": torch.zeros(1)}, r"with layers\.0\.x, which has no place")
     refused(tensors, "with d2t, t2d, which has no place", vocab_size=40)
-    refused(tensors, "`lm_head.weight` must have the shape|`d2t` must have the shape", draft_vocab_size=41)
+    refused(tensors, "must have the shape", draft_vocab_size=41)
     refused(tensors | {"d2t": tensors["d2t"] * 0}, "`d2t` and `t2d` must name the same tokens")
     refused(tensors, "must hold `embed_tokens.weight`", target_hidden_size=64)
 
