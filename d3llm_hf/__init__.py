@@ -44,6 +44,7 @@ _MODULE_OF = {
     "SlotCache": "models.cache",
     "as_diffusion_lm": "adapters",
     "aup_score": "metrics.aup.curve",
+    "block_causal_lm": "conversion",
     "bootstrap_aup": "metrics.aup.curve",
     "encode_chat": "text",
     "encode_infill": "text",
@@ -82,6 +83,7 @@ __all__ = [
     "__version__",
     "as_diffusion_lm",
     "aup_score",
+    "block_causal_lm",
     "bootstrap_aup",
     "encode_chat",
     "encode_infill",
@@ -112,6 +114,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from .adapters import as_diffusion_lm
+    from .conversion import block_causal_lm
     from .hub.checkpoints import export_checkpoint, init_checkpoint
     from .hub.push import push_folder
     from .likelihood import LogLikelihood, is_greedy, log_likelihood

@@ -3,8 +3,48 @@
 from typing import Any
 
 from ..progress import quiet_loading
+from ..registration.families import FAMILIES
 from ..watch.terminal import waiting
 from .sources import checkpoint_source, load_tokenizer, loading
+
+
+def load_model(source: str, **kwargs: Any) -> Any:
+    """What `from_pretrained` makes of a checkpoint; where [`as_diffusion_lm`] saved it, it gets its decoder again.
+
+    Args:
+        source (`str`): a folder or an id on the Hub.
+        kwargs: of `from_pretrained`.
+
+    Raises:
+        ValueError: for a checkpoint whose config says that it decodes by diffusion, and whose model cannot.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(source, **hub_arguments(kwargs))
+    if not decodes_by_its_config(config):
+        return AutoModel.from_pretrained(source, **kwargs)
+    from ..adapters import as_diffusion_lm
+
+    return as_diffusion_lm(auto_class(config).from_pretrained(source, **kwargs))
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments of `from_pretrained` those that say where a checkpoint lies, for its config."""
+    names = ("revision", "token", "trust_remote_code", "gguf_file")
+    return {name: value for name, value in kwargs.items() if name in names}
+
+
+def decodes_by_its_config(config: Any) -> bool:
+    """Whether it is the config of a stock class that [`as_diffusion_lm`] gave the decoder."""
+    ours = config.model_type in FAMILIES
+    return not ours and hasattr(config, "logit_shift") and getattr(config, "mask_token_id", None) is not None
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class of masked language models where the architecture has one, else that of decoders."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM if type(config) in AutoModelForMaskedLM._model_mapping else AutoModelForCausalLM
 
 
 def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None):
@@ -22,7 +62,6 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str 
 
 def _load(name: str, device: str, dtype: str, revision: str | None):
     import torch
-    from transformers import AutoModel
 
     from ..models.generation_d3llm import D3LLMGenerationMixin
 
@@ -42,7 +81,7 @@ def _load(name: str, device: str, dtype: str, revision: str | None):
     source = checkpoint_source(name)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     with loading(name):
-        model = AutoModel.from_pretrained(source, dtype=dtype, **common)
+        model = load_model(source, dtype=dtype, **common)
     if not isinstance(model, D3LLMGenerationMixin):
         raise ValueError(
             f"`model` must be a LLaDA, Dream or d3LLM checkpoint (got {type(model).__name__} from {name!r})."

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ...hub.loading import load_model
 from ...hub.sources import checkpoint_source, load_tokenizer, loading
 
 
@@ -41,8 +42,6 @@ def load_checkpoint(
         TypeError: for a model that does not decode by diffusion, or one without a tokenizer.
         OSError: when there is no such checkpoint.
     """
-    from transformers import AutoModel
-
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"`dtype` must be a data type of torch (got {dtype!r}). Try float32 or bfloat16.")
     target = _device(device, isinstance(pretrained, str))
@@ -51,7 +50,7 @@ def load_checkpoint(
         source = checkpoint_source(pretrained)
         more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         with loading(pretrained, "pretrained"):
-            model = AutoModel.from_pretrained(source, dtype=dtype, **common, **more)
+            model = load_model(source, dtype=dtype, **common, **more)
         tokenizer = source if tokenizer is None else tokenizer
     else:
         model = pretrained
