@@ -127,7 +127,7 @@ def test_a_gguf_is_named_beside_its_folder(tmp_path, monkeypatch):
 
 def test_an_encoder_or_an_unknown_form_is_refused_before_training(tmp_path):
     write_causal(ENCODERS[0], tmp_path / "bert", is_causal=None)
-    with pytest.raises(ValueError, match="must be a causal model, a decoder .*got BertForMaskedLM"):
+    with pytest.raises(ValueError, match=r"must be a causal model, a decoder .*got BertForMaskedLM"):
         train(tmp_path / "bert", tmp_path / "out", "--into", "sdar")
     write_causal(QWEN2, tmp_path / "qwen2")
     with pytest.raises(ValueError, match="`into` must be one of"):
