@@ -155,7 +155,7 @@ def _check_causal(model: Any) -> None:
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(
             f"`model` must not be quantised (got {name} with a `quantization_config`): rows are added to its tables. "
-            "Load it without, and quantise the result."
+            "Load it without, a GGUF file with `GgufConfig(dequantize=True)`, and quantise the result."
         )
 
 

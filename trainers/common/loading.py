@@ -139,6 +139,8 @@ def load_checkpoint(
     from d3llm_hf.hub.loading import auto_class, hub_arguments
     from d3llm_hf.hub.sources import loading
 
+    if kwargs.get("gguf_file") is not None:
+        kwargs = _dequantised() | kwargs
     with loading(name, "model_name_or_path", kwargs.get("gguf_file")):
         config = AutoConfig.from_pretrained(name, **hub_arguments(kwargs))
         model = auto_class(config).from_pretrained(name, **kwargs)
@@ -152,6 +154,17 @@ def load_checkpoint(
         mask_token_id=tokenizer.mask_token_id if mask_token_id is None else mask_token_id,
         bidirectional=bidirectional,
     )
+
+
+def _dequantised() -> dict[str, Any]:
+    """Arguments of `from_pretrained` for plain weights out of a GGUF file: packed ones cannot be trained or saved.
+
+    Versions of transformers without such a setting always unpack them.
+    """
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def load_named(
