@@ -49,6 +49,7 @@ _MODULE_OF = {
     "SlotCache": "models.cache",
     "as_diffusion_lm": "adapters",
     "aup_score": "metrics.aup.curve",
+    "block_causal_lm": "conversion",
     "bootstrap_aup": "metrics.aup.curve",
     "eagle3_generate": "autoregressive.eagle3.generate",
     "encode_chat": "text",
@@ -93,6 +94,7 @@ __all__ = [
     "__version__",
     "as_diffusion_lm",
     "aup_score",
+    "block_causal_lm",
     "bootstrap_aup",
     "eagle3_generate",
     "encode_chat",
@@ -126,6 +128,7 @@ if TYPE_CHECKING:
     from .adapters import as_diffusion_lm
     from .autoregressive.eagle3.generate import eagle3_generate
     from .autoregressive.eagle3.head import Eagle3Head
+    from .conversion import block_causal_lm
     from .hub.checkpoints import export_checkpoint, init_checkpoint
     from .hub.push import push_folder
     from .likelihood import LogLikelihood, is_greedy, log_likelihood

@@ -25,6 +25,12 @@ A block-causal model, with several texts in each row:
     accelerate launch trainers/run_sft.py --model_name_or_path JetLM/SDAR-4B-Chat --dataset_name train.jsonl \
         --output_dir sdar-sft --bf16 --gradient_checkpointing --packing --use_peft --learning_rate 1e-4
 
+A causal model that becomes a block-causal one: Fast-dLLM v2 (rows of logits as they were) or SDAR (unshifted); its
+tokenizer gets a mask token where it has none:
+
+    accelerate launch trainers/run_sft.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --into fast_dllm_v2 \
+        --block_length 32 --dataset_name train.jsonl --output_dir qwen-blocks --bf16 --packing
+
 An adapter with which LLaDA or Dream sees blocks (D2F), learnt from the model without it:
 
     accelerate launch trainers/run_sft.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dataset_name train.jsonl \
@@ -37,6 +43,7 @@ import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trainers.common.loading import (
     BUILDERS,
@@ -74,6 +81,17 @@ class SFTScriptArguments:
     )
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer; the checkpoint's, or for a new model a newly built one, if unset."}
+    )
+    gguf_file: str | None = field(
+        default=None,
+        metadata={"help": "GGUF file in the checkpoint's folder that holds model and tokenizer; it is dequantised."},
+    )
+    into: str | None = field(
+        default=None,
+        metadata={
+            "help": "Make a causal checkpoint block-causal: `fast_dllm_v2` (logits row i predicts token i + 1, blocks "
+            "of 32) or `sdar` (token i, blocks of 4); `block_length` sets others."
+        },
     )
     bidirectional: bool = field(
         default=False,
@@ -121,10 +139,12 @@ def main(argv: list[str] | None = None) -> None:
         (SFTScriptArguments, MaskedDiffusionSFTConfig), sys.argv[1:] if argv is None else argv
     )
     check_processes(args.world_size)
+    check_conversion(script_args, args)
     save_dtype = script_args.save_dtype and float_dtype("save_dtype", script_args.save_dtype)
     set_seed(args.seed)  # before the model: its initial weights are part of the run
     tokenizer = load_tokenizer(script_args)
-    model = load_model(script_args, tokenizer)
+    model = load_model(script_args, tokenizer, args.block_length)
+    train_as_its_family(args, script_args.into)
     with args.main_process_first(local=True, desc="loading the datasets"):
         train_dataset, eval_dataset = load_datasets(script_args, evaluate=args.eval_strategy != "no")
 
@@ -137,9 +157,57 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=_peft_config(script_args),
     )
     trainer.train(resume_from_checkpoint=resumption(args.resume_from_checkpoint))
+    if script_args.into is not None and script_args.use_peft:  # what the adapter is for is saved nowhere else
+        trainer.model = trainer.model.merge_and_unload()
     if save_dtype is not None:
         trainer.model.to(save_dtype)
     trainer.save_model()
+
+
+def check_conversion(script_args: SFTScriptArguments, args) -> None:
+    """Refuse what has no effect beside `into` or without a checkpoint, and an adapter that could not be merged.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    name = script_args.model_name_or_path
+    if name is not None and name.endswith(".gguf") and Path(name).is_file():
+        folder, file = Path(name).parent, Path(name).name
+        raise ValueError(
+            f"`model_name_or_path` must be a folder (got the file {name!r}). Pass `--model_name_or_path {folder} "
+            f"--gguf_file {file}`."
+        )
+    for argument in ("gguf_file", "into"):
+        value = getattr(script_args, argument)
+        if name is None and value is not None:
+            raise ValueError(
+                f"`{argument}` must be unset without `model_name_or_path` (got {value!r}): a new model has its own "
+                "architecture. Name a checkpoint, or leave it out."
+            )
+    if script_args.into is None:
+        return
+    if script_args.bidirectional:
+        raise ValueError(
+            f"`bidirectional` must be unset beside `into` (got True with {script_args.into!r}): a token of the result "
+            "sees its block and all earlier ones. Unset one of them."
+        )
+    if script_args.use_peft and (args.fsdp or args.deepspeed):
+        raise ValueError(
+            f"`use_peft` must be unset beside `into` where weights are sharded (got {script_args.into!r}): the "
+            "adapter is merged in the end. Save what `d3llm_hf.block_causal_lm` makes, and train that folder."
+        )
+
+
+def train_as_its_family(args, into: str | None) -> None:
+    """Views and mask ratios that are unset are those of the form, whatever class the model has."""
+    from trainers.sft.block_masking import OBJECTIVES
+
+    if into == "fast_dllm_v2":
+        family = OBJECTIVES["Fast_dLLM_Qwen"]
+        if args.complementary_masks is None:
+            args.complementary_masks = family.complementary
+        if args.mask_ratio_per_block is None:
+            args.mask_ratio_per_block = family.per_block
 
 
 def load_tokenizer(script_args: SFTScriptArguments):
@@ -152,12 +220,17 @@ def load_tokenizer(script_args: SFTScriptArguments):
     if script_args.tokenizer_name_or_path is None and script_args.model_name_or_path is None:
         return build_tokenizer()
     return named_tokenizer(
-        script_args.model_name_or_path or "", script_args.tokenizer_name_or_path, script_args.model_revision
+        script_args.model_name_or_path or "",
+        script_args.tokenizer_name_or_path,
+        script_args.model_revision,
+        script_args.gguf_file,
     )
 
 
-def load_model(script_args: SFTScriptArguments, tokenizer):
+def load_model(script_args: SFTScriptArguments, tokenizer, block_length: int | None = None):
     """The checkpoint, or a new model of the given shape with the tokenizer's vocabulary and token ids.
+
+    With `into`, a causal checkpoint as a block-causal model, in blocks of `block_length` tokens.
 
     Raises:
         ValueError: If neither or both are given, the shape names no known family, or the checkpoint cannot be decoded
@@ -173,10 +246,16 @@ def load_model(script_args: SFTScriptArguments, tokenizer):
             "Name a checkpoint to continue from, or the shape of a new model."
         )
     if script_args.model_name_or_path is not None:
+        more: dict[str, Any] = (
+            {} if script_args.into is None else {"into": script_args.into, "block_length": block_length}
+        )
+        if script_args.gguf_file is not None:
+            more["gguf_file"] = script_args.gguf_file
         return load_checkpoint(
             checkpoint_source(script_args.model_name_or_path),
             tokenizer,
             bidirectional=script_args.bidirectional,
+            **more,
             revision=script_args.model_revision,
             dtype=dtype,
             attn_implementation=script_args.attn_implementation,

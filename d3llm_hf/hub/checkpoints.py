@@ -103,6 +103,12 @@ def export_checkpoint(
             "another folder."
         )
     config = _read_json(folder / "config.json")
+    if config.get("model_type") not in FAMILIES and "logit_shift" in config:
+        raise ValueError(
+            f"`source` must be a checkpoint whose code is of this package (got {config.get('model_type')!r} in "
+            f"{str(source)!r}, a class of transformers that `as_diffusion_lm` saved). There is no code to add: share "
+            "the folder as it is; `d3llm generate` and `as_diffusion_lm` know it by its config."
+        )
     if config.get("model_type") not in FAMILIES:
         raise ValueError(
             f"`source` must be a checkpoint of model_type {list(FAMILIES)} (got {config.get('model_type')!r} in "

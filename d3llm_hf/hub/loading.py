@@ -9,6 +9,45 @@ from ..watch.terminal import waiting
 from .sources import checkpoint_source, load_tokenizer, loading
 
 
+def load_model(source: str, **kwargs: Any) -> Any:
+    """What `from_pretrained` makes of a checkpoint; where [`as_diffusion_lm`] saved it, it gets its decoder again.
+
+    Args:
+        source (`str`): a folder or an id on the Hub.
+        kwargs: of `from_pretrained`.
+
+    Raises:
+        ValueError: for a checkpoint whose config says that it decodes by diffusion, and whose model cannot.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(source, **hub_arguments(kwargs))
+    if not decodes_by_its_config(config):
+        return AutoModel.from_pretrained(source, **kwargs)
+    from ..adapters import as_diffusion_lm
+
+    return as_diffusion_lm(auto_class(config).from_pretrained(source, **kwargs))
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments of `from_pretrained` those that say where a checkpoint lies, for its config."""
+    names = ("revision", "token", "trust_remote_code", "gguf_file")
+    return {name: value for name, value in kwargs.items() if name in names}
+
+
+def decodes_by_its_config(config: Any) -> bool:
+    """Whether it is the config of a stock class that [`as_diffusion_lm`] gave the decoder."""
+    ours = config.model_type in FAMILIES
+    return not ours and hasattr(config, "logit_shift") and getattr(config, "mask_token_id", None) is not None
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class of masked language models where the architecture has one, else that of decoders."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM if type(config) in AutoModelForMaskedLM._model_mapping else AutoModelForCausalLM
+
+
 def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None):
     """Model and tokenizer of a folder, a Hub id or an embedded checkpoint. Never runs a checkpoint's own code.
 
@@ -19,7 +58,7 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str 
         OSError: when there is no such checkpoint.
     """
     with waiting(f"loading {name}"):
-        return _load(name, device, dtype, revision, "AutoModel", _check_diffusion)
+        return _load(name, device, dtype, revision, load_model, _check_diffusion)
 
 
 def load_causal(name: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None):
@@ -31,11 +70,11 @@ def load_causal(name: str, *, device: str = "auto", dtype: str = "auto", revisio
         OSError: when there is no such checkpoint.
     """
     with waiting(f"loading {name}"):
-        return _load(name, device, dtype, revision, "AutoModelForCausalLM", _check_causal)
+        return _load(name, device, dtype, revision, _causal_model, _check_causal)
 
 
 def decodes_by_diffusion(name: str, *, revision: str | None = None) -> bool:
-    """Whether a checkpoint is one of this package's families, by its config alone.
+    """Whether a checkpoint is one of this package's families, or was given the decoder, by its config alone.
 
     Raises:
         OSError: when there is no such checkpoint.
@@ -44,7 +83,13 @@ def decodes_by_diffusion(name: str, *, revision: str | None = None) -> bool:
 
     with loading(name):
         config = AutoConfig.from_pretrained(checkpoint_source(name), revision=revision, trust_remote_code=False)
-    return config.model_type in {family.model_type for family in FAMILIES.values()}
+    return config.model_type in FAMILIES or decodes_by_its_config(config)
+
+
+def _causal_model(source: str, **kwargs: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(source, **kwargs)
 
 
 def _check_diffusion(model: Any, name: str) -> None:
@@ -67,11 +112,10 @@ def _load(
     device: str,
     dtype: str,
     revision: str | None,
-    auto_class: str,
+    make: Callable[..., Any],
     check: Callable[[Any, str], None],
 ):
     import torch
-    import transformers
 
     quiet_loading()
     known = getattr(torch, dtype, None)
@@ -89,6 +133,6 @@ def _load(
     source = checkpoint_source(name)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     with loading(name):
-        model = getattr(transformers, auto_class).from_pretrained(source, dtype=dtype, **common)
+        model = make(source, dtype=dtype, **common)
     check(model, name)
     return model.to(target).eval(), load_tokenizer(source, name, **common)

@@ -25,12 +25,13 @@ def checkpoint_source(name: str) -> str:
 
 
 @contextmanager
-def loading(name: str, argument: str = "model") -> Iterator[None]:
+def loading(name: str, argument: str = "model", gguf_file: str | None = None) -> Iterator[None]:
     """Inside, a checkpoint is loaded; errors name the argument, what is there, and the way out.
 
     Args:
         name (`str`): as it was typed: a folder, an id on the Hub or an embedded checkpoint.
         argument (`str`): what it was given as.
+        gguf_file (`str`, *optional*): file in the folder that holds config and weights, in place of those.
 
     Raises:
         OSError: for a name of nothing, a file, a folder without a checkpoint, or one that cannot be read.
@@ -40,7 +41,13 @@ def loading(name: str, argument: str = "model") -> Iterator[None]:
     ours = f"a checkpoint folder, an id on the Hub or one of {sorted(embedded_checkpoints())}"
     if name and path.is_file():
         raise FileNotFoundError(f"`{argument}` must be {ours} (got {name!r}, which is a file). Pass its folder.")
-    if is_folder and not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+    if is_folder and gguf_file is not None and not (path / gguf_file).is_file():
+        raise FileNotFoundError(
+            f"`gguf_file` must be a file of the checkpoint's folder (got {gguf_file!r}, which is not in {name!r}). "
+            "Correct its name."
+        )
+    whole = ("config.json", "adapter_config.json") if gguf_file is None else (gguf_file,)
+    if is_folder and not any((path / file).is_file() for file in whole):
         raise FileNotFoundError(
             f"`{argument}` must be {ours} (got {name!r}, a folder without config.json). `d3llm init` writes one that "
             "works."

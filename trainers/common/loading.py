@@ -110,28 +110,42 @@ def _unreadable_line(path: Path) -> int | None:
     return None
 
 
-def load_checkpoint(name: str, tokenizer: Any, *, bidirectional: bool = False, **kwargs: Any) -> Any:
+def load_checkpoint(
+    name: str,
+    tokenizer: Any,
+    *,
+    bidirectional: bool = False,
+    into: str | None = None,
+    block_length: int | None = None,
+    **kwargs: Any,
+) -> Any:
     """A masked language model where the architecture has one, else its decoder; ours, or given our decoder.
 
     Args:
         name (`str`): Folder or id of the checkpoint.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Names the mask token where the config does not.
         bidirectional (`bool`, defaults to `False`): Let causal attention attend to all positions.
+        into (`str`, *optional*): Make a causal model block-causal, in this form (see [`block_causal_lm`]). The
+            tokenizer gets a mask token where it has none.
+        block_length (`int`, *optional*): Tokens of a block of that form.
         kwargs: Further arguments of `from_pretrained`, such as `dtype`.
 
     Raises:
         ValueError: If the checkpoint cannot be decoded by diffusion (see [`as_diffusion_lm`]).
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoConfig
 
-    from d3llm_hf import D3LLMGenerationMixin, as_diffusion_lm
+    from d3llm_hf import D3LLMGenerationMixin, as_diffusion_lm, block_causal_lm
+    from d3llm_hf.hub.loading import auto_class, hub_arguments
     from d3llm_hf.hub.sources import loading
 
-    hub = {key: value for key, value in kwargs.items() if key in ("revision", "token", "trust_remote_code")}
-    with loading(name, "model_name_or_path"):
-        config = AutoConfig.from_pretrained(name, **hub)
-        auto = AutoModelForMaskedLM if type(config) in AutoModelForMaskedLM._model_mapping else AutoModelForCausalLM
-        model = auto.from_pretrained(name, **kwargs)
+    if kwargs.get("gguf_file") is not None:
+        kwargs = _dequantised() | kwargs
+    with loading(name, "model_name_or_path", kwargs.get("gguf_file")):
+        config = AutoConfig.from_pretrained(name, **hub_arguments(kwargs))
+        model = auto_class(config).from_pretrained(name, **kwargs)
+    if into is not None:
+        return block_causal_lm(model, tokenizer, into, block_length=block_length)
     if isinstance(model, D3LLMGenerationMixin):
         return model
     mask_token_id = getattr(config, "mask_token_id", None)
@@ -140,6 +154,17 @@ def load_checkpoint(name: str, tokenizer: Any, *, bidirectional: bool = False, *
         mask_token_id=tokenizer.mask_token_id if mask_token_id is None else mask_token_id,
         bidirectional=bidirectional,
     )
+
+
+def _dequantised() -> dict[str, Any]:
+    """Arguments of `from_pretrained` for plain weights out of a GGUF file: packed ones cannot be trained or saved.
+
+    Versions of transformers without such a setting always unpack them.
+    """
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def load_named(
@@ -165,7 +190,9 @@ def load_named(
     return load_checkpoint(checkpoint_source(name), tokenizer, bidirectional=bidirectional, **kwargs), tokenizer
 
 
-def named_tokenizer(name: str, tokenizer_name: str | None, revision: str | None = None) -> Any:
+def named_tokenizer(
+    name: str, tokenizer_name: str | None, revision: str | None = None, gguf_file: str | None = None
+) -> Any:
     """The checkpoint's tokenizer, or the one that is named; see [`with_end_of_text`].
 
     Raises:
@@ -178,8 +205,9 @@ def named_tokenizer(name: str, tokenizer_name: str | None, revision: str | None 
         return with_end_of_text(
             load_tokenizer(checkpoint_source(tokenizer_name), tokenizer_name, "tokenizer_name_or_path")
         )
-    with loading(name, "model_name_or_path"):
-        tokenizer = load_tokenizer(checkpoint_source(name), name, "model_name_or_path", revision=revision)
+    more = {} if gguf_file is None else {"gguf_file": gguf_file}
+    with loading(name, "model_name_or_path", gguf_file):
+        tokenizer = load_tokenizer(checkpoint_source(name), name, "model_name_or_path", revision=revision, **more)
     return with_end_of_text(tokenizer)
 
 

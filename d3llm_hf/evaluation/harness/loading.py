@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ...autoregressive.causal import check_causal
+from ...hub.loading import load_model
 from ...hub.sources import checkpoint_source, load_tokenizer, loading
 
 
@@ -44,7 +45,7 @@ def load_checkpoint(
         TypeError: for a model of the other kind, or one without a tokenizer.
         OSError: when there is no such checkpoint.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"`dtype` must be a data type of torch (got {dtype!r}). Try float32 or bfloat16.")
@@ -54,8 +55,8 @@ def load_checkpoint(
         source = checkpoint_source(pretrained)
         more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         with loading(pretrained, "pretrained"):
-            auto: Any = AutoModelForCausalLM if causal else AutoModel
-            model = auto.from_pretrained(source, dtype=dtype, **common, **more)
+            make = AutoModelForCausalLM.from_pretrained if causal else load_model
+            model = make(source, dtype=dtype, **common, **more)
         tokenizer = source if tokenizer is None else tokenizer
     else:
         model = pretrained
