@@ -4,8 +4,8 @@
 SETTINGS: dict[str, tuple[type, str]] = {
     "decoding_method": (
         str,
-        "d3llm, dparallel, fast_dllm, dinfer, dkv, entropy_bound, local_leap, llada, dream, sdar, llada2, "
-        "fast_dllm_v2, d2f or refusion",
+        "d3llm/dparallel/fast_dllm/dinfer/dkv/entropy_bound/local_leap/llada/dream/sdar/llada2/fast_dllm_v2/d2f/"
+        "refusion",
     ),
     "block_length": (int, "positions of a block"),
     "sub_block_length": (int, "positions of the parts of a block that are decided in order (fast_dllm_v2)"),

@@ -513,7 +513,7 @@ class D3LLMGenerationConfig(GenerationConfig):
     def _check_slots(self, method: str, cache: str, traits: Traits) -> None:
         """Slots are decided by models that were trained for it, in no other way, and over what was decided."""
         known = methods_of(traits)
-        if method not in known:
+        if method not in known and traits is not PLAIN:  # of a model; of none, nothing is known
             raise ValueError(
                 f"{self.named('decoding_method')[0]} must be one of {known} for this model (got {method!r}): whole "
                 "slots are decided by ReFusion alone, and nothing else by it. Leave it unset, for the model's own."

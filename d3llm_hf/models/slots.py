@@ -278,7 +278,7 @@ def decode_in_slots(
             ]
             width = max(map(len, fed))
             query = table([slots + slots[:1] * (width - len(slots)) for slots in fed])
-            owner = table([index for index, ask in enumerate(asks) for _ in ask.columns])
+            owner = table([number for number, ask in enumerate(asks) for _ in ask.columns])
             column = table([column for ask in asks for column in ask.columns])
             text[owner, start + column] = table([token for ask in asks for token in ask.tokens])
 
@@ -290,8 +290,8 @@ def decode_in_slots(
 
             # 3. The forward
             wanted = torch.zeros_like(query, dtype=torch.bool)
-            for index, (before, ask) in enumerate(zip(given, asks, strict=True)):
-                wanted[index, table([len(before) + each for each in ask.wanted])] = True
+            for number, (before, ask) in enumerate(zip(given, asks, strict=True)):
+                wanted[number, table([len(before) + each for each in ask.wanted])] = True
             inputs = {
                 "input_ids": text.gather(1, query),
                 "position_ids": canvas.positions.gather(1, query),
@@ -303,7 +303,7 @@ def decode_in_slots(
             visible |= prompts
 
             # 4. A token and its probability
-            index = table([index for index, ask in enumerate(asks) for _ in ask.wanted])
+            index = table([number for number, ask in enumerate(asks) for _ in ask.wanted])
             targets = table([target for ask in asks for target in ask.targets])
             drawn = table([ask.draws and sampling for ask in asks], torch.bool)[index]
             columns = table([ask.columns[each] for ask in asks for each in ask.wanted])
@@ -318,7 +318,7 @@ def decode_in_slots(
             for row, ask in zip(rows, asks, strict=True):
                 row.answer([next(replies) for _ in ask.wanted])
             state.step += 1
-            owner = table([index for index, row in enumerate(rows) for _ in row.committed])
+            owner = table([number for number, row in enumerate(rows) for _ in row.committed])
             column = table([column for row in rows for column, _ in row.committed])
             state.tokens[owner, column] = table([token for row in rows for _, token in row.committed])
             state.undecided[owner, column], state.step_map[owner, column] = False, state.forward
@@ -371,8 +371,8 @@ def _scored(
         parts.append((token, raw.log_softmax(-1).gather(1, token[:, None])[:, 0].exp(), fault))
     if not parts:  # slots of one token, which nothing has to verify
         return targets, torch.zeros_like(targets, dtype=torch.float32), targets
-    tokens, sureness, fault = (torch.cat(part) for part in zip(*parts, strict=True))
-    return tokens, sureness, fault
+    tokens, sureness, faults = (torch.cat(part) for part in zip(*parts, strict=True))
+    return tokens, sureness, faults
 
 
 __all__ = ["RowInSlots", "decode_in_slots"]

@@ -10,7 +10,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from d3llm_hf import D3LLMGenerationConfig, LLaDAModelLM
 from d3llm_hf.models.cache_name import CACHE, CACHE_NAMES
-from d3llm_hf.models.generation_config_d3llm import FIELDS, METHODS
+from d3llm_hf.models.generation_config_d3llm import FIELDS
+from d3llm_hf.models.methods import methods_of
 
 
 # Each alone is refused by the config and by `generate`.
@@ -218,7 +219,7 @@ def test_settings_of_a_checkpoints_method_do_not_reach_another_method(tmp_path):
             trained_like("llada"), tmp_path, decoding_method="d3llm", entropy_threshold=math.inf, kv_cache="delayed"
         )
     )
-    for method in METHODS:
+    for method in methods_of(saved.traits):
         assert answer(saved, [1, 2], decoding_method=method).sequences.shape == (1, 18)
     assert int(answer(saved, [1, 2], decoding_method="dparallel", early_stop=False).num_forwards) > 1
 

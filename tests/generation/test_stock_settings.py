@@ -14,7 +14,8 @@ from transformers.generation import GenerationMixin
 
 from d3llm_hf import D3LLMGenerationConfig, as_diffusion_lm
 from d3llm_hf.models.decoding import Rules, State
-from d3llm_hf.models.generation_config_d3llm import FIELDS, METHODS
+from d3llm_hf.models.generation_config_d3llm import FIELDS
+from d3llm_hf.models.methods import methods_of
 from d3llm_hf.models.selection import SELECTORS, choose
 from d3llm_hf.models.stock_settings import HONOURED, IDLE, NO_INPUTS, NUMBERS, REFUSED, SAMPLING
 
@@ -414,6 +415,6 @@ def test_a_config_that_says_minus_one_sets_no_limit():
 
 def test_every_method_is_checked_as_generate_checks_it():
     model = trained_like("llada")
-    for method in METHODS:
+    for method in methods_of(model.traits):
         assert model.check_settings(max_new_tokens=8, decoding_method=method).decoding_method == method
     assert {*NUMBERS, *SAMPLING} <= HONOURED

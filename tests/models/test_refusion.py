@@ -87,7 +87,8 @@ def test_an_export_carries_its_code(tmp_path):
     ReFusionForCausalLM.from_pretrained(FOLDER).save_pretrained(tmp_path / "saved")
     folder = export_checkpoint(tmp_path / "saved", tmp_path / "exported")
     assert {"configuration_refusion.py", "modeling_refusion.py", "slots.py"} <= {f.name for f in folder.glob("*.py")}
-    with pytest.raises(ValueError, match=r"`decoding_method` must be one of \['refusion'\] for this model"):
+    rule = r"`decoding_method` of the model's generation config must be one of \['refusion'\] for this model"
+    with pytest.raises(ValueError, match=rule):
         export_checkpoint(tmp_path / "saved", tmp_path / "other", decoding_method="llada")
 
 

@@ -54,8 +54,8 @@ def test_a_recorded_batch_has_its_order_its_loss_and_its_gradients(name):
     if name == "train2":  # 0 / 0 there: no token predicts a next one
         assert case["loss"] == "nan" and following == 0 and loss.isfinite()
     else:
-        assert float(following) == pytest.approx(case["ar_loss"], rel=1e-5)
-        assert float(own.mean()) == pytest.approx(case["mdm_loss"], rel=1e-5)
+        assert following.item() == pytest.approx(case["ar_loss"], rel=1e-5)
+        assert own.mean().item() == pytest.approx(case["mdm_loss"], rel=1e-5)
     loss.backward()
     largest = max(case["grad_norms"].values())
     for parameter, norm in case["grad_norms"].items():
