@@ -66,8 +66,6 @@ def decode(model, **settings):
 def test_the_forward_over_a_mask_of_blocks_is_the_stock_models(case):
     other, into, family, config = CASES[case]
     stock = causal(other, **config)
-    if family is None:
-        stock.config.is_causal = False
     place = torch.arange(10) // 4
     inputs = {
         "input_ids": torch.arange(65, 75)[None],

@@ -55,7 +55,7 @@ def load_checkpoint(
         source = checkpoint_source(pretrained)
         more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         with loading(pretrained, "pretrained"):
-            make = AutoModelForCausalLM.from_pretrained if causal else load_model
+            make: Any = AutoModelForCausalLM.from_pretrained if causal else load_model
             model = make(source, dtype=dtype, **common, **more)
         tokenizer = source if tokenizer is None else tokenizer
     else:
