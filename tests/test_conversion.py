@@ -40,7 +40,7 @@ def tokenizer_without_mask():
 
 def causal(other, rows=512, **config):
     """A stock model whose table has a row for each token of the tokenizer, and biases that matter."""
-    model = other.tiny(vocab_size=rows, eos_token_id=510, pad_token_id=510, **config)
+    model = other.tiny(**({"vocab_size": rows, "eos_token_id": 510, "pad_token_id": 510} | config))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("bias"):
@@ -107,9 +107,7 @@ def test_a_mask_token_that_is_there_keeps_its_row():
 
 
 def test_tokens_without_a_row_get_one():
-    stock, tokenizer = causal(LLAMA, rows=500), tiny_tokenizer()
-    stock.config.eos_token_id = stock.config.pad_token_id = stock.generation_config.eos_token_id = 7
-    stock.generation_config.pad_token_id = 7
+    stock, tokenizer = causal(LLAMA, rows=500, eos_token_id=7, pad_token_id=7), tiny_tokenizer()
     mean = stock.get_input_embeddings().weight.detach().mean(0)
     model = block_causal_lm(stock, tokenizer, "sdar")
     assert model.config.vocab_size == 512
