@@ -64,6 +64,7 @@ def drafter_of(model, method: str) -> dict:
     return {"assistant_model": shortened(model)} if AR_METHODS[method].needs_assistant else {}
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("kind", "method", "settings", "seed"), covering(["llama", "qwen2"], SPECULATIVE, range(3), strength=1)
 )

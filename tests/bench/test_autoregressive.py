@@ -45,6 +45,7 @@ def test_methods_take_turns_on_a_random_model_and_give_the_same_tokens():
     assert "draft forwards" in text and "A random Llama" in text
 
 
+@pytest.mark.full
 def test_a_checkpoint_answers_word_problems(folder, capsys, tmp_path):
     run, output = partial(outcome_of, cli.main, capsys, "bench", "autoregressive"), tmp_path / "results.json"
     words = ["--model", folder, "--assistant", folder, "--prompts", 2, "--max-new-tokens", 6, "--repeats", 1]

@@ -109,6 +109,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.every(2)
 @pytest.mark.parametrize("name", some_of(OTHERS, every=2))
 @examples(200, every=3)

@@ -83,6 +83,7 @@ def replayed(case, monkeypatch, model):
     monkeypatch.setattr(type(model), "_sampler", lambda self, config: LLaDADraws(row))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "expected" in case and name not in DEFECTS])
 def test_a_recorded_run_is_reproduced_token_for_token_and_forward_for_forward(name, model, monkeypatch):
     case = CASES[name]
@@ -123,6 +124,7 @@ def test_what_the_reference_leaves_undecided_or_refuses_is_decided(name, model):
         assert answer[0].tolist() == case["expected"]["sequence"][len(case["prompt"]) :]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", some_of(["a00", "a02"], every=2))
 def test_every_method_of_llada_writes_text_alone_where_it_would_have_written_codes(case, model):
     chosen = {"max_new_tokens": 16, "block_length": 8, "eos_token_id": [], "pad_token_id": PAD}

@@ -83,6 +83,7 @@ class Draws(Sampler):
         return (logits.double() - torch.log(-torch.log(uniform))).argmax(-1)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", CASES)
 def test_a_recorded_run_is_reproduced_token_for_token_and_in_its_order(name, model, monkeypatch):
     case, chosen = CASES[name], settings(CASES[name])
@@ -132,6 +133,7 @@ def test_an_answer_of_uneven_blocks_is_decided_to_its_end(name, model):
         assert output.sequences[0, len(case["prompt"]) :].tolist()[:20] == expected(case)[:20]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("names", some_of([list(GREEDY)[start::4] for start in range(4)], every=2))
 def test_rows_of_a_batch_are_decoded_as_each_alone(names, model):
     """Prompts of unequal lengths, whose rows are at different stages of their rounds."""

@@ -122,6 +122,7 @@ def test_the_kernel_gives_what_torch_gives(case, interpreted):
     assert_same(of(interpreted[case]), statistics(logits.float().clone(), mask_token_id))
 
 
+@pytest.mark.full
 @needs_triton
 def test_entropies_of_sure_rows_keep_their_order_where_their_probability_is_1(interpreted):
     stats, _, _ = of(interpreted["sharp"])
@@ -131,6 +132,7 @@ def test_entropies_of_sure_rows_keep_their_order_where_their_probability_is_1(in
     torch.testing.assert_close(stats.entropy[:4].double(), exact, rtol=1e-5, atol=0.0)
 
 
+@pytest.mark.full
 @needs_triton
 def test_rows_with_nan_with_inf_or_with_nothing_but_the_mask_token_are_not_finite(interpreted):
     (_, best, finite), (_, _, wanted) = of(interpreted["broken"]), statistics(BROKEN.clone(), 5)

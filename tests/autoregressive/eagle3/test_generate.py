@@ -35,6 +35,7 @@ def sampled(model, prompt, max_new_tokens, choose):
     return prompt
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("family", "kernel", "size", "tree"),
     covering(
@@ -71,6 +72,7 @@ def test_a_head_of_another_width_and_dtype_drafts_too():
     assert torch.equal(output.sequences, plain(target(), PROMPT, 12))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.6}, {"top_k": 4, "top_p": 0.9, "temperature": 1.5}])
 def test_draws_are_those_of_the_target_alone(settings):
     for seed in range(4):
@@ -111,6 +113,7 @@ def test_whole_calls_have_the_distribution_of_the_target():
     assert float(((counts - expected) ** 2 / expected).sum()) < 52
 
 
+@pytest.mark.full
 def test_nothing_follows_a_stop_token():
     answer = plain(target(), PROMPT, 20)[0, PROMPT.shape[1] :].tolist()
     for stop in set(answer):

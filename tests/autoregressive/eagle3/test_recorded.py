@@ -44,6 +44,7 @@ def run(case, max_new_tokens):
     )  # fmt: skip
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_a_run_as_long_as_the_recorded_one_is_the_recorded_one(case, watched):
     output = run(case, len(case.tokens))
@@ -60,6 +61,7 @@ def test_a_run_as_long_as_the_recorded_one_is_the_recorded_one(case, watched):
     assert output.tokens_per_forward.tolist() == pytest.approx([len(new) / case.target_forwards])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_a_run_ends_where_it_is_told_to(case):
     output = run(case, case.max_new_tokens)

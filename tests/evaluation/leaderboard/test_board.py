@@ -191,6 +191,7 @@ def test_the_command_writes_every_file_and_equal_input_gives_equal_bytes(tmp_pat
     assert (first["method"], first["common"]["aup"], first["own"]["aup"]) == ("bold", 309.2900, 400.0)
 
 
+@pytest.mark.full
 def test_a_leaderboard_that_another_process_is_writing_is_left_to_it(tmp_path):
     results, folder = write(tmp_path / "r.jsonl", three_curves()), tmp_path / "out"
     with (

@@ -206,6 +206,7 @@ def folder(model, tmp_path_factory):
     return found
 
 
+@pytest.mark.full
 def test_one_command_measures_a_diffusion_model_and_a_causal_one(command, folder, tmp_path):
     output = tmp_path / "results.jsonl"
     argv = ["d3llm-llada", f"seven={folder}", "--methods", "d3llm", "ar", "early=ar_early_exit:assistant_early_exit=1"]

@@ -215,6 +215,7 @@ def test_views_of_a_batch_are_states_of_slow_rollouts_of_each_row(tmp_path, toke
 ROLLOUT = {"objective": "rollout", "rollout_block_length": 4, "rollout_max_forwards": 3}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", some_of(["llada", "Dream"], every=2))
 def test_training_on_rollouts_lowers_the_loss_of_both_families(tmp_path, tokenizer, family):
     trainer = make_trainer(
@@ -318,6 +319,7 @@ def test_thresholds_and_states_are_drawn_for_each_sample_and_epoch(tmp_path, tok
     assert together != drawn(range(6), epoch=1.0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("every", some_of([1, 2], every=2))
 def test_a_resumed_run_of_rollouts_is_equal_to_an_unbroken_one(tmp_path, tokenizer, every):
     def run(folder, **changed):

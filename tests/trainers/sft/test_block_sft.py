@@ -171,6 +171,7 @@ def loss_of(trainer, inputs, mask, monkeypatch):
     return trainer.compute_loss(trainer.model, inputs)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_and_gradients_are_those_of_a_forward_for_each_block(name, tmp_path, monkeypatch):
     trainer = block_trainer(tmp_path, block_model(name), block_length=4)
@@ -260,6 +261,7 @@ def weights(trainer):
     return {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
 
 
+@pytest.mark.full
 def test_a_resumed_run_is_equal_to_an_unbroken_one(tmp_path):
     shared = {"packing": True, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
     unbroken = block_trainer(tmp_path / "a", per_device_train_batch_size=1, **shared)

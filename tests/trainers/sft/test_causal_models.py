@@ -1,7 +1,6 @@
 """The training script on causal checkpoints, `--into` a block-causal model: folders that load, decode and export."""
 
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -49,6 +48,7 @@ def train(folder, output, *extra):
     run_sft.main([*(part for name, value in named.items() for part in (f"--{name}", str(value))), *extra])
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     ("other", "into", "family", "extra"),
     [
@@ -64,18 +64,19 @@ def test_a_causal_checkpoint_becomes_a_folder_that_decodes(other, into, family, 
     train(tmp_path / "in", tmp_path / "out", "--into", into, "--block_length", "4", *extra)
     model, tokenizer = load(str(tmp_path / "out"), device="cpu")
     assert isinstance(model, D3LLMGenerationMixin) and (family is None or type(model) is family)
-    assert tokenizer.mask_token_id == model.config.mask_token_id == 512
+    mask = tokenizer.mask_token_id  # the last one: a tokenizer class may add others of its own before it
+    assert model.config.mask_token_id == mask == len(tokenizer) - 1
     assert model.traits.topology.block_length == 4 and model.generation_config.decoding_method == into
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "in").model.layers[0].mlp.up_proj.weight
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
     prompt = encode_text(tokenizer, "abab")
     written = model.generate(**prompt, max_new_tokens=8, early_stop=False)
-    assert (written != 512).all()
+    assert (written != mask).all()
     if family is not None:
         exported = export_checkpoint(tmp_path / "out", tmp_path / "exported")
         again = AutoModelForCausalLM.from_pretrained(exported)
         assert torch.equal(again.generate(**prompt, max_new_tokens=8, early_stop=False), written)
-        assert AutoTokenizer.from_pretrained(exported).mask_token_id == 512
+        assert AutoTokenizer.from_pretrained(exported).mask_token_id == mask
 
 
 def test_a_converted_checkpoint_trains_on_as_it_is(tmp_path):
@@ -112,7 +113,7 @@ def test_arguments_without_effect_are_refused(arguments, message):
         run_sft.check_conversion(script_args, SimpleNamespace(fsdp=["full_shard"], deepspeed=None))
 
 
-def test_a_gguf_is_named_beside_its_folder(tmp_path, monkeypatch):
+def test_a_gguf_is_named_beside_its_folder(tmp_path):
     write_causal(LLAMA, tmp_path / "in")
     (tmp_path / "in" / "model.gguf").write_bytes(b"GGUF")
     file = tmp_path / "in" / "model.gguf"
@@ -120,9 +121,6 @@ def test_a_gguf_is_named_beside_its_folder(tmp_path, monkeypatch):
         run_sft.main(["--model_name_or_path", str(file), "--output_dir", str(tmp_path / "out"), "--use_cpu"])
     with pytest.raises(FileNotFoundError, match=r"`gguf_file` must be a file of the checkpoint's folder"):
         train(tmp_path / "in", tmp_path / "out", "--gguf_file", "other.gguf")
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises((ImportError, ValueError), match="gguf"):
-        train(tmp_path / "in", tmp_path / "out", "--gguf_file", "model.gguf")
 
 
 def test_an_encoder_or_an_unknown_form_is_refused_before_training(tmp_path):
