@@ -27,6 +27,7 @@ QWEN2, QWEN3 = DECODERS
 ALL = pytest.mark.parametrize("other", OTHERS, ids=lambda other: other.name)
 
 
+@pytest.mark.every(3)
 @ALL
 def test_the_same_object_with_the_same_weights_gets_a_generate(other):
     model = other.tiny()

@@ -62,6 +62,7 @@ def decode(model, **settings):
     )
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", CASES)
 def test_the_forward_over_a_mask_of_blocks_is_the_stock_models(case):
     other, into, family, config = CASES[case]
@@ -124,7 +125,7 @@ def test_blocks_are_those_of_the_family_unless_given_and_sampling_is_not_taken_o
     assert block_causal_lm(causal(QWEN3), tiny_tokenizer(), "sdar").config.block_size == 4
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("case", OF_A_FAMILY)
 def test_a_folder_of_a_family_loads_generates_and_is_exported(case, tmp_path):
     tokenizer = tokenizer_without_mask()
@@ -141,7 +142,7 @@ def test_a_folder_of_a_family_loads_generates_and_is_exported(case, tmp_path):
     assert torch.equal(decode(load(str(exported), device="cpu")[0]), written)
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("case", STOCK)
 def test_a_folder_of_a_stock_class_is_known_by_its_config(case, tmp_path):
     tokenizer = tokenizer_without_mask()

@@ -146,7 +146,7 @@ def names(checkpoints, tmp_path, monkeypatch, quick) -> Iterator[dict]:
         table.update(rows)
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_of_a_page_run_in_their_order(page, names, capsys):
     for block in blocks(page):

@@ -112,6 +112,7 @@ def test_estimates_are_those_of_a_slow_oracle_with_the_same_draws(family, cfg_sc
     assert found.num_tokens.tolist() == [3, 4, 2, 4, 1, 0]
 
 
+@pytest.mark.every(3)
 @families
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
 @pytest.mark.parametrize("text", TEXTS[:4], ids=["continuation", "infilling", "prefix", "everything"])

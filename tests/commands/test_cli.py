@@ -134,6 +134,7 @@ def test_sampling_is_repeatable_with_a_seed(run, llada):
     assert run("generate", llada, "one two", "--temperature", 0, "--max-new-tokens", 4)[0] == 0
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("argv", "pattern"),
     [

@@ -94,6 +94,7 @@ def test_arguments_reach_the_sweep(run, tmp_path, monkeypatch):
     assert output == tmp_path / "x" and kwargs["label"] == "one" and kwargs["chat"] is False
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("argv", "pattern"),
     [

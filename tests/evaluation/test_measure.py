@@ -139,7 +139,7 @@ def test_time_is_that_of_generate_alone(monkeypatch):
     assert (tally.seconds, tally.cpu_seconds) == (0.5, 0.25)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name", some_of(SUITES, every=2))
 def test_four_problems_give_every_column_of_a_suite(checkpoint, name):
     suite = SUITES[name]

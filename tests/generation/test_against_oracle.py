@@ -87,6 +87,7 @@ def test_random_remasking_decodes_as_the_oracle_given_the_same_noise(problem, se
     assert_equal(problem.generate(seed=seed, **chosen), problem.oracle(noise, **chosen))
 
 
+@pytest.mark.full
 @examples(40)
 @given(problem=problems(), steps=st.integers(1, 40), seed=st.integers(0, 2**70))
 def test_origin_decodes_as_the_oracle_given_the_same_coins(problem, seed, steps):

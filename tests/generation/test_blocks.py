@@ -58,7 +58,7 @@ def answers(output, prompts):
 COUNTS = ("num_forwards", "num_forwards_reference", "tokens_per_forward")
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name, block_length", covering(METHODS, [1, 3, 4, 16], strength=1))
 def test_kept_blocks_change_nothing_and_rows_do_not_depend_on_each_other(sdar, name, block_length):
     chosen = METHODS[name] | {"block_length": block_length}

@@ -100,7 +100,7 @@ def test_it_is_the_published_loop_over_whole_canvases(family, block_length, conf
         assert int(output.num_forwards) == int(output.num_forwards_reference) == forwards
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("family, name", covering(FAMILIES, SETTINGS, strength=1))
 def test_kept_blocks_change_nothing_and_save_positions(family, name):
     kept, whole = (generate(model_of(family), PROMPTS, kv_cache=c, **SETTINGS[name]) for c in ("exact", "none"))
@@ -109,7 +109,7 @@ def test_kept_blocks_change_nothing_and_save_positions(family, name):
     same(kept, generate(model_of(family), PROMPTS, **SETTINGS[name]))  # which is the default
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("family, name", covering(FAMILIES, SETTINGS, strength=1))
 def test_a_row_of_a_batch_is_decoded_as_alone(family, name):
     batch = generate(model_of(family), PROMPTS, **SETTINGS[name])

@@ -123,7 +123,7 @@ def test_an_exact_cache_changes_nothing_alone_and_rows_are_what_they_are_in_a_ba
                 assert together.num_forwards[index] == single.num_forwards[0]
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("family", ["llada", "Dream"])
 @pytest.mark.parametrize(
     "cache",

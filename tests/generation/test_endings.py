@@ -30,7 +30,7 @@ def test_a_row_ends_at_the_first_stop_token_only_once_all_before_it_is_decided(d
     assert int(output.num_forwards) == model.calls == 4
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("decoding_method", ["d3llm", "dparallel", "llada", "dream"])
 @pytest.mark.parametrize("family", ["llada", "dream"])

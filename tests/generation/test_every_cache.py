@@ -109,12 +109,14 @@ def test_a_cache_that_is_refreshed_in_every_forward_changes_nothing(method, cach
     assert same_answer(several_rows(family, 2, **refreshed), without_a_cache(method, family))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method, cache, family", covering(METHODS, ["delayed", "dkv"], FAMILIES, strength=1, every=2))
 def test_a_cache_whose_delay_never_ends_changes_nothing(method, cache, family):
     endless = {"kv_cache": cache, "cache_delay": NEVER, "cache_refresh_interval": NEVER}
     assert same_answer(several_rows(family, 2, **METHODS[method] | endless), without_a_cache(method, family))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method, family", covering(METHODS, FAMILIES, strength=1, every=2))
 def test_a_prefix_cache_has_nothing_to_keep_where_one_block_is_everything(method, family):
     nothing = torch.zeros(1, 0, dtype=torch.long)
@@ -139,7 +141,7 @@ def test_where_keys_do_not_depend_on_the_context_no_cache_changes_anything(metho
     assert (output.positions_computed <= without.positions_computed).all()
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cache", [cache for cache in CACHES if cache != "none"])
 def test_a_cache_computes_fewer_positions(cache, family):
@@ -155,7 +157,7 @@ def test_a_cache_computes_fewer_positions(cache, family):
 # ---- D-07: rows of a batch ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("method, cache", covering(PAIRS, strength=1, every=2))
 def test_rows_alone_and_in_batches_of_2_4_and_8_get_the_same_answer_and_the_same_counts(method, cache):
     # Every method and every cache meets both families.

@@ -30,7 +30,7 @@ def drawn_problem(rng: Random, family: str, longest: int = 24) -> Problem:
     )
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("method, cache, family", covering(PAIRS, FAMILIES, strength=1))
 def test_a_method_with_a_cache_decodes_as_the_oracle(method, cache, family):
     rng = Random(f"{method} {cache} {family}")
@@ -61,7 +61,7 @@ DEFAULTS = [
 ]
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("index, family", covering(range(len(DEFAULTS)), FAMILIES, strength=1))
 def test_a_setting_that_is_left_out_has_its_documented_value(index, family):
     given, left_out = DEFAULTS[index]

@@ -39,7 +39,7 @@ def row_of(output, row, length):
     return [output.sequences[row, -length:].tolist(), *(getattr(output, name)[row].tolist() for name in FIELDS)]
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("kv_cache", ["exact", "none", "exact_dual"])
 def test_a_row_is_decided_in_a_padded_batch_as_alone(kv_cache, early_stop):
@@ -49,7 +49,7 @@ def test_a_row_is_decided_in_a_padded_batch_as_alone(kv_cache, early_stop):
         assert row_of(together, row, 21) == row_of(generate([text], **chosen), 0, 21)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     "settings", [{}, {"block_length": 16}, {"sub_block_length": 8}, {"confidence_threshold": 0.3}]
 )
@@ -61,7 +61,7 @@ def test_the_exact_cache_changes_nothing(settings):
     assert (kept.positions_computed < computed.positions_computed).all()
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("new_tokens", range(1, 18, 4))
 def test_fewer_tokens_are_the_first_of_more(new_tokens):
     few, many = generate(prompts(), max_new_tokens=new_tokens), generate(prompts())

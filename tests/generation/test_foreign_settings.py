@@ -110,7 +110,7 @@ def folder_with(family, folder, settings):
     return folder
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("settings, meant", FILES, ids=lambda value: " ".join(value))
 def test_a_file_of_another_project_is_read_as_it_is_meant(settings, meant, tmp_path):
     family = DREAM if "alg" in settings else SDAR if meant["decoding_method"] in IN_BLOCKS else LLADA

@@ -103,6 +103,7 @@ def test_a_forward_with_widened_products_is_no_farther_from_float32(widened):
     assert (found - exact).square().mean() <= 1.5 * (plain - exact).square().mean()
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_generate_and_likelihoods_widen_where_that_is_faster(family, slow, widened):
     model = copy.deepcopy(trained_like(family)).to(torch.bfloat16)

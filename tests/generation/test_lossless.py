@@ -59,7 +59,7 @@ def assert_lossless(without, found) -> None:
 # ---- the same tokens in the same order -----------------------------------------------------------------------------
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name, family", covering(SETTINGS, FAMILIES, strength=1, every=4))
 def test_tokens_and_their_order_are_those_of_the_method_without_drafts(name, family):
     model, chosen = tiny_model(family, 1, spread=3.0), SETTINGS[name]
@@ -71,7 +71,7 @@ def test_tokens_and_their_order_are_those_of_the_method_without_drafts(name, fam
             assert (found.positions_computed >= without.positions_computed).all()
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name", some_of(SETTINGS, every=6))
 def test_a_row_is_the_same_alone_and_in_a_batch(name):
     model, chosen = tiny_model("dream", 2, spread=3.0), SETTINGS[name] | {"lossless": True, "early_stop": True}
@@ -85,6 +85,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(name):
             assert batch[field][0].tolist() == alone[field][0].tolist(), field
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("appended", [0, 5])
 def test_holes_are_filled_the_same(appended, family):

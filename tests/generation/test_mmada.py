@@ -110,6 +110,7 @@ def test_no_recorded_run_is_left_out_by_accident():
     assert set(DEFECTS) <= set(CASES) and len(CASES) == 19
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", [*DEFECTS, *ERRORS])
 def test_what_the_reference_leaves_undecided_or_refuses_is_decided(name, model):
     case = CASES[name]

@@ -82,7 +82,7 @@ def test_a_stock_model_decodes_as_the_oracle_does_with_its_own_forward(other, me
     compare(model, other, OtherNetwork(model, other), tiny_prompt(seed, 2 + 2 * seed), **METHODS[method])
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("settings", CACHES, ids=["delayed", "refreshed", "eager blocks", "prefix", "dual", "dkv"])
 @named(WITH_CACHE)
 def test_with_a_cache_a_stock_model_decodes_as_the_oracle_does(other, settings):

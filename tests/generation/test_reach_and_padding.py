@@ -53,6 +53,7 @@ def build(name: str, **overrides):
 # ---- windows -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_sliding_window_is_seen_without_layer_types(name):
     model = as_diffusion_lm(build(name, sliding_window=4), mask_token_id=MASK)

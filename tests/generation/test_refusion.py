@@ -83,7 +83,7 @@ class Draws(Sampler):
         return (logits.double() - torch.log(-torch.log(uniform))).argmax(-1)
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("name", CASES)
 def test_a_recorded_run_is_reproduced_token_for_token_and_in_its_order(name, model, monkeypatch):
     case, chosen = CASES[name], settings(CASES[name])
@@ -107,6 +107,7 @@ def test_no_recorded_run_is_left_out_by_accident():
     assert sum("disc_visibility" in case["tags"] for case in GREEDY.values()) == 3
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", sorted(name for name in CORRECTED if "disc_eos_row_index" in ALL[name]["tags"]))
 def test_no_slot_before_a_stop_token_is_lost(name, model):
     case = ALL[name]

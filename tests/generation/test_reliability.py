@@ -187,6 +187,7 @@ def test_stop_tokens_of_the_prompt_do_not_stop_the_answer(family):
 # ---- D-04: the thresholds at one -----------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", some_of(["llada", "dream"], every=2))
 def test_block_thresholds_of_one_decode_block_by_block(family):
     for seed in range(10):

@@ -161,6 +161,7 @@ def test_only_the_candidates_pass_through_the_head():
 # ---- D-14: errors in the middle -------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("at", [1, 2, 4])
 @pytest.mark.parametrize("kv_cache", ["none", "delayed"])
 def test_running_out_of_memory_passes_through_and_the_next_call_works(kv_cache, at):
@@ -196,7 +197,7 @@ def uncounted(function, **chosen):
     return run
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize(
     "chosen, allowed",
     [

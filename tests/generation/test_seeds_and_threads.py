@@ -69,6 +69,7 @@ def test_without_a_seed_the_global_generator_decides():
     assert any(not torch.equal(answers[0], other) for other in answers[2:])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("decoding_method", ["d3llm", "dparallel", "llada", "dream"])
 def test_greedy_decoding_draws_no_random_number(decoding_method):
     model = trained_like("dream")  # the first test to ask for it makes it, which draws

@@ -93,7 +93,7 @@ def test_static_shapes_change_no_answer_and_no_count_of_any_method_with_any_cach
     assert widths.compiled == len(set(widths.seen)) <= (1 if cache == "none" else 4) * 2
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("family, cache", [("dream", "none"), ("llada", "delayed"), ("dream", "dual")])
 def test_sampling_processors_gaps_criteria_and_embeddings_give_the_same_answers(family, cache, widths):
     class Third(StoppingCriteria):

@@ -67,6 +67,7 @@ VALUES = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", IDLE)
 def test_a_setting_that_would_have_no_effect_is_refused_from_a_call_and_left_alone_in_a_checkpoint(name, scripted):
     if not hasattr(GenerationConfig(), name):
@@ -179,7 +180,7 @@ def kinds_of(value):
         yield from (np.float64(value), np.float32(value), np.array([value]))
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name", some_of(NUMERIC, every=4))
 def test_numbers_of_numpy_and_torch_are_numbers(name):
     model, value = trained_like("llada"), NUMERIC[name]
@@ -306,6 +307,7 @@ EXTREME = [
 ]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("fields", EXTREME, ids=str)
 def test_an_extreme_number_that_is_taken_decodes_to_the_end(fields):
     model = ScriptedModel(lambda ids: tables(1, ids.shape[1]).expand(len(ids), -1, -1).clone())

@@ -310,6 +310,7 @@ def test_every_row_of_a_batch_is_streamed_as_its_final_text_and_ended_once(famil
     assert len(lengths) > 1
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_a_draft_of_a_row_ends_with_its_stop_token_and_never_takes_back_a_decided_token(family, method):

@@ -90,6 +90,7 @@ def test_a_row_decodes_as_on_a_canvas_that_is_cut_off_by_hand(method, cache):
     assert_equal(answer(model, prompt, suffix_length=suffix_length, **chosen | {"seed": seed}), expected)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method, cache", covering(PAIRS, strength=1, every=2))
 def test_rows_of_a_batch_decode_as_each_on_its_own_canvas_cut_off_by_hand(method, cache):
     # Rows open their blocks at different forwards, so each sees another length; suffixes take turns.
@@ -121,6 +122,7 @@ def assert_same(output, expected) -> None:
         assert torch.equal(output[name], expected[name]), name
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method, cache", covering(PAIRS, strength=1, every=2))
 def test_a_suffix_as_long_as_the_rest_changes_nothing(method, cache):
     chosen, family = METHODS[method] | CACHES[cache], family_of(method, cache)

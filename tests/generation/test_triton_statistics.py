@@ -181,6 +181,7 @@ def scripted() -> ScriptedModel:
     return ScriptedModel(changing_script(tables(5, 20), MASK))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_decoding_with_a_kernel_gives_the_tokens_of_decoding_without(method, monkeypatch):
     chosen = {"block_length": 4, "early_stop": False} | METHODS[method]

@@ -53,7 +53,7 @@ def task(kind: str, rows: int = 1) -> dict:
     return {"task_ids": torch.ones(rows, dtype=torch.long)} if kind.startswith("Multitask") else {}
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("kind, family", covering(PROMPTS, FAMILIES, strength=1, every=2))
 def test_a_learnt_prompt_is_decoded_as_the_wrapper_forwards(family, kind):
     model, prompts = wrapped(family, kind), [tiny_prompt(seed, 5) for seed in range(6)]
@@ -160,6 +160,7 @@ INSIDE = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kind", INSIDE)
 def test_an_adapter_of_the_modules_is_decoded_as_the_wrapper_forwards(kind):
     model, prompt = wrapped("llada", kind, **(QUERIES | INSIDE[kind])), tiny_prompt(0, 5)

@@ -308,6 +308,7 @@ def test_a_model_pushes_weights_code_generation_config_and_a_card_with_metadata(
     assert same == decoded(folder)
 
 
+@pytest.mark.full
 def test_trainers_push_model_code_tokenizer_generation_config_and_card(hub, tmp_path):
     from distillation import make_trainer
     from official import tiny_tokenizer

@@ -231,6 +231,7 @@ def test_an_answer_that_takes_too_long_is_given_up(with_client, gate):
     with_client(use, timeout=0.2)
 
 
+@pytest.mark.full
 def test_a_stream_that_has_begun_tells_of_its_end_in_an_event(with_client, gate):
     slow = COMPLETION | {"stream": True, "d3llm": {"decoding_method": "llada", "block_length": 1, "min_new_tokens": 8}}
 

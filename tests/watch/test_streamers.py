@@ -210,6 +210,7 @@ def test_special_tokens_are_printed_unless_they_are_skipped():
     assert ["".join(streamer.of(row)) for row in range(4)] == [text + "<|end|>" for text in TEXTS]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("skip_prompt", [True, False])
 @pytest.mark.parametrize("row", [0, 1, 3])
 def test_one_row_is_printed_as_the_streamer_of_transformers_does(row, skip_prompt, capsys):
@@ -282,6 +283,7 @@ def test_tokens_without_their_row_are_refused(make):
 # ---- programs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("order", ORDERS)
 def test_updates_join_to_the_answers_and_drafts_show_every_undecided_position(order, early_stop):

@@ -35,7 +35,7 @@ def sampled(model, prompt, max_new_tokens, choose):
     return prompt
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize(
     ("family", "kernel", "size", "tree"),
     covering(
@@ -72,7 +72,7 @@ def test_a_head_of_another_width_and_dtype_drafts_too():
     assert torch.equal(output.sequences, plain(target(), PROMPT, 12))
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.6}, {"top_k": 4, "top_p": 0.9, "temperature": 1.5}])
 def test_draws_are_those_of_the_target_alone(settings):
     for seed in range(4):

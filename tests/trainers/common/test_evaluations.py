@@ -170,6 +170,7 @@ def test_a_student_that_generates_in_another_way_is_refused_as_an_evaluation(tmp
         check_decoding(torch.nn.Linear(1, 1), None, trainer.args)
 
 
+@pytest.mark.full
 @BOTH
 def test_a_metric_that_no_evaluation_reports_is_refused_before_the_run(tmp_path, kind):
     def attempt(held_out, **arguments):

@@ -60,6 +60,7 @@ def test_a_transform_is_kept(tmp_path):
 # Dictionaries and names
 
 
+@pytest.mark.every(3)
 @MAKERS
 @pytest.mark.parametrize("wrong", [{}, {"a": None}])
 def test_names_without_data_are_refused(tmp_path, make, wrong):
@@ -103,6 +104,7 @@ def test_tools_that_the_template_is_not_given_are_refused(tmp_path, more):
         list(Prompts([TURNS | more], TOKENIZER).samples([0]))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("nothing", [None, [], "", "[]", {"enable_thinking": None}])
 def test_no_tools_are_nothing(tmp_path, nothing):
     assert len(tuned(tmp_path, [TURNS | {"tools": nothing}]).train_dataset) == 1

@@ -150,6 +150,7 @@ def official_name(name):
     return name
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", RECORDED["compute_loss"], ids=lambda case: case["id"])
 def test_loss_and_gradients_are_those_of_the_reference(case, tmp_path, monkeypatch):
     model = checkpoint(case["model"])

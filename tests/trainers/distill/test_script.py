@@ -196,6 +196,7 @@ def test_a_recipe_or_an_argument_that_cannot_be_read_is_named(tmp_path, capsys):
         PseudoTrajectoryDistillConfig(str(tmp_path), window_sizes=3, report_to="none")
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -48,7 +48,7 @@ def train(folder, output, *extra):
     run_sft.main([*(part for name, value in named.items() for part in (f"--{name}", str(value))), *extra])
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize(
     ("other", "into", "family", "extra"),
     [
@@ -79,6 +79,7 @@ def test_a_causal_checkpoint_becomes_a_folder_that_decodes(other, into, family, 
         assert AutoTokenizer.from_pretrained(exported).mask_token_id == mask
 
 
+@pytest.mark.full
 def test_a_converted_checkpoint_trains_on_as_it_is(tmp_path):
     write_causal(LLAMA, tmp_path / "in")
     train(tmp_path / "in", tmp_path / "first", "--into", "sdar")

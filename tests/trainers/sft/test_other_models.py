@@ -45,7 +45,7 @@ def train(folder, output, *extra):
     run_sft.main([*(part for name, value in named.items() for part in (f"--{name}", str(value))), *extra])
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize(
     ("other", "auto", "config", "extra"),
     [
@@ -104,6 +104,7 @@ def test_a_checkpoint_that_cannot_be_decoded_is_refused_before_training(other, c
         train(tmp_path, tmp_path / "out")
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("other", [BERT, ROBERTA, MODERNBERT, QWEN2, QWEN3], ids=lambda other: other.name)
 def test_a_padded_row_is_trained_as_the_row_alone(other, tmp_path):
     tokenizer = tiny_tokenizer()
