@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from d3llm_hf.hub.sources import checkpoint_source
+from d3llm_hf.models.probes import evaluating
 from d3llm_hf.models.text_config import text_setting
 from d3llm_hf.models.token_ids import vocabulary_of
 from d3llm_hf.models.wrappers import base_of
 
 from ..common.loading import load_checkpoint
-from ..common.modes import looked_at
 
 
 if TYPE_CHECKING:
@@ -93,5 +93,5 @@ def asked(student: Any, teacher: Any | None, kind: str) -> Iterator[Any]:
         kind (`str`): `"teacher"` or `"self"`.
     """
     model = student if kind == "self" or teacher is None else teacher
-    with looked_at(model), nullcontext() if kind == "self" or teacher is not None else student.disable_adapter():
+    with evaluating(model), nullcontext() if kind == "self" or teacher is not None else student.disable_adapter():
         yield model

@@ -11,9 +11,10 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from d3llm_hf.models.probes import evaluating
+
 from ..common.canvas_trainer import EVAL, TRAIN, CanvasTrainer, fill_tokens
 from ..common.loading import load_checkpoint, with_end_of_text
-from ..common.modes import looked_at
 from ..common.rows import canvas_of
 from .batch import SFT, BatchViews, draw_batch, draw_rollouts
 from .callbacks import NoiseCurriculumCallback, WindowCurriculumCallback
@@ -229,7 +230,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
                 left = self.accelerator.gather(left.any()[None])
             return bool(left.any())
 
-        with looked_at(self.model):
+        with evaluating(self.model):
             return draw_rollouts(
                 inputs,
                 args,

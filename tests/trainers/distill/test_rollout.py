@@ -8,7 +8,7 @@ from distillation import make_trainer, rows, student, trajectories
 from official import tiny_tokenizer
 from thin import covering, some_of
 
-from trainers.common.modes import looked_at
+from d3llm_hf.models.probes import evaluating
 from trainers.distill.config import PseudoTrajectoryDistillConfig
 from trainers.distill.rollout import Rollout, entropies, roll_out
 
@@ -264,7 +264,7 @@ def test_a_rollout_looks_at_the_model_without_dropout_or_gradient_and_leaves_it_
     model.model.register_forward_hook(lambda *args: seen.append((model.training, torch.is_grad_enabled())))
     trainer.compute_loss(model, batch).backward()
     assert seen[-1] == (True, True) and len(seen) > 1 and set(seen[:-1]) == {(False, False)}
-    with pytest.raises(KeyError), looked_at(model):
+    with pytest.raises(KeyError), evaluating(model):
         raise KeyError
     assert before == [module.training for module in model.modules()] and torch.is_grad_enabled()
 
