@@ -177,7 +177,6 @@ def test_n_grams_longer_than_the_text_cost_nothing_and_change_nothing(decoding_m
 # ---- The guarantee, end to end ------------------------------------------------------------------------------------
 
 
-@pytest.mark.every(8)
 @pytest.mark.every(3)
 @pytest.mark.parametrize("decoding_method, shift, sampling", covering(METHOD_NAMES, [0, 1], [False, True]))
 def test_no_forbidden_span_is_ever_returned_and_decoding_ends(decoding_method, shift, sampling):

@@ -121,7 +121,6 @@ def test_generate_and_likelihoods_widen_where_that_is_faster(family, slow, widen
 
 
 @pytest.mark.full
-@pytest.mark.every(2)
 def test_a_compiled_forward_is_left_to_its_compiler(slow, widened):
     model = copy.deepcopy(trained_like("llada")).to(torch.bfloat16)
     config = CompileConfig(backend="eager")

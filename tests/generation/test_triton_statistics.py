@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from places import SUPPORT
-from thin import some_of
 from tiny import MASK, ScriptedModel, answer, changing_script, tables
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
@@ -116,7 +115,7 @@ def assert_same(found, wanted) -> None:
 
 @pytest.mark.full
 @needs_triton
-@pytest.mark.parametrize("case", some_of(CASES, every=2))
+@pytest.mark.parametrize("case", CASES)
 def test_the_kernel_gives_what_torch_gives(case, interpreted):
     logits, mask_token_id = CASES[case]
     assert_same(of(interpreted[case]), statistics(logits.float().clone(), mask_token_id))

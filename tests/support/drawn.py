@@ -13,16 +13,13 @@ WHOLE = 800  # `max_examples` of the profile `full`; hypothesis' own default is 
 settings.register_profile("full", max_examples=WHOLE)
 
 
-def examples(count: int, *, every: int = 1) -> Callable:
+def examples(count: int) -> Callable:
     """The same examples in every run, so that near-ties cannot make a test fail now and then.
 
     Args:
         count: of examples, all of them.
-        every: of the eighth that is drawn by default a part, where other tests show the same; not of ten or fewer.
     """
-    share = count * settings().max_examples // WHOLE
-    if share < count:
-        share = max(10, share // every)
+    share = max(10, count * settings().max_examples // WHOLE)
     drawn = settings(
         max_examples=min(count, share),
         deadline=None,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from distillation import make_trainer, rows, student, trajectories
 from official import tiny_tokenizer
-from thin import covering, some_of
+from thin import covering
 
 from d3llm_hf.models.probes import evaluating
 from trainers.distill.config import PseudoTrajectoryDistillConfig
@@ -216,7 +216,7 @@ ROLLOUT = {"objective": "rollout", "rollout_block_length": 4, "rollout_max_forwa
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", some_of(["llada", "Dream"], every=2))
+@pytest.mark.parametrize("family", ["llada", "Dream"])
 def test_training_on_rollouts_lowers_the_loss_of_both_families(tmp_path, tokenizer, family):
     trainer = make_trainer(
         tmp_path, tokenizer, model=student(tokenizer, family), max_steps=30, sft_weight=0.5, **ROLLOUT
@@ -320,7 +320,7 @@ def test_thresholds_and_states_are_drawn_for_each_sample_and_epoch(tmp_path, tok
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("every", some_of([1, 2], every=2))
+@pytest.mark.parametrize("every", [1, 2])
 def test_a_resumed_run_of_rollouts_is_equal_to_an_unbroken_one(tmp_path, tokenizer, every):
     def run(folder, **changed):
         return make_trainer(
