@@ -179,11 +179,12 @@ def growth_table(results: dict[str, Any]) -> str:
     def name(row: dict[str, Any]) -> str:
         return f"{_AXES[row['axis']]} {row['value']}, {row['name']}"
 
+    repeats = results["shape"]["repeats"]
     lines = _lines("point", _GROWTH, _with_cuda(results, name))
     lines += [
         "",
         f"One axis at a time from {_shape(results)}; {_settings(results['rows'][-1])}. Times are medians over "
-        f"{results['shape']['repeats']} turns. The median step is of one turn; with a cache it is a step that reads "
+        f"{repeats} turn{'s' * (repeats > 1)}. The median step is of one turn; with a cache it is a step that reads "
         f"it, while the mean has those that refresh it, too. {_where(results)} Regenerate: `{results['command']}`.",
     ]
     return "\n".join(lines) + "\n"
