@@ -15,6 +15,7 @@ from d3llm_hf import Fast_dLLM_QwenForCausalLM, SDARForCausalLM, as_diffusion_lm
 from d3llm_hf.conversion import MASK_TOKEN
 from d3llm_hf.evaluation.harness.loading import load_checkpoint
 from d3llm_hf.hub.loading import load
+from d3llm_hf.hub.push import checked_files
 
 
 CAUSAL = QWEN | {"is_causal": None}
@@ -165,6 +166,8 @@ def test_a_folder_of_a_stock_class_is_known_by_its_config(case, tmp_path):
         ValueError, match=r"a class of transformers that `as_diffusion_lm` saved.* share the folder.*`block_causal_lm`"
     ):
         export_checkpoint(tmp_path, tmp_path / "exported")
+    with pytest.raises(ValueError, match=r"needs: code of its own, .*`block_causal_lm` makes .*`model.push_to_hub`"):
+        checked_files(tmp_path)
 
 
 @pytest.mark.full

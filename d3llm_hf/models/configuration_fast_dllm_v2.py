@@ -76,7 +76,8 @@ class Fast_dLLM_QwenConfig(DerivingConfigMixin, PreTrainedConfig):
         self.layer_types = ["full_attention"] * self.num_hidden_layers
         self.rope_theta = self.rope_parameters["rope_theta"]  # the key that engines of the official code read
         if self.qk_norm:  # of this model alone
-            self.base_model_tp_plan = type(self).base_model_tp_plan | QK_NORM_PLAN
+            own = type(self).base_model_tp_plan | QK_NORM_PLAN
+            self.base_model_tp_plan = own  # type: ignore[misc]  # read of the config, not of its class
 
     def validate_architecture(self):
         """Part of `@strict`'s validation: refuses what Fast-dLLM v2 is not."""

@@ -81,7 +81,8 @@ class SDARConfig(DerivingConfigMixin, PreTrainedConfig):
         self.rope_theta = self.rope_parameters["rope_theta"]  # the key that engines of the official code read
         if not self.qk_norm:  # of this model alone
             plan = type(self).base_model_tp_plan.items()
-            self.base_model_tp_plan = {name: rule for name, rule in plan if name not in QK_NORM_PLAN}
+            own = {name: rule for name, rule in plan if name not in QK_NORM_PLAN}
+            self.base_model_tp_plan = own  # type: ignore[misc]  # read of the config, not of its class
 
     def validate_architecture(self):
         """Part of `@strict`'s validation: refuses what SDAR is not."""
