@@ -206,12 +206,14 @@ def _add_mask_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _family(model: Any, into: str) -> Any:
     """The class whose architecture a model has, or `None`."""
-    config = model.config
-    if type(model) not in (Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM) or getattr(config, "mlp_bias", False):
+    if type(model) not in (Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM):
+        return None
+    if type(model) is LlamaForCausalLM and model.config.mlp_bias:
         return None
     if into == "sdar":
         return SDARForCausalLM
-    return None if getattr(config, "attention_bias", False) else Fast_dLLM_QwenForCausalLM  # none behind the attention
+    biased = type(model) is not Qwen2ForCausalLM and model.config.attention_bias  # also behind the attention
+    return None if biased else Fast_dLLM_QwenForCausalLM
 
 
 def _of_family(family: Any, model: Any, blocks: dict[str, int]) -> Any:
