@@ -195,7 +195,7 @@ print(type(model).__module__.split(".")[0], written.tolist())
 """
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["Qwen3 as Fast-dLLM v2", "Llama as SDAR"])
 def test_an_exported_folder_needs_no_package(case, tmp_path):
     tokenizer = tokenizer_without_mask()
