@@ -22,7 +22,6 @@ from d3llm_hf import SDARForCausalLM
 from d3llm_hf.bench.blocks import sdar_config
 from d3llm_hf.bench.memory import threads
 from d3llm_hf.bench.shapes import check_shape
-from d3llm_hf.commands.common import tell
 from d3llm_hf.evaluation.provenance import on_device, write_json
 from d3llm_hf.evaluation.tables.fill import table
 from d3llm_hf.files import check_writable
@@ -168,7 +167,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.write(table(results))
         if output is not None:
             write_json(output, results)
-            tell(f"wrote {output}")
 
 
 if __name__ == "__main__":
