@@ -1,6 +1,6 @@
 """What a step of block-causal training costs beside two plain forwards.
 
-    python -m trainers.bench.doubled_step -o d3llm_hf/evaluation/results/bench_doubled_step.json
+    python -m trainers.bench.doubled_step --lengths 256 1024 --repeats 3 -o results.json
 
 Both ways compute as many positions, and logits of as many: the doubled sequence B rows of 2L slots, the plain one the
 noisy and the clean texts as 2B rows of L slots, which learns something else. What is dearer is attention, over keys
