@@ -7,7 +7,7 @@ import pytest
 import torch
 from official import tiny_tokenizer
 from others import ENCODERS, QWEN, Other
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from d3llm_hf import D3LLMGenerationMixin, Fast_dLLM_QwenForCausalLM, SDARForCausalLM, encode_text, export_checkpoint
 from d3llm_hf.hub.loading import load
@@ -55,7 +55,8 @@ def train(folder, output, *extra):
         (QWEN2, "fast_dllm_v2", Fast_dLLM_QwenForCausalLM, ["--packing"]),
         (QWEN3, "sdar", SDARForCausalLM, []),
         (LLAMA, "fast_dllm_v2", Fast_dLLM_QwenForCausalLM, ["--use_peft", "--lora_r", "2"]),
-        (QWEN3, "fast_dllm_v2", None, []),
+        (QWEN3, "fast_dllm_v2", Fast_dLLM_QwenForCausalLM, []),
+        (LLAMA, "sdar", SDARForCausalLM, []),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
@@ -122,6 +123,33 @@ def test_a_gguf_is_named_beside_its_folder(tmp_path):
         run_sft.main(["--model_name_or_path", str(file), "--output_dir", str(tmp_path / "out"), "--use_cpu"])
     with pytest.raises(FileNotFoundError, match=r"`gguf_file` must be a file of the checkpoint's folder"):
         train(tmp_path / "in", tmp_path / "out", "--gguf_file", "other.gguf")
+
+
+def test_weights_of_a_gguf_are_unpacked(tmp_path, monkeypatch):
+    """Of what transformers is asked for; reading such a file takes the package `gguf`."""
+    write_causal(LLAMA, tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    asked = []
+
+    def of_the_folder(load):
+        def from_pretrained(name, gguf_file=None, quantization_config=None, **kwargs):
+            if gguf_file is not None:  # they ask one another, too
+                asked.append((gguf_file, getattr(quantization_config, "dequantize", None)))
+            return load(name, **kwargs)
+
+        return from_pretrained
+
+    for auto in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(auto, "from_pretrained", of_the_folder(auto.from_pretrained))
+    script_args = run_sft.SFTScriptArguments(
+        model_name_or_path=str(tmp_path), gguf_file="model.gguf", into="fast_dllm_v2"
+    )
+    model = run_sft.load_model(script_args, run_sft.load_tokenizer(script_args), 8)
+    assert type(model) is Fast_dLLM_QwenForCausalLM and model.config.block_length == 8
+    assert asked == [("model.gguf", None), ("model.gguf", None), ("model.gguf", True)]
+    monkeypatch.setattr("transformers.GgufConfig", None, raising=False)  # of an older one, which always unpacks
+    run_sft.load_model(script_args, run_sft.load_tokenizer(script_args), 8)
+    assert asked[3:] == [("model.gguf", None)] * 3
 
 
 def test_an_encoder_or_an_unknown_form_is_refused_before_training(tmp_path):
