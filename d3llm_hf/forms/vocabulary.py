@@ -1,0 +1,87 @@
+"""The bytes of every token of a byte-level BPE tokenizer, which is what masks over the vocabulary are made from."""
+
+import json
+from dataclasses import dataclass
+
+import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Tokens as bytes.
+
+    Attributes:
+        texts: `(token id, its bytes)`; added tokens are left out, for they are control tokens or whole words that no
+            text is made of.
+        size: tokens, the added ones included.
+        end_token_id: fills what is left of a hole behind its text.
+    """
+
+    texts: tuple[tuple[int, bytes], ...]
+    size: int
+    end_token_id: int
+
+    def closing(self, behind: str) -> torch.Tensor:
+        """Tokens `(V,)` bool with which a text may begin, or which begin with it; the end token always."""
+        text = behind.encode()
+        marks = torch.zeros(self.size, dtype=torch.bool)
+        marks[[t for t, b in self.texts if text and (text.startswith(b) or b.startswith(text))] + [self.end_token_id]] = True
+        return marks
+
+    def content(self, tokens: list[int]) -> bytes:
+        """The bytes of a hole's tokens, which end before the first end token."""
+        end = tokens.index(self.end_token_id) if self.end_token_id in tokens else len(tokens)
+        known = self._bytes
+        return b"".join(known[token] for token in tokens[:end])
+
+    def __post_init__(self):
+        object.__setattr__(self, "_bytes", dict(self.texts))
+
+
+def vocabulary_of_tokenizer(tokenizer, end_token_id: int | None = None) -> Vocabulary:
+    """The vocabulary of a tokenizer; the same one for the same tokenizer and end token, as long as it is unchanged.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers that is a byte-level BPE.
+        end_token_id (`int`, *optional*): the tokenizer's end-of-sequence token when unset.
+
+    Raises:
+        TypeError: for another tokenizer.
+        ValueError: for an end token that is none of the tokenizer's added tokens, or where there is none.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise TypeError(
+            f"`tokenizer` must be a fast tokenizer (got {type(tokenizer).__name__}): the bytes of its tokens are read "
+            "from it. Load it with `AutoTokenizer`."
+        )
+    end = tokenizer.eos_token_id if end_token_id is None else end_token_id
+    added = {token for token, _ in tokenizer.added_tokens_decoder.items()}
+    if end not in added:
+        raise ValueError(
+            f"`end_token_id` must be a special token, which no text is written with (got {end!r}). Pass the id of "
+            "one, such as the tokenizer's padding."
+        )
+    kept = getattr(tokenizer, "_d3llm_vocabularies", {})
+    key = (end, len(tokenizer))
+    if key not in kept:
+        kept = {key: _read(tokenizer, json.loads(backend.to_str()), end, added)}
+        tokenizer._d3llm_vocabularies = kept
+    return kept[key]
+
+
+def _read(tokenizer, stated: dict, end: int, added: set[int]) -> Vocabulary:
+    model = stated["model"]
+    if model.get("type") != "BPE" or "ByteLevel" not in json.dumps(stated.get("decoder")):
+        raise TypeError(
+            f"`tokenizer` must be a byte-level BPE (got a model of type {model.get('type')!r}): the tokens of other "
+            "kinds are not bytes of the text. Fill gaps without types by `generate(infill=True)`."
+        )
+    byte_of = {sign: byte for byte, sign in bytes_to_unicode().items()}
+    texts = tuple(
+        (token, bytes(byte_of[sign] for sign in text))
+        for text, token in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if token not in added and text and all(sign in byte_of for sign in text)
+    )
+    return Vocabulary(texts, 1 + max(tokenizer.get_vocab().values()), end)
