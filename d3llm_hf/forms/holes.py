@@ -7,7 +7,8 @@ from decimal import Decimal
 from typing import Any
 
 from ..models.plain_values import plain
-from .languages import JSON_CHARACTER, Either, Language, Repeated, characters, literal
+from ..text import check_text
+from .languages import JSON_CHARACTER, Either, Language, Repeated, characters, literal, sequence
 from .numbers import numbers
 
 
@@ -25,19 +26,31 @@ class Hole:
 
     Args:
         language: of the bytes that it may hold.
-        longest: texts that need most positions; the hole gets as many as the longest of them has tokens.
+        fillings: what might need most positions, each a sequence of texts and of holes; the hole gets as many as the
+            longest of them.
         slots: positions in place of those.
     """
 
     language: Language
-    longest: tuple[str, ...] = ()
+    fillings: tuple[tuple["str | Hole", ...], ...] = ()
     slots: int | None = None
 
     def width(self, tokenizer) -> int:
         """Positions of the hole with a tokenizer."""
         if self.slots is not None:
             return self.slots
-        return max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in self.longest)
+
+        def size(part: "str | Hole") -> int:
+            if isinstance(part, Hole):
+                return part.width(tokenizer)
+            return len(tokenizer(part, add_special_tokens=False)["input_ids"])
+
+        return max(1, *(sum(map(size, filling)) for filling in self.fillings))
+
+
+def language_of(parts: Sequence["str | Hole"]) -> Language:
+    """The language of texts and holes one behind the other."""
+    return sequence(*(literal(part) if isinstance(part, str) else part.language for part in parts))
 
 
 def text(slots: int = SLOTS, *, least: int = 0, most: int | None = None) -> Hole:
@@ -102,7 +115,8 @@ def number(least: float | None = None, most: float | None = None, *, decimals: i
         )
     width = max(len(str(abs(int(bound)))) for bound in (low, high))
     fraction = "." + "8" * decimals if decimals else ""
-    return Hole(language, tuple(f"{sign}{'8' * width}{fraction}" for sign in ("-", "") if sign == "" or low < 0))
+    sign = "-" if low < 0 else ""
+    return Hole(language, (("8" * width + fraction,), (sign + "8" * width + fraction,)))
 
 
 def one_of(options: Sequence[str]) -> Hole:
@@ -112,7 +126,7 @@ def one_of(options: Sequence[str]) -> Hole:
         TypeError, ValueError: for something else than a list of different strings, of which none is empty.
     """
     check_options(options)
-    return Hole(Either(tuple(map(literal, options))), longest=tuple(options))
+    return Hole(Either(tuple(map(literal, options))), tuple((option,) for option in options))
 
 
 def json_one_of(values: Sequence[Any]) -> Hole:
@@ -131,6 +145,7 @@ def check_options(options: Any) -> None:
     for option in options:
         if not isinstance(option, str):
             raise TypeError(f"`options` must hold strings (got {type(option).__name__}). Write them as text.")
+        check_text(option, "options")
     if not options or "" in options or len(set(options)) < len(options):
         raise ValueError(f"`options` must be different texts, none of them empty (got {list(options)}). Remove others.")
 
