@@ -18,7 +18,7 @@ from .languages import Either, Language, OneOf, Repeated, Sequence
 from .vocabulary import Vocabulary
 
 
-MOST_STATES = 20_000
+MOST_STATES = 10_000
 
 
 class _Guessing:
@@ -153,7 +153,9 @@ def token_automaton(language: Language, vocabulary: Vocabulary) -> TokenAutomato
         letters = np.frombuffer(b"".join(group), np.uint8).reshape(-1, length)
         size = max(1, (1 << 22) // (dead + 1))  # bounds the memory
         for begin in range(0, len(group), size):
-            states = np.broadcast_to(np.arange(dead + 1, dtype=np.int32), (len(letters[begin : begin + size]), dead + 1))
+            states = np.broadcast_to(
+                np.arange(dead + 1, dtype=np.int32), (len(letters[begin : begin + size]), dead + 1)
+            )
             for column in range(length):
                 states = following[states, letters[begin : begin + size, column, None]]
             for string, walked in zip(group[begin : begin + size], states, strict=True):

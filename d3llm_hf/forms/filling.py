@@ -8,19 +8,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers.generation import LogitsProcessorList
 
 from ..models import lattices
 from ..models.text_config import text_setting
+from ..models.token_ids import vocabulary_of
 from ..text import encode_chat, encode_text
 from .form import Form, LaidOut, lay_out
-from .vocabulary import vocabulary_of_tokenizer
+from .vocabulary import Vocabulary, vocabulary_of_tokenizer
 
 
-Prompt = str | Sequence[Mapping[str, str]] | None
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int] | None
 
 # Arguments of `generate` that a form decides itself.
 OWN = {
@@ -76,7 +76,7 @@ def fill(
         model: a masked diffusion LM of this package that sees the whole text, such as LLaDA or Dream.
         tokenizer: of the model, a byte-level BPE.
         form: a [`Form`] or its parts, see there; [`form_of_schema`] makes one of a JSON schema.
-        prompt: text before the form, or a conversation whose next turn the form is.
+        prompt: text before the form, a conversation whose next turn the form is, or token ids.
         end_token_id (`int`, *optional*): fills what a hole's text leaves of it, on the canvas; the tokenizer's
             end-of-sequence token when unset.
         mask_token_id (`int`, *optional*): the model's own when unset.
@@ -116,65 +116,87 @@ def fill_batch(
         TypeError, ValueError: as [`fill`], and for another number of prompts than of forms.
     """
     # 1. The prompts are encoded, and the forms laid out behind them
-    for name in settings:
-        if name in OWN:
-            raise ValueError(f"`{name}` is no argument of `fill` (got {settings[name]!r:.80}): {OWN[name]}. Leave it out.")
+    for name, reason in OWN.items():
+        if name in settings:
+            raise ValueError(f"`{name}` is no argument of `fill` (got one): {reason}. Leave it out.")
     prompts = [None] * len(forms) if prompts is None else prompts
     if not forms or len(prompts) != len(forms):
-        raise ValueError(f"`prompts` must be one for each form (got {len(prompts)} for {len(forms)}). Pass `None` for none.")
+        raise ValueError(
+            f"`prompts` must be one for each form, of which there is at least one (got {len(prompts)} for "
+            f"{len(forms)}). Pass `None` for a form without a prompt."
+        )
     known = [form if isinstance(form, Form) else Form(form) for form in forms]
     mask = mask_of(model, mask_token_id)
-    vocabulary = vocabulary_of_tokenizer(tokenizer, end_token_id)
+    vocabulary = vocabulary_of_model(model, tokenizer, end_token_id, mask)
     laid = {form: lay_out(form, tokenizer, vocabulary, mask) for form in set(known)}
     before = [encoded_prompt(tokenizer, prompt) for prompt in prompts]
-    rows = [ids + laid[form].ids for ids, form in zip(before, known, strict=True)]
+    return fill_laid_out(
+        model, before, [laid[form] for form in known], pad_token_id=tokenizer.pad_token_id or 0, mask_token_id=mask,
+        **settings,
+    )  # fmt: skip
 
+
+def fill_laid_out(
+    model,
+    prompts: Sequence[list[int]],
+    layouts: Sequence[LaidOut],
+    *,
+    pad_token_id: int,
+    mask_token_id: int,
+    **settings,
+) -> list[Filled]:
+    """Stages 2 to 4 of [`fill_batch`], of prompts as token ids and forms that are laid out."""
     # 2. Rows are padded on the left; holes at the same places of one language are one hole of several rows
+    rows = [before + layout.ids for before, layout in zip(prompts, layouts, strict=True)]
     width = max(map(len, rows))
     lefts = [width - len(row) for row in rows]
-    pad = tokenizer.pad_token_id or 0  # any token: what is padded is not attended to
-    ids = torch.tensor([[pad] * left + row for left, row in zip(lefts, rows, strict=True)])
+    ids = torch.tensor([[pad_token_id] * left + row for left, row in zip(lefts, rows, strict=True)])
     seen = torch.tensor([[0] * left + [1] * len(row) for left, row in zip(lefts, rows, strict=True)])
-    holes, marked = _holes(known, laid, width, vocabulary.end_token_id), torch.zeros_like(ids, dtype=torch.bool)
+    holes, marked = _holes(layouts, width), torch.zeros_like(ids, dtype=torch.bool)
     for hole in holes:
         marked[list(hole.rows), hole.span] = True
 
     # 3. `generate` decides the holes, with both sides of each in view
     processors = LogitsProcessorList([*settings.pop("logits_processor", []), lattices.HoleLanguages(holes)])
-    more = {} if model.generation_config.pad_token_id is not None else {"pad_token_id": pad}
+    more = {} if model.generation_config.pad_token_id is not None else {"pad_token_id": pad_token_id}
     output = model.generate(
         input_ids=ids.to(model.device), attention_mask=seen.to(model.device), infill_mask=marked.to(model.device),
-        mask_token_id=mask, logits_processor=processors, return_dict_in_generate=True, **more | settings,
+        mask_token_id=mask_token_id, logits_processor=processors, return_dict_in_generate=True, **more | settings,
     )  # fmt: skip
 
     # 4. What a hole's text leaves of it is closed up
     found = []
-    for row, (form, left) in enumerate(zip(known, lefts, strict=True)):
-        start = left + len(before[row])
-        tokens = output.sequences[row, start:].tolist()
-        texts = [vocabulary.content(tokens[at : at + size]).decode() for at, size in laid[form].spans]
+    for row, (before, layout) in enumerate(zip(prompts, layouts, strict=True)):
+        tokens = output.sequences[row, lefts[row] + len(before) :].tolist()
+        texts = [layout.vocabulary.content(tokens[at : at + size]).decode() for at, size in layout.spans]
         found.append(
             Filled(
-                text=form.written(texts),
+                text=layout.form.written(texts),
                 holes=tuple(texts),
                 num_forwards=int(output.num_forwards[row]),
                 positions_computed=int(output.positions_computed[row]),
-                prompt_tokens=len(before[row]),
-                form_tokens=len(laid[form].ids),
+                prompt_tokens=len(before),
+                form_tokens=len(layout.ids),
             )
         )
     return found
 
 
-def _holes(forms: Sequence[Form], laid: Mapping[Form, LaidOut], width: int, end: int) -> list[lattices.Hole]:
-    """The holes of all rows; forms end at the canvas' end, so those of equal forms lie at the same places."""
+def _holes(layouts: Sequence[LaidOut], width: int) -> list[lattices.Hole]:
+    """The holes of all rows; forms end at the canvas' end, so those of one layout lie at the same places."""
     holes = []
-    for form, layout in laid.items():
-        rows = tuple(row for row, other in enumerate(forms) if other == form)
-        start = width - len(layout.ids)
+    for layout in dict.fromkeys(layouts):
+        rows = tuple(row for row, other in enumerate(layouts) if other is layout)
+        start, end = width - len(layout.ids), layout.vocabulary.end_token_id
         for (at, size), automaton, closing in zip(layout.spans, layout.automata, layout.closings, strict=True):
             holes.append(lattices.Hole(rows, start + at, size, automaton, closing, end))
     return holes
+
+
+def vocabulary_of_model(model, tokenizer, end_token_id: int | None, mask_token_id: int) -> Vocabulary:
+    """The tokens of a tokenizer that the model knows."""
+    known = vocabulary_of(model.config)
+    return vocabulary_of_tokenizer(tokenizer, mask_token_id=mask_token_id, end_token_id=end_token_id, vocab_size=known)
 
 
 def mask_of(model, mask_token_id: int | None) -> int:
@@ -191,8 +213,10 @@ def mask_of(model, mask_token_id: int | None) -> int:
 
 
 def encoded_prompt(tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids of what stands before a form."""
+    """Token ids of what stands before a form, or before a choice."""
     if prompt is None or prompt == "":
         return []
-    encoded = encode_text(tokenizer, prompt) if isinstance(prompt, str) else encode_chat(tokenizer, prompt)
+    if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], int):
+        return list(prompt)  # type: ignore[arg-type]  # numbers throughout, or `generate` refuses the ids
+    encoded = encode_text(tokenizer, prompt) if isinstance(prompt, str) else encode_chat(tokenizer, prompt)  # type: ignore[arg-type]
     return encoded["input_ids"][0].tolist()

@@ -60,12 +60,15 @@ class LaidOut:
     """A form as tokens. L positions.
 
     Attributes:
+        form, vocabulary: what was laid out, and for which tokens.
         ids: `(L,)`, the mask token in the holes.
         spans: first position and length of each hole.
         automata: language of each.
         closings: for each the tokens `(V,)` with which the text behind it may begin.
     """
 
+    form: Form
+    vocabulary: Vocabulary
     ids: list[int]
     spans: list[tuple[int, int]]
     automata: list[TokenAutomaton]
@@ -96,7 +99,7 @@ def lay_out(form: Form, tokenizer, vocabulary: Vocabulary, mask_token_id: int) -
         behind = next(iter(form.parts[number + 1 :]), "")
         closings.append(vocabulary.closing(behind if isinstance(behind, str) else ""))
         ids += [mask_token_id] * width
-    return LaidOut(ids, spans, automata, closings)
+    return LaidOut(form, vocabulary, ids, spans, automata, closings)
 
 
 def tokens_of_text(tokenizer, text: str, mask_token_id: int) -> list[int]:

@@ -12,7 +12,7 @@ from .languages import JSON_CHARACTER, Either, Language, Repeated, characters, l
 from .numbers import numbers
 
 
-MOST_CHARACTERS = 2000
+MOST_CHARACTERS = 1000
 DIGITS = 15
 """Of a number at most, those behind the point included: float64 still tells all of them apart."""
 MOST_DECIMALS = 6
@@ -35,6 +35,11 @@ class Hole:
     fillings: tuple[tuple["str | Hole", ...], ...] = ()
     slots: int | None = None
 
+    @property
+    def weight(self) -> int:
+        """Texts and types of holes that its longest filling is made of."""
+        return max((weight_of(filling) for filling in self.fillings), default=1)
+
     def width(self, tokenizer) -> int:
         """Positions of the hole with a tokenizer."""
         if self.slots is not None:
@@ -46,6 +51,11 @@ class Hole:
             return len(tokenizer(part, add_special_tokens=False)["input_ids"])
 
         return max(1, *(sum(map(size, filling)) for filling in self.fillings))
+
+
+def weight_of(parts: Sequence["str | Hole"]) -> int:
+    """Texts and types of holes that some parts are made of; bounds the time that they take."""
+    return sum(1 if isinstance(part, str) else part.weight for part in parts)
 
 
 def language_of(parts: Sequence["str | Hole"]) -> Language:
@@ -110,8 +120,8 @@ def number(least: float | None = None, most: float | None = None, *, decimals: i
     language = numbers(low, high, decimals)
     if language == Either(()):
         raise ValueError(
-            f"`least` and `most` must have a number of {decimals} decimals between them (got {least} and {most}). Move "
-            "them apart, or allow more decimals."
+            f"`least` and `most` must have a number of {decimals} decimals between them (got {least} and {most}). "
+            "Move them apart, or allow more decimals."
         )
     width = max(len(str(abs(int(bound)))) for bound in (low, high))
     fraction = "." + "8" * decimals if decimals else ""
@@ -147,7 +157,9 @@ def check_options(options: Any) -> None:
             raise TypeError(f"`options` must hold strings (got {type(option).__name__}). Write them as text.")
         check_text(option, "options")
     if not options or "" in options or len(set(options)) < len(options):
-        raise ValueError(f"`options` must be different texts, none of them empty (got {list(options)}). Remove others.")
+        raise ValueError(
+            f"`options` must be different texts, none of them empty (got {list(options)}). Remove others."
+        )
 
 
 def count(name: str, value: Any, least: int) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Union
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Repeated:
     most: int | None = None
 
 
-Language = Union[OneOf, Sequence, Either, Repeated]
+Language = OneOf | Sequence | Either | Repeated
 
 
 def literal(text: str | bytes) -> Language:
@@ -88,7 +87,5 @@ def characters(without: Iterable[str]) -> Language:
     return Either((ascii_, sequence(one, last)))
 
 
-JSON_CHARACTER = Either(
-    (characters(without='"\\'), sequence(literal("\\"), OneOf(frozenset(b'"\\/bfnrt'))))
-)
+JSON_CHARACTER = Either((characters(without='"\\'), sequence(literal("\\"), OneOf(frozenset(b'"\\/bfnrt')))))
 """One character within a JSON string, with the short escapes (RFC 8259); all others stand for themselves."""

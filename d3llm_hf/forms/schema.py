@@ -13,11 +13,13 @@ from typing import Any
 
 from ..models.plain_values import plain
 from .form import Form
-from .holes import SLOTS, Hole, count, json_one_of, language_of, number, string
+from .holes import SLOTS, Hole, count, json_one_of, language_of, number, string, weight_of
 from .languages import Either, Repeated, optional, sequence
 
 
 MOST_ITEMS = 200
+MOST_PIECES = 2000
+"""Of a form, those within holes included."""
 
 # Keywords that demand nothing.
 ANNOTATIONS = {
@@ -67,6 +69,14 @@ def form_of_schema(schema: Mapping[str, Any], *, string_slots: int = SLOTS, deci
         raise TypeError(f"`schema` must be a mapping (got {type(schema).__name__}). Read it with `json.loads`.")
     reader = _Reader(plain(dict(schema)), count("string_slots", string_slots, 1), decimals)
     return Form(_joined(reader.parts(reader.whole, "schema", ())))
+
+
+def _check_size(pieces: int, path: str) -> None:
+    if pieces > MOST_PIECES:
+        raise ValueError(
+            f"`{path}` must not need more than {MOST_PIECES} texts and holes (got {pieces}). Lower `maxItems`, or ask "
+            "for less."
+        )
 
 
 def _joined(parts: Parts) -> Parts:
@@ -154,6 +164,7 @@ class _Reader:
         for number_, (name, each) in enumerate(properties.items()):
             parts.append(f"{', ' if number_ else ''}{json.dumps(name, ensure_ascii=False)}: ")
             parts += self.parts(each, f"{path}.properties.{name}", within)
+            _check_size(weight_of(parts), path)
         return [*parts, "}"]
 
     def _array(self, schema: dict[str, Any], path: str, within: tuple[str, ...]) -> Parts:
@@ -161,11 +172,15 @@ class _Reader:
         most = _count(schema, "maxItems", path, None)
         if most is None or most > MOST_ITEMS or most < least:
             raise _refused(
-                f"{path}.maxItems", most, f"from `minItems`, {least}, to {MOST_ITEMS}", "Say how long the array may be."
+                f"{path}.maxItems",
+                most,
+                f"from `minItems`, {least}, to {MOST_ITEMS}",
+                "Say how long the array may be.",
             )
         if "items" not in schema and most:
             raise _refused(f"{path}.items", None, "a schema", "Say what the array holds.")
         item = self.parts(schema["items"], f"{path}.items", within) if most else []
+        _check_size(most * (1 + weight_of(item)), path)
         if least == most:
             return ["[", *[part for n in range(most) for part in ([", "] if n else []) + item], "]"]
         one = language_of(item)

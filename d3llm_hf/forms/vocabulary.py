@@ -26,7 +26,9 @@ class Vocabulary:
         """Tokens `(V,)` bool with which a text may begin, or which begin with it; the end token always."""
         text = behind.encode()
         marks = torch.zeros(self.size, dtype=torch.bool)
-        marks[[t for t, b in self.texts if text and (text.startswith(b) or b.startswith(text))] + [self.end_token_id]] = True
+        marks[
+            [t for t, b in self.texts if text and (text.startswith(b) or b.startswith(text))] + [self.end_token_id]
+        ] = True
         return marks
 
     def content(self, tokens: list[int]) -> bytes:
@@ -39,16 +41,21 @@ class Vocabulary:
         object.__setattr__(self, "_bytes", dict(self.texts))
 
 
-def vocabulary_of_tokenizer(tokenizer, end_token_id: int | None = None) -> Vocabulary:
-    """The vocabulary of a tokenizer; the same one for the same tokenizer and end token, as long as it is unchanged.
+def vocabulary_of_tokenizer(
+    tokenizer, *, mask_token_id: int, end_token_id: int | None = None, vocab_size: int | None = None
+) -> Vocabulary:
+    """The vocabulary of a tokenizer; the same one for the same arguments, as long as the tokenizer is unchanged.
 
     Args:
         tokenizer: a fast tokenizer of transformers that is a byte-level BPE.
+        mask_token_id (`int`): never a token of a text, whatever the tokenizer says of it.
         end_token_id (`int`, *optional*): the tokenizer's end-of-sequence token when unset.
+        vocab_size (`int`, *optional*): tokens that the model knows; others are left out.
 
     Raises:
         TypeError: for another tokenizer.
-        ValueError: for an end token that is none of the tokenizer's added tokens, or where there is none.
+        ValueError: for an end token that is the mask token or none of the tokenizer's added tokens, or where there is
+            none.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -57,31 +64,33 @@ def vocabulary_of_tokenizer(tokenizer, end_token_id: int | None = None) -> Vocab
             "from it. Load it with `AutoTokenizer`."
         )
     end = tokenizer.eos_token_id if end_token_id is None else end_token_id
-    added = {token for token, _ in tokenizer.added_tokens_decoder.items()}
-    if end not in added:
+    added = set(tokenizer.added_tokens_decoder)
+    if end not in added or end == mask_token_id:
         raise ValueError(
-            f"`end_token_id` must be a special token, which no text is written with (got {end!r}). Pass the id of "
-            "one, such as the tokenizer's padding."
+            f"`end_token_id` must be a special token, not the mask token (got {end!r}): no text is written with it. "
+            "Pass the id of one, such as the tokenizer's padding."
         )
     kept = getattr(tokenizer, "_d3llm_vocabularies", {})
-    key = (end, len(tokenizer))
+    key = (end, mask_token_id, vocab_size, len(tokenizer))
     if key not in kept:
-        kept = {key: _read(tokenizer, json.loads(backend.to_str()), end, added)}
+        stated = json.loads(backend.to_str())
+        if stated["model"].get("type") != "BPE" or "ByteLevel" not in json.dumps(stated.get("decoder")):
+            raise TypeError(
+                f"`tokenizer` must be a byte-level BPE (got a model of type {stated['model'].get('type')!r}): the "
+                "tokens of other kinds are not bytes of the text. Fill gaps without types by `generate(infill=True)`."
+            )
+        kept = {key: _read(tokenizer, end, added | {mask_token_id}, vocab_size)}
         tokenizer._d3llm_vocabularies = kept
     return kept[key]
 
 
-def _read(tokenizer, stated: dict, end: int, added: set[int]) -> Vocabulary:
-    model = stated["model"]
-    if model.get("type") != "BPE" or "ByteLevel" not in json.dumps(stated.get("decoder")):
-        raise TypeError(
-            f"`tokenizer` must be a byte-level BPE (got a model of type {model.get('type')!r}): the tokens of other "
-            "kinds are not bytes of the text. Fill gaps without types by `generate(infill=True)`."
-        )
+def _read(tokenizer, end: int, without: set[int], vocab_size: int | None) -> Vocabulary:
     byte_of = {sign: byte for byte, sign in bytes_to_unicode().items()}
+    tokens = sorted((token, text) for text, token in tokenizer.get_vocab().items())
+    size = min(tokens[-1][0] + 1, vocab_size or tokens[-1][0] + 1)
     texts = tuple(
         (token, bytes(byte_of[sign] for sign in text))
-        for text, token in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-        if token not in added and text and all(sign in byte_of for sign in text)
+        for token, text in tokens
+        if token < size and token not in without and text and all(sign in byte_of for sign in text)
     )
-    return Vocabulary(texts, 1 + max(tokenizer.get_vocab().values()), end)
+    return Vocabulary(texts, size, end)

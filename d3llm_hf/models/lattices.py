@@ -26,8 +26,8 @@ class TokenAutomaton:
     """A deterministic automaton whose letters are classes of tokens. S states, K classes, V tokens of the vocabulary.
 
     Attributes:
-        following (`(S, K)` long): the state behind a token of each class. State 0 is where a hole begins, S - 1 is dead:
-            nothing leads out of it.
+        following (`(S, K)` long): the state behind a token of each class. State 0 is where a hole begins, S - 1 is
+            dead: nothing leads out of it.
         accepting (`(S,)` bool): states in which the hole may end.
         classes (`(V,)` long): class of each token; what is behind a token of class 0 is always dead.
     """
@@ -50,14 +50,18 @@ class TokenAutomaton:
             return self
         return TokenAutomaton(self.following.to(device), self.accepting.to(device), self.classes.to(device))
 
+    def _behind(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The state behind each state with `(B,)` tokens: `(B, S)`; a mask token may be beyond the tokenizer's."""
+        return self.following[:, self.classes[tokens.clamp_max(len(self.classes) - 1)]].T
+
     def forwards(self, tokens: torch.Tensor, decided: torch.Tensor) -> torch.Tensor:
-        """States that each slot may be entered in: `(B, w + 1, S)` bool for `(B, w)` tokens, the last one the end's."""
+        """States that each slot, and what is behind the last, may be entered in: `(B, w + 1, S)` bool."""
         states = torch.zeros(len(tokens), len(self.following), dtype=torch.bool, device=tokens.device)
         states[:, 0] = True
         found, (source, target) = [states], self.pairs  # type: ignore[attr-defined]
         for column in range(tokens.shape[1]):
             free = _gathered(states[:, source], target, len(self.following))
-            behind = self.following[:, self.classes[tokens[:, column]]].T  # (B, S)
+            behind = self._behind(tokens[:, column])
             taken = torch.zeros_like(states, dtype=torch.uint8).scatter_reduce_(1, behind, states.byte(), "amax")
             states = torch.where(decided[:, column, None], taken.bool(), free)
             states[:, -1] = False
@@ -65,12 +69,12 @@ class TokenAutomaton:
         return torch.stack(found, dim=1)
 
     def backwards(self, tokens: torch.Tensor, decided: torch.Tensor) -> torch.Tensor:
-        """States from which the hole can still end well at each slot: `(B, w + 1, S)` bool."""
+        """States in which each slot may be entered for the hole to end well: `(B, w + 1, S)` bool."""
         states = self.accepting.expand(len(tokens), -1)
         found, (source, target) = [states], self.pairs  # type: ignore[attr-defined]
         for column in range(tokens.shape[1] - 1, -1, -1):
             free = _gathered(states[:, target], source, len(self.following))
-            behind = self.following[:, self.classes[tokens[:, column]]].T
+            behind = self._behind(tokens[:, column])
             states = torch.where(decided[:, column, None], states.gather(1, behind), free)
             found.append(states)
         return torch.stack(found[::-1], dim=1)
@@ -186,7 +190,12 @@ class HoleLanguages(LogitsProcessor):
         return banned
 
     def compatible(
-        self, commits: torch.Tensor, text: torch.Tensor, decided: torch.Tensor, cost: torch.Tensor, owners: torch.Tensor
+        self,
+        commits: torch.Tensor,
+        text: torch.Tensor,
+        decided: torch.Tensor,
+        cost: torch.Tensor,
+        owners: torch.Tensor,
     ) -> torch.Tensor:
         """The commits `(B, L)` of one forward that some filling of every hole holds together.
 

@@ -275,8 +275,8 @@ class Processors:
     def _fitting(self, languages: HoleLanguages) -> HoleLanguages:
         if not self.infilling:
             raise ValueError(
-                "`logits_processor` must fit the call (got HoleLanguages without `infill_mask` or `infill`: there are no "
-                "holes whose languages they could be). Call `d3llm_hf.fill`, or pass the mask of the holes."
+                "`logits_processor` must fit the call (got HoleLanguages without `infill_mask` or `infill`: there "
+                "are no holes whose languages they could be). Call `d3llm_hf.fill`, or pass the mask of the holes."
             )
         return languages
 
