@@ -80,7 +80,7 @@ class TokenAutomaton:
         return torch.stack(found[::-1], dim=1)
 
     def allowed(self, tokens: torch.Tensor, decided: torch.Tensor) -> torch.Tensor:
-        """Classes of tokens that each of `(B, w)` slots may hold: `(B, w, K)` bool, all where nothing fits any more."""
+        """Classes of tokens that each slot may hold: `(B, w, K)` bool, all of them where nothing fits any more."""
         entered, left = self.forwards(tokens, decided), self.backwards(tokens, decided)
         table = torch.zeros(*tokens.shape, self.following.shape[1], dtype=torch.bool, device=tokens.device)
         for column in range(tokens.shape[1]):
