@@ -45,6 +45,7 @@ class Filled:
         holes: text of each hole.
         num_forwards: forwards until the last position was decided.
         positions_computed: positions that were pushed through the model for it.
+        num_tokens: tokens of the text.
         prompt_tokens, form_tokens: positions of the prompt, and of the form with all of its holes.
     """
 
@@ -52,6 +53,7 @@ class Filled:
     holes: tuple[str, ...]
     num_forwards: int
     positions_computed: int
+    num_tokens: int
     prompt_tokens: int
     form_tokens: int
 
@@ -169,12 +171,15 @@ def fill_laid_out(
     for row, (before, layout) in enumerate(zip(prompts, layouts, strict=True)):
         tokens = output.sequences[row, lefts[row] + len(before) :].tolist()
         texts = [layout.vocabulary.content(tokens[at : at + size]).decode() for at, size in layout.spans]
+        end = layout.vocabulary.end_token_id
+        left_over = sum(tokens[at : at + size].count(end) for at, size in layout.spans)
         found.append(
             Filled(
                 text=layout.form.written(texts),
                 holes=tuple(texts),
                 num_forwards=int(output.num_forwards[row]),
                 positions_computed=int(output.positions_computed[row]),
+                num_tokens=len(tokens) - left_over,
                 prompt_tokens=len(before),
                 form_tokens=len(layout.ids),
             )

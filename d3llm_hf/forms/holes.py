@@ -37,8 +37,8 @@ class Hole:
 
     @property
     def weight(self) -> int:
-        """Texts and types of holes that its longest filling is made of."""
-        return max((weight_of(filling) for filling in self.fillings), default=1)
+        """Texts and types of holes that its fillings are made of."""
+        return max(1, sum(map(weight_of, self.fillings)))
 
     def width(self, tokenizer) -> int:
         """Positions of the hole with a tokenizer."""

@@ -102,6 +102,9 @@ class _Reader:
             raise _refused(path, schema, "an object with a `type`", "Say what may stand there.")
         if "$ref" in schema:
             return self._referred(schema, path, within)
+        for name, way_out in WAYS_OUT.items():
+            if name in schema:
+                raise _not_held(f"{path}.{name}", schema[name], way_out)
         for name, read in (("const", _const), ("enum", _enum)):
             if name in schema:
                 _check_keywords(schema, {name, "type"}, path)
@@ -111,7 +114,9 @@ class _Reader:
             options = schema["anyOf"]
             if not isinstance(options, list) or not options:
                 raise _refused(f"{path}.anyOf", options, "a list of schemas", "Write at least one.")
-            return _one_of([self.parts(each, f"{path}.anyOf.{n}", within) for n, each in enumerate(options)])
+            found = [self.parts(each, f"{path}.anyOf.{n}", within) for n, each in enumerate(options)]
+            _check_size(sum(map(weight_of, found)), path)
+            return _one_of(found)
         kinds = schema.get("type")
         listed = kinds if isinstance(kinds, list) and kinds else [kinds]
         for kind in listed:
@@ -270,11 +275,13 @@ def _check_keywords(schema: dict[str, Any], known: set[str], path: str) -> None:
     """Refuses keywords that demand something which would not be kept."""
     for name in schema:
         if name not in known | ANNOTATIONS:
-            way_out = WAYS_OUT.get(name, "Leave it out.")
-            raise ValueError(
-                f"`{path}.{name}` must not be in a form's schema (got {schema[name]!r:.60}): it cannot be held beside "
-                f"{sorted(known & schema.keys())}. {way_out}"
-            )
+            raise _not_held(f"{path}.{name}", schema[name], "Leave it out.")
+
+
+def _not_held(path: str, value: Any, way_out: str) -> ValueError:
+    return ValueError(
+        f"`{path}` must not be in a form's schema (got {value!r:.60}): here no form can promise it. {way_out}"
+    )
 
 
 def _refused(path: str, value: Any, rule: str, way_out: str) -> ValueError:

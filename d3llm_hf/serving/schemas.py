@@ -85,6 +85,7 @@ class GenerationRequest(_Strict):
         temperature: 0 does not sample.
         seed: a request with a seed gets the same answer again.
         stop: strings that end the answer and are not part of it.
+        response_format: a JSON schema that the answer holds; see `formats.py`.
         user, safety_identifier, prompt_cache_key: taken and forgotten.
         d3llm: settings of `generate` (see `SETTINGS`), and `drafts: true` for draft events in a stream.
     """
@@ -103,6 +104,7 @@ class GenerationRequest(_Strict):
     ] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

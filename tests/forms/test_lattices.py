@@ -100,5 +100,5 @@ def test_languages_are_refused_where_there_are_no_holes_and_by_models_that_write
         tiny_model("llada").generate(
             torch.tensor([[1, 2]]), max_new_tokens=2, logits_processor=LogitsProcessorList([languages])
         )
-    with pytest.raises(ValueError, match="`logits_processor` must fit the decoding .* decodes from left to right"):
+    with pytest.raises(ValueError, match=r"`logits_processor` must fit the decoding .* decodes from left to right"):
         languages(torch.tensor([[1]]), torch.zeros(1, 4))

@@ -47,8 +47,8 @@ def test_what_a_schema_fixes_is_given_text():
         ({"type": "string", "pattern": "a*"}, "`schema.pattern` must not be in a form's schema (got 'a*')"),
         ({"type": "string", "format": "date"}, "`schema.format` must not be in a form's schema"),
         ({"type": "string", "minimum": 3}, "`schema.minimum` must not be in a form's schema"),
-        ({"oneOf": []}, "`schema.type` must be one of"),
-        ({"type": "integer", "multipleOf": 2}, '`schema.multipleOf` must not be in a form\'s schema'),
+        ({"oneOf": []}, "`schema.oneOf` must not be in a form's schema (got [])"),
+        ({"type": "integer", "multipleOf": 2}, "`schema.multipleOf` must not be in a form's schema"),
         ({"anyOf": []}, "`schema.anyOf` must be a list of schemas (got [])"),
         ({"anyOf": [{"type": "string"}, 3]}, "`schema.anyOf.1` must be an object with a `type` (got 3)"),
         ({"enum": []}, "`schema.enum` must be a list of values (got [])"),
@@ -59,25 +59,22 @@ def test_what_a_schema_fixes_is_given_text():
         ({"type": "object", "properties": []}, "`schema.properties` must be an object (got [])"),
         ({"type": "object", "required": ["a"]}, "`schema.required` must be names of `properties` (got 'a')"),
         ({"type": "object", "properties": {"a": {"type": "x"}}}, "`schema.properties.a.type` must be one of"),
-        ({"type": "array", "items": {"type": "null"}}, "`schema.maxItems` must be from `minItems`, 0, to 200 (got None)"),
-        ({"type": "array", "maxItems": 1, "minItems": 2}, "`schema.maxItems` must be from `minItems`, 2, to 200 (got 1)"),
+        ({"type": "array", "items": {"type": "null"}}, "must be from `minItems`, 0, to 200 (got None)"),
+        ({"type": "array", "maxItems": 1, "minItems": 2}, "must be from `minItems`, 2, to 200 (got 1)"),
         ({"type": "array", "maxItems": 1}, "`schema.items` must be a schema (got None)"),
         ({"type": "array", "maxItems": 1.5}, "`schema.maxItems` must be an integer of at least 0 (got 1.5)"),
-        ({"type": "string", "minLength": 3, "maxLength": 2}, "`schema` must have a `minLength` and `maxLength` that fit"),
+        ({"type": "string", "minLength": 3, "maxLength": 2}, "must have a `minLength` and `maxLength` that fit"),
         ({"type": "string", "maxLength": 5000}, "at most 1000 characters"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "`schema` must have bounds that a number lies between"),
         ({"type": "integer", "minimum": True}, "`schema.minimum` must be a number of at most 10^15 (got True)"),
         ({"type": "integer", "minimum": 1e300}, "`schema.minimum` must be a number of at most 10^15 (got 1e+300)"),
         ({"$ref": "#"}, "`schema.$ref` must not lead back to itself (got '#')"),
-        ({"$ref": "other.json"}, "`schema.$ref` must be a place of this schema such as '#/$defs/name' (got 'other.json')"),
+        ({"$ref": "other.json"}, "`schema.$ref` must be a place of this schema such as"),
         ({"$ref": "#/$defs/x"}, "`schema.$ref` must be a place of this schema"),
         ({"type": "null"}, "`form` must have at least one hole (got 1 texts)"),
     ],
 )  # fmt: skip
 def test_what_a_form_cannot_hold_is_refused_by_name(schema, message):
-    if schema == {"$ref": "#"}:
-        schema = {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}}
-        message = "`schema.anyOf.0.$ref` must not lead back to itself (got '#/$defs/a')"
     with pytest.raises((ValueError, TypeError)) as error:
         form_of_schema(schema)
     assert message in str(error.value)

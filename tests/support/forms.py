@@ -1,5 +1,6 @@
 """Forms and schemas that hypothesis draws, and a random model that speaks bytes to fill them."""
 
+import math
 from functools import cache
 from typing import Any
 
@@ -38,12 +39,12 @@ def _strings(draw) -> dict[str, Any]:
 @st.composite
 def _numbers(draw) -> dict[str, Any]:
     kind = draw(st.sampled_from(["integer", "number"]))
-    least = draw(st.integers(-300, 300))
+    least = draw(st.integers(-300, 300)) / draw(st.sampled_from([1, 4]))
     schema: dict[str, Any] = {"type": kind}
     if draw(st.booleans()):
-        schema[draw(st.sampled_from(["minimum", "exclusiveMinimum"]))] = least / draw(st.sampled_from([1, 4]))
+        schema[draw(st.sampled_from(["minimum", "exclusiveMinimum"]))] = least
     if draw(st.booleans()):
-        most = least + draw(st.integers(2, 200))
+        most = math.ceil(least) + draw(st.integers(3, 200))
         schema[draw(st.sampled_from(["maximum", "exclusiveMaximum"]))] = most
     return schema
 
@@ -95,3 +96,31 @@ def forms() -> st.SearchStrategy:
     return st.lists(st.one_of(NAMES, st.sampled_from(sorted(TYPED))), min_size=1, max_size=4).filter(
         lambda parts: any(part in TYPED for part in parts)
     )
+
+
+def valid(schema: dict[str, Any], value: Any) -> bool:
+    """Whether a value is what a drawn schema asks for, by the definition of each keyword (JSON Schema 2020-12)."""
+    if "anyOf" in schema:
+        return any(valid(each, value) for each in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return any(type(value) is type(each) and value == each for each in schema.get("enum", [schema.get("const")]))
+    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    return any(_is_valid(kind, schema, value) for kind in kinds)
+
+
+def _is_valid(kind: str, schema: dict[str, Any], value: Any) -> bool:
+    if kind == "null":
+        return value is None
+    if kind == "boolean":
+        return isinstance(value, bool)
+    if kind == "string":
+        return isinstance(value, str) and schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", math.inf)
+    if kind in ("integer", "number"):
+        inside = schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf)
+        inside &= schema.get("exclusiveMinimum", -math.inf) < value < schema.get("exclusiveMaximum", math.inf)
+        return inside and type(value) in ((int,) if kind == "integer" else (int, float))
+    if kind == "array":
+        long = isinstance(value, list) and schema["minItems"] <= len(value) <= schema["maxItems"]
+        return long and all(valid(schema["items"], each) for each in value)
+    names = schema["properties"]
+    return isinstance(value, dict) and list(value) == list(names) and all(valid(names[n], value[n]) for n in names)
