@@ -154,9 +154,9 @@ def fill_laid_out(
     lefts = [width - len(row) for row in rows]
     ids = torch.tensor([[pad_token_id] * left + row for left, row in zip(lefts, rows, strict=True)])
     seen = torch.tensor([[0] * left + [1] * len(row) for left, row in zip(lefts, rows, strict=True)])
-    holes, marked = _holes(layouts, width), torch.zeros_like(ids, dtype=torch.bool)
+    holes, marked = _holes(layouts), torch.zeros_like(ids, dtype=torch.bool)
     for hole in holes:
-        marked[list(hole.rows), hole.span] = True
+        marked[list(hole.rows), hole.span(width)] = True
 
     # 3. `generate` decides the holes, with both sides of each in view
     processors = LogitsProcessorList([*settings.pop("logits_processor", []), lattices.HoleLanguages(holes)])
@@ -187,14 +187,14 @@ def fill_laid_out(
     return found
 
 
-def _holes(layouts: Sequence[LaidOut], width: int) -> list[lattices.Hole]:
+def _holes(layouts: Sequence[LaidOut]) -> list[lattices.Hole]:
     """The holes of all rows; forms end at the canvas' end, so those of one layout lie at the same places."""
     holes = []
     for layout in dict.fromkeys(layouts):
         rows = tuple(row for row, other in enumerate(layouts) if other is layout)
-        start, end = width - len(layout.ids), layout.vocabulary.end_token_id
+        length, end = len(layout.ids), layout.vocabulary.end_token_id
         for (at, size), automaton, closing in zip(layout.spans, layout.automata, layout.closings, strict=True):
-            holes.append(lattices.Hole(rows, start + at, size, automaton, closing, end))
+            holes.append(lattices.Hole(rows, length - at, size, automaton, closing, end))
     return holes
 
 

@@ -213,7 +213,7 @@ def _number(schema: dict[str, Any], path: str, decimals: int) -> Hole:
     bounds: dict[str, Decimal] = {}
     for name in KEPT["number"] & schema.keys():
         value = schema[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e15:  # NaN as well
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e15:  # NaN, too
             raise _refused(f"{path}.{name}", value, "a number of at most 10^15", "Leave it out.")
         bounds[name] = Decimal(repr(value))
     unit = Decimal(1).scaleb(-decimals)

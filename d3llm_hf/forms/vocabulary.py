@@ -65,10 +65,10 @@ def vocabulary_of_tokenizer(
         )
     end = tokenizer.eos_token_id if end_token_id is None else end_token_id
     added = set(tokenizer.added_tokens_decoder)
-    if end not in added or end == mask_token_id:
+    if end not in added or end == mask_token_id or (vocab_size is not None and end >= vocab_size):
         raise ValueError(
-            f"`end_token_id` must be a special token, not the mask token (got {end!r}): no text is written with it. "
-            "Pass the id of one, such as the tokenizer's padding."
+            f"`end_token_id` must be a special token of the model, not the mask token (got {end!r}): no text is "
+            "written with it. Pass the id of one, such as the tokenizer's padding."
         )
     kept = getattr(tokenizer, "_d3llm_vocabularies", {})
     key = (end, mask_token_id, vocab_size, len(tokenizer))

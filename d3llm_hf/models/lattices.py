@@ -106,14 +106,15 @@ class Hole:
 
     Attributes:
         rows: of the batch.
-        start, length: the first slot, padding included, and how many they are.
+        behind: slots from its first one to the end of the text, which padding on the left does not change.
+        length: its slots.
         automaton: the language.
         closing (`(V,)` bool): tokens whose probability is the end token's, itself among them.
         end_token_id: fills what the text leaves of the hole.
     """
 
     rows: tuple[int, ...]
-    start: int
+    behind: int
     length: int
     automaton: TokenAutomaton
     closing: torch.Tensor
@@ -123,10 +124,9 @@ class Hole:
         """The same hole on a device."""
         return replace(self, automaton=self.automaton.to(device), closing=self.closing.to(device))
 
-    @property
-    def span(self) -> slice:
-        """Its slots."""
-        return slice(self.start, self.start + self.length)
+    def span(self, width: int) -> slice:
+        """Its slots in a text of so many."""
+        return slice(width - self.behind, width - self.behind + self.length)
 
 
 class HoleLanguages(LogitsProcessor):
@@ -138,7 +138,7 @@ class HoleLanguages(LogitsProcessor):
 
     def __init__(self, holes: Sequence[Hole]):
         self.holes = list(holes)
-        self._found: list[tuple[Hole, torch.Tensor, torch.Tensor]] = []
+        self._found: list[tuple[Hole, slice, torch.Tensor, torch.Tensor]] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Refused: left-to-right decoding asks like this, and shows nothing of what stands behind a hole."""
@@ -158,10 +158,10 @@ class HoleLanguages(LogitsProcessor):
 
     def look(self, text: torch.Tensor, decided: torch.Tensor, owners: torch.Tensor) -> None:
         """Shows `(B, L)` whole texts, and which of their tokens are decided."""
-        self._found = [
-            (hole, mine, hole.automaton.allowed(text[mine, hole.span], decided[mine, hole.span]))
-            for hole, mine in self._of_rows(owners)
-        ]
+        self._found = []
+        for hole, mine in self._of_rows(owners):
+            span = hole.span(text.shape[1])
+            self._found.append((hole, span, mine, hole.automaton.allowed(text[mine, span], decided[mine, span])))
 
     def ended(self, scores: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """`(n, V)` scores of candidates at `(n,)` rows and slots, in which end tokens stand for what closes a hole."""
@@ -175,10 +175,10 @@ class HoleLanguages(LogitsProcessor):
         self, rows: torch.Tensor, slots: torch.Tensor
     ) -> Iterator[tuple[Hole, torch.Tensor, torch.Tensor]]:
         """Each hole with its candidates `(m,)`, and the classes `(m, K)` of tokens that they may be."""
-        for hole, mine, allowed in self._found:
-            inside = torch.isin(rows, mine) & (slots >= hole.start) & (slots < hole.start + hole.length)
+        for hole, span, mine, allowed in self._found:
+            inside = torch.isin(rows, mine) & (slots >= span.start) & (slots < span.stop)
             here = inside.nonzero()[:, 0]
-            yield hole, here, allowed[torch.searchsorted(mine, rows[here]), slots[here] - hole.start]
+            yield hole, here, allowed[torch.searchsorted(mine, rows[here]), slots[here] - span.start]
 
     def banned(self, rows: torch.Tensor, slots: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """Tokens that no text of its hole has at each of `(n,)` rows and slots: `(n, V)` bool."""
@@ -206,17 +206,18 @@ class HoleLanguages(LogitsProcessor):
         """
         kept = commits.clone()
         for hole, mine in self._of_rows(owners):
-            tokens, before, wanted = text[mine, hole.span], decided[mine, hole.span], commits[mine, hole.span]
+            span = hole.span(text.shape[1])
+            tokens, before, wanted = text[mine, span], decided[mine, span], commits[mine, span]
             wrong = ~hole.automaton.can_end(tokens, before | wanted)
             for row in wrong.nonzero()[:, 0].tolist():
                 place = slice(row, row + 1)
                 chosen, columns = before[place].clone(), wanted[row].nonzero()[:, 0]
-                order = cost[mine[row], hole.span][columns].argsort(stable=True)
+                order = cost[mine[row], span][columns].argsort(stable=True)
                 for column in columns[order].tolist():
                     chosen[0, column] = True
                     if not hole.automaton.can_end(tokens[place], chosen):
                         chosen[0, column] = False
-                kept[mine[row], hole.span] = chosen[0] & wanted[row]
+                kept[mine[row], span] = chosen[0] & wanted[row]
         return kept
 
 

@@ -107,14 +107,14 @@ def test_a_row_is_filled_in_a_batch_as_alone(method, family):
 
 
 def test_a_text_ends_where_the_model_goes_on_with_what_stands_behind_it():
-    """A model that is sure of `ab` and then of the given comma ends the text there, with the rest closed up."""
+    """A model that is sure of `ab` and then of the given line feed ends the text there, with the rest closed up."""
     from tiny import ScriptedModel, constant_script
 
     tokenizer = forms.tokenizer()
-    answer = tokenizer("ab,zzzz")["input_ids"]
+    answer = tokenizer("ab\nzzzz")["input_ids"]
     model = ScriptedModel(constant_script(answer, 1, vocab_size=512), 512, mask_token_id=tokenizer.mask_token_id)
-    found = fill(model, tokenizer, ["{", holes.text(6), ","], decoding_method="llada")
-    assert (found.text, found.holes) == ("{ab,", ("ab",))
+    found = fill(model, tokenizer, ["{", holes.text(6), "\n"], decoding_method="llada")
+    assert (found.text, found.holes) == ("{ab\n", ("ab",))
 
 
 def test_token_ids_are_a_prompt_and_texts_may_be_empty():

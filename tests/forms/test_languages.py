@@ -112,12 +112,14 @@ LETTERS = Vocabulary(((0, b"a"), (1, b"b"), (2, b"ab"), (3, b"ba"), (5, b"abc"))
 def test_an_automaton_over_tokens_holds_every_cut_of_every_text_with_end_tokens_behind_it(language):
     automaton, texts = token_automaton(language, LETTERS), texts_of(language, 6)
     words = dict(LETTERS.texts)
-    for tokens in product(range(7), repeat=3):
+    rows = list(product(range(7), repeat=3))
+    table = torch.tensor(rows)
+    found = automaton.can_end(table, torch.ones_like(table).bool()).tolist()
+    for tokens, holds_it in zip(rows, found, strict=True):
         content = tokens[: tokens.index(6)] if 6 in tokens else tokens
         known = all(token in words for token in content) and set(tokens[len(content) :]) <= {6}
         wanted = known and b"".join(words[token] for token in content) in texts
-        row = torch.tensor([tokens])
-        assert bool(automaton.can_end(row, torch.ones_like(row).bool())) == wanted, (tokens, language)
+        assert holds_it == wanted, (tokens, language)
 
 
 def test_a_language_of_too_many_states_is_refused_before_it_takes_long():
@@ -139,8 +141,8 @@ def test_the_vocabulary_has_the_bytes_of_every_token_that_texts_are_made_of():
     assert {b for _, b in vocabulary.texts if len(b) == 1} == {bytes([byte]) for byte in range(256)}
     assert not {token for token, _ in vocabulary.texts} & set(tokenizer.added_tokens_decoder)
     assert vocabulary_of_tokenizer(tokenizer, mask_token_id=mask) is vocabulary
-    less = vocabulary_of_tokenizer(tokenizer, mask_token_id=5, end_token_id=mask, vocab_size=200)
-    assert {token for token, _ in less.texts} == set(range(200)) - {5} and less.end_token_id == mask
+    less = vocabulary_of_tokenizer(tokenizer, mask_token_id=5, end_token_id=507, vocab_size=509)
+    assert {token for token, _ in less.texts} == set(range(506)) - {5} and less.end_token_id == 507
 
 
 def test_other_tokenizers_and_end_tokens_are_refused():
@@ -152,7 +154,7 @@ def test_other_tokenizers_and_end_tokens_are_refused():
         vocabulary_of_tokenizer("gpt2", mask_token_id=1)
     for end in (5, tokenizer.mask_token_id):
         with pytest.raises(
-            ValueError, match=rf"`end_token_id` must be a special token, not the mask .* \(got {end}\)"
+            ValueError, match=rf"`end_token_id` must be a special token of the model, not the mask .* \(got {end}\)"
         ):
             vocabulary_of_tokenizer(tokenizer, mask_token_id=tokenizer.mask_token_id, end_token_id=end)
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), eos_token="<e>")

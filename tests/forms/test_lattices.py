@@ -38,7 +38,7 @@ def texts_of(automaton) -> list[tuple[int, ...]]:
 
 
 def hole_of(automaton) -> Hole:
-    return Hole((0,), 1, WIDTH, automaton, torch.tensor([False, False, True]), 2)
+    return Hole((0,), 1 + WIDTH, WIDTH, automaton, torch.tensor([False, False, True]), 2)
 
 
 TABLES = st.lists(st.sampled_from([None, 0, 1, 2]), min_size=WIDTH, max_size=WIDTH)
@@ -83,7 +83,7 @@ def test_of_commits_that_do_not_go_together_the_surest_stay(automaton, order, wa
 def test_the_end_token_has_the_probability_of_all_that_may_stand_behind_the_hole():
     everything = TokenAutomaton(torch.tensor([[1, 0, 0, 0], [1] * 4]), torch.tensor([True, False]), torch.arange(1, 4))
     closing = torch.tensor([True, False, True])
-    languages = HoleLanguages([Hole((0, 1), 0, 2, everything, closing, 2)])
+    languages = HoleLanguages([Hole((0, 1), 3, 2, everything, closing, 2)])
     languages.look(torch.full((1, 3), 9), torch.zeros(1, 3, dtype=torch.bool), torch.tensor([1]))
     scores = torch.tensor([[1.0, 5.0, 2.0, 0.0]] * 2)
     found = languages.ended(scores, torch.zeros(2, dtype=torch.long), torch.tensor([1, 2]))
@@ -95,7 +95,7 @@ def test_languages_are_refused_where_there_are_no_holes_and_by_models_that_write
     from tiny import tiny_model
 
     automaton = TokenAutomaton(torch.tensor([[1, 0], [1, 1]]), torch.tensor([True, False]), torch.ones(4).long())
-    languages = HoleLanguages([Hole((0,), 0, 1, automaton, torch.ones(4).bool(), 2)])
+    languages = HoleLanguages([Hole((0,), 1, 1, automaton, torch.ones(4).bool(), 2)])
     with pytest.raises(ValueError, match=r"must fit the call \(got HoleLanguages without `infill_mask`"):
         tiny_model("llada").generate(
             torch.tensor([[1, 2]]), max_new_tokens=2, logits_processor=LogitsProcessorList([languages])

@@ -19,7 +19,7 @@ def forms_table(results: dict[str, Any]) -> str:
     made = next(iter(results["provenance"].values()))
     lines += [
         "",
-        f"{results['problems']} held-out word problems of 2-5 steps, {settings}, batches of 25, float32 on one thread. "
+        f"{results['problems']} held-out word problems of 2-5 steps, {settings}, batches of 25, float32, one thread. "
         "Accuracy: the number is right. Valid: there is one where it belongs. Forwards and positions are those of a "
         f"problem, seconds those of all. torch {made['torch']}, transformers {made['transformers']}. Regenerate: "
         f"`{results['command']}`.",
