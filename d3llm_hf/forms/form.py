@@ -9,7 +9,7 @@ from ..models.lattices import TokenAutomaton
 from ..text import check_text, encode_infill
 from .automata import token_automaton
 from .holes import Hole
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, closing
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def lay_out(form: Form, tokenizer, vocabulary: Vocabulary, mask_token_id: int) -
         spans.append((len(ids), width))
         automata.append(automaton)
         behind = next(iter(form.parts[number + 1 :]), "")
-        closings.append(vocabulary.closing(behind if isinstance(behind, str) else ""))
+        closings.append(closing(vocabulary, behind if isinstance(behind, str) else ""))
         ids += [mask_token_id] * width
     return LaidOut(form, vocabulary, ids, spans, automata, closings)
 

@@ -1,7 +1,8 @@
 """The bytes of every token of a byte-level BPE tokenizer, which is what masks over the vocabulary are made from."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -21,24 +22,27 @@ class Vocabulary:
     texts: tuple[tuple[int, bytes], ...]
     size: int
     end_token_id: int
+    _bytes: dict[int, bytes] = field(init=False, repr=False)
 
-    def closing(self, behind: str) -> torch.Tensor:
-        """Tokens `(V,)` bool with which a text may begin, or which begin with it; the end token always."""
-        text = behind.encode()
-        marks = torch.zeros(self.size, dtype=torch.bool)
-        marks[
-            [t for t, b in self.texts if text and (text.startswith(b) or b.startswith(text))] + [self.end_token_id]
-        ] = True
-        return marks
+    def __post_init__(self):
+        object.__setattr__(self, "_bytes", dict(self.texts))
 
     def content(self, tokens: list[int]) -> bytes:
         """The bytes of a hole's tokens, which end before the first end token."""
         end = tokens.index(self.end_token_id) if self.end_token_id in tokens else len(tokens)
-        known = self._bytes
-        return b"".join(known[token] for token in tokens[:end])
+        return b"".join(self._bytes[token] for token in tokens[:end])
 
-    def __post_init__(self):
-        object.__setattr__(self, "_bytes", dict(self.texts))
+
+@lru_cache(maxsize=64)
+def closing(vocabulary: Vocabulary, behind: str) -> torch.Tensor:
+    """Tokens `(V,)` bool with which a text may begin, or which begin with it; the end token always."""
+    text = behind.encode()
+    tokens = [
+        token for token, begun in vocabulary.texts if text and (text.startswith(begun) or begun.startswith(text))
+    ]
+    marks = torch.zeros(vocabulary.size, dtype=torch.bool)
+    marks[[*tokens, vocabulary.end_token_id]] = True
+    return marks
 
 
 def vocabulary_of_tokenizer(

@@ -15,7 +15,7 @@ Nothing is promised of rows that no token can satisfy any more: drafts are such 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers.generation import LogitsProcessor
@@ -35,6 +35,7 @@ class TokenAutomaton:
     following: torch.Tensor
     accepting: torch.Tensor
     classes: torch.Tensor
+    pairs: tuple[torch.Tensor, torch.Tensor] = field(init=False, repr=False)
 
     def __post_init__(self):
         # Pairs of states with some token between them: far fewer than states times classes.
@@ -58,7 +59,7 @@ class TokenAutomaton:
         """States that each slot, and what is behind the last, may be entered in: `(B, w + 1, S)` bool."""
         states = torch.zeros(len(tokens), len(self.following), dtype=torch.bool, device=tokens.device)
         states[:, 0] = True
-        found, (source, target) = [states], self.pairs  # type: ignore[attr-defined]
+        found, (source, target) = [states], self.pairs
         for column in range(tokens.shape[1]):
             free = _gathered(states[:, source], target, len(self.following))
             behind = self._behind(tokens[:, column])
@@ -71,7 +72,7 @@ class TokenAutomaton:
     def backwards(self, tokens: torch.Tensor, decided: torch.Tensor) -> torch.Tensor:
         """States in which each slot may be entered for the hole to end well: `(B, w + 1, S)` bool."""
         states = self.accepting.expand(len(tokens), -1)
-        found, (source, target) = [states], self.pairs  # type: ignore[attr-defined]
+        found, (source, target) = [states], self.pairs
         for column in range(tokens.shape[1] - 1, -1, -1):
             free = _gathered(states[:, target], source, len(self.following))
             behind = self._behind(tokens[:, column])
@@ -139,6 +140,7 @@ class HoleLanguages(LogitsProcessor):
     def __init__(self, holes: Sequence[Hole]):
         self.holes = list(holes)
         self._found: list[tuple[Hole, slice, torch.Tensor, torch.Tensor]] = []
+        self._known: dict[Hole, tuple[torch.Tensor, ...]] = {}  # what a hole held when it was looked at last
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Refused: left-to-right decoding asks like this, and shows nothing of what stands behind a hole."""
@@ -161,7 +163,11 @@ class HoleLanguages(LogitsProcessor):
         self._found = []
         for hole, mine in self._of_rows(owners):
             span = hole.span(text.shape[1])
-            self._found.append((hole, span, mine, hole.automaton.allowed(text[mine, span], decided[mine, span])))
+            tokens, known = text[mine, span], decided[mine, span]
+            before = self._known.get(hole)
+            if before is None or not (torch.equal(tokens, before[0]) and torch.equal(known, before[1])):
+                before = self._known[hole] = tokens, known, hole.automaton.allowed(tokens, known)
+            self._found.append((hole, span, mine, before[2]))
 
     def ended(self, scores: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """`(n, V)` scores of candidates at `(n,)` rows and slots, in which end tokens stand for what closes a hole."""
