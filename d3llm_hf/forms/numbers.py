@@ -43,6 +43,8 @@ def _between(low: str, high: str, digits: int) -> Language:
     def digit(first: str, last: str) -> Language:
         return span(ord(first), ord(last))
 
+    if set(low) == {"0"} and set(high) == {"9"}:  # all of them, or the parts below would double with each digit
+        return sequence(*point, digit("0", "9"), _between(low[1:], high[1:], digits))
     if low[0] == high[0]:
         return sequence(*point, digit(low[0], low[0]), _between(low[1:], high[1:], digits))
     least, most = "0" * behind, "9" * behind
