@@ -31,6 +31,7 @@ OWN = {
     "infill": "the form says where its holes are",
     "max_new_tokens": "the form says how long it is",
     "max_length": "the form says how long it is",
+    "generation_config": "its length would be another one than the form's; pass its settings by name",
     "num_return_sequences": "a form is filled once; pass it several times",
     "return_dict_in_generate": "what comes back is a `Filled`",
 }
@@ -159,7 +160,7 @@ def fill_laid_out(
         marked[list(hole.rows), hole.span(width)] = True
 
     # 3. `generate` decides the holes, with both sides of each in view
-    processors = LogitsProcessorList([*settings.pop("logits_processor", []), lattices.HoleLanguages(holes)])
+    processors = LogitsProcessorList([*(settings.pop("logits_processor", None) or []), lattices.HoleLanguages(holes)])
     more = {} if model.generation_config.pad_token_id is not None else {"pad_token_id": pad_token_id}
     output = model.generate(
         input_ids=ids.to(model.device), attention_mask=seen.to(model.device), infill_mask=marked.to(model.device),

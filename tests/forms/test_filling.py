@@ -146,6 +146,7 @@ def test_token_ids_are_a_prompt_and_texts_may_be_empty():
         (lambda: holes.one_of(["a", "a"]), "`options` must be different texts, none of them empty (got ['a', 'a'])"),
         (lambda: filled([holes.text(2)], max_new_tokens=3), "`max_new_tokens` is no argument of `fill`"),
         (lambda: filled([holes.text(2)], infill=True), "`infill` is no argument of `fill`"),
+        (lambda: filled([holes.text(2)], generation_config=1), "`generation_config` is no argument of `fill`"),
         (
             lambda: fill_batch(forms.model(), forms.tokenizer(), [[holes.text(2)]], prompts=[]),
             "`prompts` must be one for each form, of which there is at least one (got 0 for 1)",

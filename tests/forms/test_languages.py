@@ -52,8 +52,16 @@ def test_a_range_of_decimals_holds_them_with_as_many_digits_as_are_allowed():
         assert holds(automaton, text.encode()) == wanted, text
 
 
+SIGNS = 'a"é€\U0001f642\ud800\x1f\x7f'
+
+
 @examples(100)
-@given(st.one_of(st.binary(max_size=4), st.text(max_size=3).map(lambda text: text.encode("utf-8", "surrogatepass"))))
+@given(
+    st.one_of(
+        st.binary(max_size=4),
+        st.text(SIGNS, max_size=3).map(lambda text: text.encode("utf-8", "surrogatepass")),
+    )
+)
 def test_characters_are_those_of_utf_8(text):
     try:
         wanted = all(ord(sign) >= 0x20 and sign not in '\x7f"' for sign in text.decode())
