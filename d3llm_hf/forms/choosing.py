@@ -81,8 +81,9 @@ def choose(
     # 1. A canvas for each token of each option: it alone is asked for, what is behind it is masked
     check_options(options)
     mask = mask_of(model, mask_token_id)
-    left = encoded_prompt(tokenizer, prompt) + (tokens_of_text(tokenizer, before, mask) if before else [])
-    right = tokens_of_text(tokenizer, after, mask) if after else []
+    left = encoded_prompt(tokenizer, prompt)
+    left += tokens_of_text(tokenizer, before, mask, right=options[0]) if before else []
+    right = tokens_of_text(tokenizer, after, mask, left=options[0]) if after else []
     rows: dict[tuple[tuple[int, ...], int], int] = {}  # tokens up to the one that is asked for, length -> its canvas
     asked = {}
     for option in options:

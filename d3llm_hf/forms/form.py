@@ -18,7 +18,7 @@ class Form:
 
     Args:
         parts: strings and [`Hole`]s, of which there is at least one. Special tokens in the text are ordinary
-            characters. Each piece is tokenized by itself, so cut where tokens end.
+            characters. Each piece is cut into tokens as it is beside an example of its holes.
 
     Raises:
         TypeError, ValueError: for other parts, or without a hole.
@@ -85,7 +85,9 @@ def lay_out(form: Form, tokenizer, vocabulary: Vocabulary, mask_token_id: int) -
     spans, automata, closings = [], [], []
     for number, part in enumerate(form.parts):
         if isinstance(part, str):
-            ids += tokens_of_text(tokenizer, part, mask_token_id)
+            around = [form.parts[at] if 0 <= at < len(form.parts) else "" for at in (number - 1, number + 1)]
+            left, right = (other.sample if isinstance(other, Hole) else other for other in around)
+            ids += tokens_of_text(tokenizer, part, mask_token_id, left=left, right=right)
             continue
         width, automaton = part.width(tokenizer), token_automaton(part.language, vocabulary)
         nothing = automaton.following.new_zeros(1, width)
@@ -102,6 +104,21 @@ def lay_out(form: Form, tokenizer, vocabulary: Vocabulary, mask_token_id: int) -
     return LaidOut(form, vocabulary, ids, spans, automata, closings)
 
 
-def tokens_of_text(tokenizer, text: str, mask_token_id: int) -> list[int]:
-    """Tokens of a piece of given text, in which special tokens are ordinary characters."""
-    return encode_infill(tokenizer, [text, 1], mask_token_id, add_special_tokens=False)["input_ids"][0, :-1].tolist()
+def tokens_of_text(tokenizer, text: str, mask_token_id: int, *, left: str = "", right: str = "") -> list[int]:
+    """Tokens of a piece of given text, in which special tokens are ordinary characters.
+
+    Args:
+        left, right (`str`): what may stand beside it. Many tokenizers give a space to what is before or behind it; the
+            piece is cut as it is between these, where tokens end at both of its ends.
+    """
+
+    def encoded(piece: str) -> list[int]:
+        parts: list[str | int] = [piece, 1]
+        found = encode_infill(tokenizer, parts, mask_token_id, add_special_tokens=False)["input_ids"]
+        return found[0, :-1].tolist()
+
+    whole, before, behind = encoded(left + text + right), encoded(left), encoded(right)
+    inner = whole[len(before) : len(whole) - len(behind)]
+    if inner and whole == [*before, *inner, *behind]:
+        return inner
+    return encoded(text)

@@ -40,6 +40,12 @@ class Hole:
         """Texts and types of holes that its fillings are made of."""
         return max(1, sum(map(weight_of, self.fillings)))
 
+    @property
+    def sample(self) -> str:
+        """How a text of the hole may begin and end; given text beside it is cut into tokens as it is beside this."""
+        first = next(iter(self.fillings), ("a",))[0]
+        return first if isinstance(first, str) else first.sample
+
     def width(self, tokenizer) -> int:
         """Positions of the hole with a tokenizer."""
         if self.slots is not None:
