@@ -61,21 +61,26 @@ def layout_of(request: GenerationRequest, model, tokenizer, longest: int) -> Lai
         return None
     try:
         form, mask = form_of_schema(schema), mask_of(model, None)
+        _check_size(sum(hole.width(tokenizer) for hole in form.holes), longest)  # before automata are made for them
         layout = lay_out(form, tokenizer, vocabulary_of_model(model, tokenizer, None, mask), mask)
     except (ValueError, TypeError) as error:
         raise _refused(str(error)) from None
     size, asked = len(layout.ids), request.max_completion_tokens or request.max_tokens
-    if size > longest:
-        raise _refused(
-            f"`response_format` must have a form of at most {longest} tokens on this server (got {size}). Lower its "
-            "`maxLength` and `maxItems`."
-        )
+    _check_size(size, longest)
     if asked is not None and asked < size:
         raise ApiError(
             400, f"`max_tokens` must be at least {size}, the tokens of this form (got {asked}). Leave it out.",
             param="max_tokens", code="invalid_value",
         )  # fmt: skip
     return layout
+
+
+def _check_size(size: int, longest: int) -> None:
+    if size > longest:
+        raise _refused(
+            f"`response_format` must have a form of at most {longest} tokens on this server (got {size}). Lower its "
+            "`maxLength` and `maxItems`."
+        )
 
 
 def _refused(message: str) -> ApiError:

@@ -8,6 +8,35 @@ from d3llm_hf.evaluation import forms
 from d3llm_hf.evaluation.tables.fill import table
 
 
+ROW = {
+    "model": "m",
+    "name": "free text",
+    "accuracy": 99.26,
+    "valid": 100.0,
+    "forwards": 8.04,
+    "positions": 512.3,
+    "seconds": 6.6,
+}
+
+
+def test_the_table_says_what_was_measured_and_how_to_repeat_it():
+    made = {"m": {"torch": "2.13.0", "transformers": "5.24.0"}}
+    settings = {"decoding_method": "d3llm"}
+    results = {
+        "suite": "forms",
+        "rows": [ROW],
+        "settings": settings,
+        "provenance": made,
+        "problems": 5,
+        "command": "c",
+    }
+    lines = table(results).splitlines()
+    assert lines[2] == "| m | free text | 99.3 % | 100.0 % | 8.0 | 512 | 7 |"
+    assert lines[4].startswith("5 held-out word problems of 2-5 steps, `decoding_method='d3llm'`")
+    assert lines[4].endswith("torch 2.13.0, transformers 5.24.0. Regenerate: `c`.")
+
+
+@pytest.mark.full
 def test_every_way_of_answering_is_a_row_for_each_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(forms, "WAYS", dict(list(forms.WAYS.items())[:3]))
     forms.main(["-o", str(tmp_path / "forms.json"), "--num-problems", "2", "--seed", "3"])

@@ -98,7 +98,7 @@ def test_forms_of_different_schemas_are_one_batch(address):
         ({"response_format": asked(), "stop": "a"}, "stop", "a form is filled to its end"),
         ({"response_format": asked(), "max_tokens": 4}, "max_tokens", "`max_tokens` must be at least"),
         ({"response_format": asked(), "d3llm": {"suffix_length": 4}}, "d3llm.suffix_length", "Leave one of them out"),
-        ({"response_format": asked(), "d3llm": {"decoding_method": "sdar"}}, "response_format", "sees the whole text"),
+        ({"response_format": asked(), "d3llm": {"decoding_method": "d2f"}}, "response_format", "sees the whole text"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_held_is_refused_by_name(address, more, param, message):
