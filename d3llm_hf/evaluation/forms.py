@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="results file (JSON)")
-    parser.add_argument("--num-problems", type=int, default=500, metavar="N", help="default: %(default)s")
+    parser.add_argument("--num-problems", type=int, default=200, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=5, help="of the held-out problems")
     args = parser.parse_args(argv)
     if args.num_problems < 1:
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += [{"model": name} | row for row in measure(model, tokenizer, problems)]
         made[name] = provenance(folder)
     words = ["python -m d3llm_hf.evaluation.forms"]
-    words += [f"--num-problems {args.num_problems}"] * (args.num_problems != 500)
+    words += [f"--num-problems {args.num_problems}"] * (args.num_problems != 200)
     words += [f"--seed {args.seed}"] * (args.seed != 5)
     output = args.output.name if args.output.is_absolute() else args.output.as_posix()
     results = {

@@ -8,7 +8,7 @@ from typing import Any
 from ..models.generation_config_d3llm import FIELDS, D3LLMGenerationConfig
 from ..text import encode_chat, encode_text
 from .errors import ApiError
-from .formats import layout_of
+from .formats import layout_of, schema_of
 from .jobs import Event, Job
 from .schemas import OPTIONS, ChatRequest, CompletionRequest
 
@@ -58,8 +58,10 @@ class Admission:
             ApiError: 400 or 404, naming the parameter at fault.
         """
         self.check_model(request.model)
-        layout = layout_of(request, self.model, self.tokenizer, self.max_tokens)
-        length = request.max_completion_tokens or request.max_tokens or self._default_length()
+        asked = request.max_completion_tokens or request.max_tokens
+        schema = schema_of(request.response_format, request.stop, request.d3llm)
+        layout = layout_of(schema, asked, self.model, self.tokenizer, self.max_tokens)
+        length = asked or self._default_length()
         length = length if layout is None else len(layout.ids)
         if length > self.max_tokens:
             raise ApiError(

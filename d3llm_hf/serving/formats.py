@@ -6,20 +6,21 @@ from ..forms.filling import mask_of, vocabulary_of_model
 from ..forms.form import LaidOut, lay_out
 from ..forms.schema import form_of_schema
 from .errors import ApiError
-from .schemas import GenerationRequest
 
 
 # Settings that change or end a text that is written freely; a form is filled to its end.
 FREE_TEXT = ("drafts", "min_new_tokens", "no_repeat_ngram_size", "suffix_length")
 
 
-def schema_of(request: GenerationRequest) -> dict[str, Any] | None:
+def schema_of(asked: dict[str, Any] | None, stop: list[str], settings: dict[str, Any]) -> dict[str, Any] | None:
     """The schema that a request asks for, if any.
+
+    Args:
+        asked, stop, settings: its `response_format`, `stop` and `d3llm`.
 
     Raises:
         ApiError: 400, for another format, or beside parameters that a form has no use for.
     """
-    asked = request.response_format
     if asked is None or asked == {"type": "text"}:
         return None
     inner = asked.get("json_schema")
@@ -33,13 +34,13 @@ def schema_of(request: GenerationRequest) -> dict[str, Any] | None:
     for name in inner:
         if name not in ("name", "schema", "strict", "description"):
             raise _refused(f"`response_format.json_schema.{name[:80]}` is no field that is known here. Leave it out.")
-    if request.stop:
+    if stop:
         raise ApiError(
             400, "`stop` has no effect beside `response_format`: a form is filled to its end. Leave it out.",
             param="stop", code="invalid_value",
         )  # fmt: skip
     for name in FREE_TEXT:
-        if request.d3llm.get(name):
+        if settings.get(name):
             raise ApiError(
                 400, f"`d3llm.{name}` does not go together with `response_format`. Leave one of them out.",
                 param=f"d3llm.{name}", code="invalid_value",
@@ -47,16 +48,17 @@ def schema_of(request: GenerationRequest) -> dict[str, Any] | None:
     return inner["schema"]
 
 
-def layout_of(request: GenerationRequest, model, tokenizer, longest: int) -> LaidOut | None:
+def layout_of(schema: dict[str, Any] | None, max_tokens: int | None, model, tokenizer, longest: int) -> LaidOut | None:
     """The form of a request on the positions that it needs, `None` for one that wants text.
 
     Args:
+        schema: see [`schema_of`].
+        max_tokens: of the request.
         longest: positions that it may have.
 
     Raises:
         ApiError: 400, for a schema that no form can hold, or one too long.
     """
-    schema = schema_of(request)
     if schema is None:
         return None
     try:
@@ -65,11 +67,11 @@ def layout_of(request: GenerationRequest, model, tokenizer, longest: int) -> Lai
         layout = lay_out(form, tokenizer, vocabulary_of_model(model, tokenizer, None, mask), mask)
     except (ValueError, TypeError) as error:
         raise _refused(str(error)) from None
-    size, asked = len(layout.ids), request.max_completion_tokens or request.max_tokens
+    size = len(layout.ids)
     _check_size(size, longest)
-    if asked is not None and asked < size:
+    if max_tokens is not None and max_tokens < size:
         raise ApiError(
-            400, f"`max_tokens` must be at least {size}, the tokens of this form (got {asked}). Leave it out.",
+            400, f"`max_tokens` must be at least {size}, the tokens of this form (got {max_tokens}). Leave it out.",
             param="max_tokens", code="invalid_value",
         )  # fmt: skip
     return layout

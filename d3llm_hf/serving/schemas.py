@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, Va
 from ..models.generation_config_d3llm import FIELDS
 from .bodies import read_object
 from .errors import ApiError
+from .formats import schema_of
 from .unsupported import IN_MESSAGE, IN_STREAM_OPTIONS, PARAMETERS, Table, without_unsupported
 from .wording import in_our_words, shown
 
@@ -192,6 +193,7 @@ def _check_together(request: GenerationRequest) -> None:
         raise ApiError(
             400, "`stream_options` needs `stream: true`. Leave it out.", param="stream_options", code="invalid_value"
         )
+    schema_of(request.response_format, request.stop, request.d3llm)
     for name, value in request.d3llm.items():
         param = f"d3llm.{name}"
         if name == "drafts":
