@@ -27,7 +27,7 @@ from .provenance import provenance, write_json
 from .tasks.word_problems import WordProblem, exact_match, generate_problems
 
 
-SETTINGS = {"decoding_method": "d3llm", "block_length": 16, "entropy_threshold": 0.3}
+SETTINGS: dict[str, Any] = {"decoding_method": "d3llm", "block_length": 16, "entropy_threshold": 0.3}
 NEW_TOKENS = 64
 SCHEMA = {
     "type": "object",

@@ -109,7 +109,8 @@ def byte_automaton(language: Language) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
     # 2. Sets of its states are the states
     first = guessing.closure([0], end)
-    number, waiting, rows = {first: 0}, [first], []
+    number, waiting = {first: 0}, [first]
+    rows: list[dict[int, int]] = []
     while len(rows) < len(waiting):
         targets: dict[int, set[int]] = {}
         for state in waiting[len(rows)]:

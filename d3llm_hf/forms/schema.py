@@ -118,7 +118,7 @@ class _Reader:
             _check_size(sum(map(weight_of, found)), path)
             return _one_of(found)
         kinds = schema.get("type")
-        listed = kinds if isinstance(kinds, list) and kinds else [kinds]
+        listed: list[Any] = kinds if isinstance(kinds, list) and kinds else [kinds]
         for kind in listed:
             if not isinstance(kind, str) or kind not in KEPT:
                 raise _refused(f"{path}.type", kind, f"one of {sorted(KEPT)}", "Say which values may stand there.")

@@ -162,7 +162,9 @@ def test_what_is_no_form_is_refused(make, message):
 def test_a_model_without_a_mask_token_is_refused():
     from types import SimpleNamespace
 
-    bare = SimpleNamespace(generation_config=SimpleNamespace(), config=SimpleNamespace())
+    from transformers import PretrainedConfig
+
+    bare = SimpleNamespace(generation_config=SimpleNamespace(), config=PretrainedConfig())
     with pytest.raises(ValueError, match="`mask_token_id` must name the token of an undecided position"):
         fill(bare, forms.tokenizer(), [holes.text(2)])
 
