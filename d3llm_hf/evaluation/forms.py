@@ -1,6 +1,6 @@
 """Forms against free text, on word problems: how often the answer is right, and what it costs.
 
-    python -m d3llm_hf.evaluation.forms -o d3llm_hf/evaluation/results/forms.json
+    python -m d3llm_hf.evaluation.forms -o forms.json
 
 Both embedded checkpoints answer the same held-out problems freely, in forms of their own words, and as JSON that they
 were never trained on. The ways take turns batch by batch, so that whatever else the machine does disturbs all alike.
