@@ -1,6 +1,7 @@
 """The page of `d3llm demo`: its handlers in this process, and (slow) the page itself in a browser."""
 
 import importlib.util
+import json
 import shutil
 import sys
 import threading
@@ -321,3 +322,14 @@ def test_two_users_at_once_do_not_mix_and_who_leaves_or_stops_ends_only_his_own(
     answer_of(pages[1])
     assert "stopped" in pages[1].inner_text("#canvas .d3-stats")
     pages[1].context.close()
+
+
+def test_the_form_tab_fills_a_schema_and_says_what_is_wrong_with_one(handlers):
+    schema = '{"type": "object", "properties": {"a": {"type": "integer", "minimum": 3, "maximum": 12}}}'
+    for prompt in ("one", ""):
+        text, counts = handlers.fill(prompt, schema, "d3llm")
+        assert 3 <= json.loads(text)["a"] <= 12
+        assert counts.endswith(" forwards")
+    for wrong, message in ((schema[:-1], "`schema` must be JSON"), ("{}", "`schema.type` must be one of")):
+        with pytest.raises(gr.Error, match=message):
+            handlers.fill("one", wrong, "d3llm")

@@ -320,7 +320,7 @@ class Scorer:
             raw = self.processors.repair(raw)
             valid = raw.amax(-1).isfinite()
             processed = self._processed(raw.masked_fill(~valid[:, None], 0.0), index, columns)
-            if self.rules.score_processed:
+            if self.rules.score_processed or self.processors.languages is not None:
                 raw = processed.clone()
         if self.rules.score_temperature != 1:
             raw = raw / self.rules.score_temperature
