@@ -67,6 +67,11 @@ class Rules:
         edit_threshold: cost under which another token takes the place of a decided one while its block is open
             (LLaDA2.1), `None` where what is decided stays.
         max_post_steps: forwards, after the last position of a block was decided, in which its tokens may be replaced.
+        scores_ahead: also score the block behind the open ones: for drafts, and so that a history begins before a
+            block is opened.
+        kl_threshold: divergence in nats under which a distribution counts as that of the forward before (KLASS);
+            `None` where nobody remembers it.
+        kl_history: forwards in a row for which a position must have been calm (KLASS).
         slot_size: positions of a slot, which is drafted and verified as a whole (ReFusion; see `slots.py`, which takes
             the place of this file then); 0 is none.
         serial_num_blocks: parts of the answer that are decided one after the other, of whole slots.
@@ -114,6 +119,9 @@ class Rules:
     draft_length: int = 0
     edit_threshold: float | None = None
     max_post_steps: int = 0
+    scores_ahead: bool = False
+    kl_threshold: float | None = None
+    kl_history: int = 1
     slot_size: int = 0
     serial_num_blocks: int = 1
     slot_threshold: float = 1.0
@@ -148,6 +156,8 @@ class State:
         cached (`(B,)` long): leading blocks (prompt included) whose keys and values are kept.
         completed_step (`(B, K + 1)` long): the forward from which a finished block's caching delay counts.
         reviews (`(B, K)` long): forwards that looked at a block in which nothing was undecided, and might replace.
+        calm (`(B, N)` long): forwards in a row, up to the last, that left a position's distribution nearly as it was;
+            0 where nobody remembers it.
         forward (`int`): forwards made; every row in the state took part in all of them.
     """
 
@@ -169,6 +179,7 @@ class State:
     cached: torch.Tensor
     completed_step: torch.Tensor
     reviews: torch.Tensor
+    calm: torch.Tensor
     forward: int = 0
 
     @classmethod
@@ -213,6 +224,7 @@ class State:
             cached=full(batch),
             completed_step=full(batch, blocks + 1, value=UNSTAMPED),
             reviews=full(batch, blocks),
+            calm=full(batch, length),
         )
         state.active[:, 0] = rules.block_activation_threshold <= 1
         state.opened_size[:, 0] = state.per_block(undecided, rules)[:, 0]

@@ -50,6 +50,8 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "entropy_bound": (NUMBER, "a non-negative number (nats)", lambda v: v >= 0),
     "confidence_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
     "edit_threshold": (NUMBER, "a probability in [0, 1]", lambda v: 0 <= v <= 1),
+    "kl_threshold": (NUMBER, "a positive number (nats)", lambda v: v > 0),
+    "kl_history": ((int,), "a positive integer (forwards)", lambda v: v > 0),
     "max_post_steps": ((int,), "a non-negative integer (forwards)", lambda v: v >= 0),
     "relaxed_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
     "low_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
@@ -113,8 +115,8 @@ class D3LLMGenerationConfig(GenerationConfig):
         decoding_method (`str`): `"d3llm"` (several blocks at once, by entropy), `"dparallel"` (block by block, by
             entropy), `"fast_dllm"` (by confidence or factor), `"dinfer"` (its threshold, hierarchy and credit
             decoders), `"dkv"` (a fixed quota over a cache by token), `"entropy_bound"` (EB-Sampler), `"local_leap"`
-            (LocalLeap), `"llada"` (a fixed quota), `"dream"` (a schedule), `"sdar"` (a quota of each block, or what
-            is surer), `"llada2"` (the same, with edits), `"fast_dllm_v2"` (by confidence, in parts of a block),
+            (LocalLeap), `"klass"` (by confidence, and by how little changes from forward to forward), `"llada"` (a
+            fixed quota), `"dream"` (a schedule), `"sdar"` (a quota of each block, or what is surer), `"llada2"` (the same, with edits), `"fast_dllm_v2"` (by confidence, in parts of a block),
             `"d2f"` (several blocks at once, by confidence, none of which sees a later one: for LLaDA or Dream with an
             adapter of D2F), or `"refusion"` (whole slots in any order, verified from left to right). The model's own
             when unset: `"d3llm"`, or that of the same name for SDAR, LLaDA2, Fast-dLLM v2 and ReFusion, which has no
@@ -138,6 +140,9 @@ class D3LLMGenerationConfig(GenerationConfig):
             a decided one. Nothing is replaced when unset, as in LLaDA2.0.
         max_post_steps (`int`): with `edit_threshold`, forwards that look once more at a block that is decided, as long
             as they replace something; 0 is none.
+        kl_threshold (`float`): nats of Kullback-Leibler divergence from the forward before under which a position is
+            calm (`"klass"`).
+        kl_history (`int`): forwards in a row for which a position must have been calm to be committed (`"klass"`).
         factor (`float`): Fast-dLLM's factor in place of its threshold: the n surest positions are committed while the
             n-th has a probability of at least `1 - factor / (n + 1)`.
         decoder (`str`): of `"dinfer"`: `"threshold"`, `"hierarchy"` or `"credit"`.
@@ -198,6 +203,8 @@ class D3LLMGenerationConfig(GenerationConfig):
     confidence_threshold: float | None
     edit_threshold: float | None
     max_post_steps: int | None
+    kl_threshold: float | None
+    kl_history: int | None
     relaxed_threshold: float | None
     low_threshold: float | None
     leap_radius: int | None

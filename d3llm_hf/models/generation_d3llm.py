@@ -315,7 +315,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
 
                 # 4. Forward them; logits of the candidates only, and of decided positions that may still change
                 asked = among | trial.unsettled
-                scored = candidates(trial, rules, ahead=1) if rules.draft_length else asked
+                scored = asked | candidates(trial, rules, ahead=1) if rules.scores_ahead else asked
                 row, column = scored.nonzero(as_tuple=True)  # (n,) each
                 where = row, column
                 logits, computed = drawn.forward(self, trial, rules, cache, recompute, where)
@@ -324,7 +324,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
 
                 # 5. Score the candidates: a token and a cost each
                 scores = scorer(self.text_logits(logits), trial, drawn, where)
-                scores.broken *= asked  # of what is looked at for drafts alone nothing is asked
+                scores.broken *= asked  # of what is looked at for drafts or a history alone nothing is asked
 
                 # 6. Commit what the rules choose, replace, keep the drafts that came true; fill after a stop token
                 commits, forced = choose(scores.cost, scores.force_cost, among, trial, rules)

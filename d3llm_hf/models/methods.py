@@ -75,6 +75,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "relaxed_threshold": 0.75,
         "leap_radius": 4,
     },
+    "klass": {"block_length": 32, "confidence_threshold": 0.9, "kl_threshold": 0.01, "kl_history": 2},
     "llada": {
         "block_length": 32,
         "remasking": "low_confidence",
@@ -187,6 +188,8 @@ RULE_OF: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "min_commits": ("min_commits", int),
     "edit_threshold": ("edit_threshold", lambda probability: None if probability is None else _cost(probability)),
     "max_post_steps": ("max_post_steps", int),
+    "kl_threshold": ("kl_threshold", float),
+    "kl_history": ("kl_history", int),
     "alg_temp": ("alg_temp", float),
     "block_add_threshold": ("block_add_threshold", float),
     "block_activation_threshold": ("block_activation_threshold", float),
@@ -201,6 +204,7 @@ RULES: dict[str, dict[str, Any]] = {
     "dkv": {"select": "quota"},
     "entropy_bound": {"score": "entropy", "select": "entropy_bound"},
     "local_leap": {"score": "confidence", "select": "neighbourhood"},
+    "klass": {"score": "confidence", "select": "stability"},
     "llada": {"select": "quota"},
     "dream": {"select": "schedule", "score_processed": True},
     "sdar": {"select": "quota_or_threshold", "stores_apart": True},
@@ -242,6 +246,11 @@ def _factor(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
 def _decoder(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
     credit = tuple(values[f"credit_{name}"] for name in ("decay", "exponent", "weight"))
     return {"select": DECODERS[values["decoder"]], "credit": credit if values["decoder"] == "credit" else None}
+
+
+def _klass(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
+    """The published rules of the two families differ: Dream's also commits what is exactly at the threshold."""
+    return {"inclusive": shifted}
 
 
 def _schedule(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
@@ -291,6 +300,7 @@ _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "dparallel": _entropy_threshold,
     "fast_dllm": _factor,
     "dinfer": _decoder,
+    "klass": _klass,
     "dream": _schedule,
     "sdar": _sdar,
     "d2f": _forced,
@@ -335,6 +345,8 @@ def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -
     rules |= {name: values[name] or 0 for name in CACHES[values["kv_cache"]]}
     if values.get("lossless"):
         rules["draft_length"] = values["draft_length"]
+    remembers = "kl_threshold" in values and topology_of(method, traits) is None  # what nobody sees has no history
+    rules["scores_ahead"] = bool(values.get("lossless")) or remembers
     rules |= RULES[method]
     if method in _FURTHER:
         rules |= _FURTHER[method](values, bool(logit_shift))

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from .canvas import Canvas
 from .credit import Credit
 from .decoding import Rules, State
+from .drift import Drift
 from .processors import Processors
 
 
@@ -261,15 +262,22 @@ class Scorer:
         self.rules, self.mask_token_id = rules, mask_token_id
         self.sampler, self.sampling, self.processors = sampler, sampling, processors
         self.credit = Credit(*rules.credit) if rules.credit else None
+        self.drift = None if rules.kl_threshold is None else Drift(rules.kl_threshold)
         self.force_score = rules.force_score or ("entropy" if rules.score == "noise" else None)
 
     def __call__(
         self, logits: torch.Tensor, state: State, canvas: Canvas, where: tuple[torch.Tensor, torch.Tensor]
     ) -> Scores:
-        """`(n, V)` logits (overwritten) of the candidates at rows and columns `where` of the canvases."""
+        """`(n, V)` logits (overwritten) of the candidates at rows and columns `where` of the canvases.
+
+        With a `kl_threshold` the state's `calm` counts this forward as well.
+        """
         if self.processors:
             self.processors.look(state, canvas)
         rows, steps, columns = state.rows[where[0]], state.step[where[0]], where[1]
+        size = max(1, CHUNK_ELEMENTS // logits.shape[1])
+        if self.drift is not None:  # the model's own distributions, before anything is taken from them
+            state.calm = self.drift(logits, state, where, size)
         untouched = not (self.processors or self.sampling or self.credit)
         kernel = kernel_for(logits) if untouched else None
         if kernel is not None:
@@ -278,7 +286,6 @@ class Scorer:
             force = self._force_cost(stats, stats.top, cost)
             tokens, fault = best, torch.where(finite, 0, NOT_FINITE)
         else:
-            size = max(1, CHUNK_ELEMENTS // logits.shape[1])
             chunks = [slice(start, start + size) for start in range(0, logits.shape[0], size)]
             parts = [
                 self._chunk(logits[chunk].float(), where[0][chunk], rows[chunk], steps[chunk], columns[chunk])

@@ -193,6 +193,18 @@ def by_entropy_sum(cost: torch.Tensor, among: torch.Tensor, state: State, rules:
     return among & torch.zeros_like(among).scatter_(1, order, total < rules.threshold) | best(cost, among)
 
 
+def by_stability(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """KLASS (arXiv:2511.05664): sure candidates that have been calm for some forwards; where none is, the surest.
+
+    In the first `kl_history - 1` forwards of a block nothing counts as calm.
+    """
+    _, _, done = pace(among, state, rules)
+    under = cost <= rules.threshold if rules.inclusive else cost < rules.threshold
+    calm = (state.calm >= rules.kl_history) & (done >= rules.kl_history - 1)[:, None]
+    ready = among & under & calm
+    return ready | best(cost, among & ~ready.any(1, keepdim=True))
+
+
 SELECTORS: dict[str, Callable[[torch.Tensor, torch.Tensor, State, Rules], torch.Tensor]] = {
     "threshold": by_threshold,
     "near_best": by_near_best,
@@ -207,6 +219,7 @@ SELECTORS: dict[str, Callable[[torch.Tensor, torch.Tensor, State, Rules], torch.
     "quota_or_threshold": by_quota_or_threshold,
     "leftmost": by_leftmost,
     "entropy_sum": by_entropy_sum,
+    "stability": by_stability,
 }
 
 
