@@ -116,11 +116,11 @@ class D3LLMGenerationConfig(GenerationConfig):
             entropy), `"fast_dllm"` (by confidence or factor), `"dinfer"` (its threshold, hierarchy and credit
             decoders), `"dkv"` (a fixed quota over a cache by token), `"entropy_bound"` (EB-Sampler), `"local_leap"`
             (LocalLeap), `"klass"` (by confidence, and by how little changes from forward to forward), `"llada"` (a
-            fixed quota), `"dream"` (a schedule), `"sdar"` (a quota of each block, or what is surer), `"llada2"` (the same, with edits), `"fast_dllm_v2"` (by confidence, in parts of a block),
-            `"d2f"` (several blocks at once, by confidence, none of which sees a later one: for LLaDA or Dream with an
-            adapter of D2F), or `"refusion"` (whole slots in any order, verified from left to right). The model's own
-            when unset: `"d3llm"`, or that of the same name for SDAR, LLaDA2, Fast-dLLM v2 and ReFusion, which has no
-            other.
+            fixed quota), `"dream"` (a schedule), `"sdar"` (a quota of each block, or what is surer), `"llada2"` (the
+            same, with edits), `"fast_dllm_v2"` (by confidence, in parts of a block), `"d2f"` (several blocks at once,
+            by confidence, none of which sees a later one: for LLaDA or Dream with an adapter of D2F), or `"refusion"`
+            (whole slots in any order, verified from left to right). The model's own when unset: `"d3llm"`, or that of
+            the same name for SDAR, LLaDA2, Fast-dLLM v2 and ReFusion, which has no other.
         block_length (`int`): positions of a block; when unset the whole answer with `"dream"`, and a block-causal
             model's own.
         sub_block_length (`int`): positions of the parts of a block that are decided one after the other

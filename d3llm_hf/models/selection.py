@@ -223,6 +223,27 @@ SELECTORS: dict[str, Callable[[torch.Tensor, torch.Tensor, State, Rules], torch.
 }
 
 
+# Decided positions `(B, N)` that a step takes back: of the doubt about each present token (lower is surer), which may
+# be taken back at all, the commits of the same step, the state before it and the rules. Each says why decoding ends.
+REVOKERS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, State, Rules], torch.Tensor]] = {}
+
+
+def take_back(doubt: torch.Tensor, commits: torch.Tensor, state: State, rules: Rules) -> torch.Tensor | None:
+    """Which decided positions this step takes back.
+
+    Args:
+        doubt (`(B, N)` float): cost of the present token at each unsettled position.
+        commits (`(B, N)` bool): of the same step.
+        state: before the step.
+
+    Returns:
+        `(B, N)` bool, `None` where the rules take nothing back.
+    """
+    if rules.revoke is None:
+        return None
+    return REVOKERS[rules.revoke](doubt, state.unsettled, commits, state, rules)
+
+
 def choose(
     cost: torch.Tensor, force_cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules
 ) -> tuple[torch.Tensor, torch.Tensor]:
