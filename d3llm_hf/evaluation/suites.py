@@ -93,6 +93,7 @@ METHODS = Suite(
         "dKV-Cache": {"decoding_method": "dkv", "block_length": 16},
         "LocalLeap": {"decoding_method": "local_leap", "block_length": 16},
         "KLASS": {"decoding_method": "klass", "block_length": 16},
+        "WINO": {"decoding_method": "wino", "block_length": 16},
     },
     columns=("name", "settings", "accuracy", "tpf", "positions_per_token", "cpu_seconds"),
     notes=(

@@ -68,6 +68,8 @@ class Rules:
             (LLaDA2.1), `None` where what is decided stays.
         max_post_steps: forwards, after the last position of a block was decided, in which its tokens may be replaced.
         revoke: which decided positions are taken back, a key of `selection.REVOKERS`; `None` where none are.
+        shadow_block: each forward also asks what the model would write at the open block's positions did it not see
+            them (`asides.py`), whose answers stand for the decided ones (WINO).
         revoke_threshold: cost of a decided token over which it is taken back.
         scores_ahead: also score the block behind the open ones: for drafts, and so that a history begins before a
             block is opened.
@@ -123,6 +125,7 @@ class Rules:
     max_post_steps: int = 0
     revoke: str | None = None
     revoke_threshold: float = float("inf")
+    shadow_block: bool = False
     scores_ahead: bool = False
     kl_threshold: float | None = None
     kl_history: int = 1

@@ -265,7 +265,8 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         rules = generation_config.rules(canvas.slots.shape[1], self.traits)
         ragged = rules.suffix_length is not None and canvas.batch + rules.draft_length > 1
         in_blocks = topology is not None
-        self.check_contract(canvas.mask, cached=rules.kv_cache != "none", ragged=ragged, in_blocks=in_blocks)
+        cached, shadowed = rules.kv_cache != "none", rules.shadow_block
+        self.check_contract(canvas.mask, cached=cached, ragged=ragged, in_blocks=in_blocks, shadowed=shadowed)
         check_wrapping(self, canvas, rules, is_compiled(generation_config))
         state = canvas.start(rules)
         stop_ids = generation_config._eos_token_tensor

@@ -279,6 +279,7 @@ def refuse(model: CanvasContract, canvas: Canvas, rules: Rules, config: CompileC
         "`lossless`, whose drafts make batches of any size (unset one of them)": rules.draft_length > 0,
         "`cfg_scale`, which doubles the batch (unset one of them)": rules.cfg_scale > 0,
         "block-causal attention, whose canvas grows (leave `compile_config` unset)": canvas.blocks is not None,
+        'decoding_method="wino", whose shadow block moves (leave `compile_config` unset)': rules.shadow_block,
         "`suffix_length`, with which the canvas grows (unset one of them)": rules.suffix_length is not None,
         "`dynamic=True`: every forward has one of few static shapes (leave `dynamic` unset)": config.dynamic is True,
         'flash-attention, which takes padding out (load the model with `attn_implementation="sdpa"`)': (
