@@ -118,8 +118,8 @@ def check_wrapping(model: Any, canvas: Any, rules: Any, compiled: bool) -> None:
 
     Raises:
         ValueError: with a learnt prompt for a cache, compiled forwards, a shadow block, a text that does not fit
-            behind it or padding that would move the text; for adapters that belong to rows where the batch changes; for an
-            activated LoRA.
+            behind it or padding that would move the text; for adapters that belong to rows where the batch changes;
+            for an activated LoRA.
     """
     wrapper = wrapper_of(model)
     if wrapper is not None:

@@ -15,6 +15,7 @@ from transformers import CompileConfig
 from d3llm_hf import LLaDAModelLM, as_diffusion_lm
 from d3llm_hf.models.decoding import Rules, State
 from d3llm_hf.models.selection import choose, take_back
+from d3llm_hf.watch.trace import Recording
 
 
 RUNS = recorded_runs("wino")
@@ -128,11 +129,28 @@ def test_no_slot_of_the_canvas_sees_a_shadow(attn_implementation):
     plain = decode(PROMPTS, model=model, decoding_method="fast_dllm", threshold_back=None, **chosen)
     assert torch.equal(shadowed.sequences, plain.sequences) and torch.equal(shadowed.step_map, plain.step_map)
     assert not shadowed.num_revoked.any()
-    blocks = torch.stack([(step <= shadowed.num_forwards).long() for step in shadowed.step_map.T]).sum()
-    assert blocks == 5 * NEW
     extra = shadowed.positions_computed - plain.positions_computed
     last = shadowed.num_forwards - shadowed.step_map[:, :10].amax(1)  # forwards of the last block, which has four
     assert torch.equal(extra, 5 * (shadowed.num_forwards - last) + 4 * last)
+
+
+@pytest.mark.full
+def test_a_trace_shows_what_stayed():
+    class Plain:
+        all_special_ids, clean_up_tokenization_spaces = (), False
+
+        def decode(self, ids, **kwargs):
+            return "".join(f"<{token}>" for token in ids)
+
+    ids = torch.tensor([PROMPTS[1]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    chosen = WINO | {"max_new_tokens": NEW, "eos_token_id": [], "pad_token_id": PAD, "early_stop": False}
+    with Recording(model_of("llada", 2, 2), Plain(), "", inputs, **chosen) as recording:
+        forwards = list(recording)
+        trace = recording.trace()
+    final = decode([PROMPTS[1]], **chosen)
+    assert int(final.num_revoked) > 0 and len(forwards) == int(final.num_forwards)
+    assert (trace.tokens, trace.step_map) == (final.sequences[0, -NEW:].tolist(), final.step_map[0].tolist())
 
 
 # ---- The rules, by hand ---------------------------------------------------------------------------------------------
