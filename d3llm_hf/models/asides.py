@@ -1,5 +1,6 @@
 """Side queries: slots behind the canvas that are asked in the same forward, and that no slot of the canvas sees."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,12 @@ class Aside:
         return column - self.first[row]
 
     def joined(
-        self, inputs: dict[str, Any], positions: torch.Tensor, token_types: torch.Tensor | None, mask_token_id, embed
+        self,
+        inputs: dict[str, Any],
+        positions: torch.Tensor,
+        token_types: torch.Tensor | None,
+        mask_token_id: int,
+        embed: Callable[[torch.Tensor], torch.Tensor],
     ) -> dict[str, Any]:
         """The inputs of a forward over S slots of the canvas, or of several batches of it, with the E behind them.
 

@@ -65,8 +65,8 @@ class D3LLMGenerationOutput(GenerateDecoderOnlyOutput):
             rounds of slots times their size over forwards, in which a slot that ends a row, and those that it takes
             away, count as whole ones; `None` with other methods.
         positions_computed (`(B,)` long): positions pushed through the model, summed over the row's forwards (twice
-            with guidance, and over all drafted canvases): the cost that tokens per forward hide.
-
+            with guidance, and over all drafted canvases; those of a shadow block as well): the cost that tokens per
+            forward hide.
         num_revoked (`(B,)` long): how often a decided position was taken back; 0 with methods that never do.
 
     The cache that transformers' output has is always `None`, as its scores and states are: cached keys hold
