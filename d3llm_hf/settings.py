@@ -4,8 +4,8 @@
 SETTINGS: dict[str, tuple[type, str]] = {
     "decoding_method": (
         str,
-        "d3llm/dparallel/fast_dllm/dinfer/dkv/entropy_bound/local_leap/llada/dream/sdar/llada2/fast_dllm_v2/d2f/"
-        "refusion",
+        "d3llm/dparallel/fast_dllm/dinfer/dkv/entropy_bound/local_leap/klass/wino/llada/dream/sdar/llada2/"
+        "fast_dllm_v2/d2f/refusion",
     ),
     "block_length": (int, "positions of a block"),
     "sub_block_length": (int, "positions of the parts of a block that are decided in order (fast_dllm_v2)"),
@@ -17,6 +17,9 @@ SETTINGS: dict[str, tuple[type, str]] = {
     "confidence_threshold": (float, "probability from which a position is decided; lower is bolder"),
     "edit_threshold": (float, "probability above which another token replaces a decided one (llada2)"),
     "max_post_steps": (int, "forwards that look at a decided block once more (llada2, with edit-threshold)"),
+    "threshold_back": (float, "probability below which a decided token is taken back (wino); higher is more careful"),
+    "kl_threshold": (float, "nats of change from forward to forward under which a position is calm (klass)"),
+    "kl_history": (int, "forwards in a row for which a position must have been calm (klass)"),
     "relaxed_threshold": (float, "probability that suffices near a sure position (local_leap)"),
     "low_threshold": (float, "probability from which the surest of a run is decided (dinfer, hierarchy)"),
     "leap_radius": (int, "positions around a sure one in which relaxed-threshold holds (local_leap)"),

@@ -92,6 +92,8 @@ METHODS = Suite(
         "EB-Sampler, stricter": ENTROPY_BOUND | {"entropy_bound": 0.01},
         "dKV-Cache": {"decoding_method": "dkv", "block_length": 16},
         "LocalLeap": {"decoding_method": "local_leap", "block_length": 16},
+        "KLASS": {"decoding_method": "klass", "block_length": 16},
+        "WINO": {"decoding_method": "wino", "block_length": 16},
     },
     columns=("name", "settings", "accuracy", "tpf", "positions_per_token", "cpu_seconds"),
     notes=(

@@ -2,7 +2,7 @@
 
 The answer region of a batch is one table `(B, N)`: rows x positions to decide, in the order of the text. A step is
 
-    open_blocks  ->  candidates  ->  choose (selection.py)  ->  commit  ->  revise  ->  fill_after_stop  ->  finished
+    open_blocks -> candidates -> choose (selection.py) -> commit -> undecide -> revise -> fill_after_stop -> finished
 
 and `caching.py` says which slots of the canvas the step's forward recomputes. A decoding method is a `Rules` object.
 """
@@ -67,6 +67,15 @@ class Rules:
         edit_threshold: cost under which another token takes the place of a decided one while its block is open
             (LLaDA2.1), `None` where what is decided stays.
         max_post_steps: forwards, after the last position of a block was decided, in which its tokens may be replaced.
+        revoke: which decided positions are taken back, a key of `selection.REVOKERS`; `None` where none are.
+        shadow_block: each forward also asks what the model would write at the open block's positions did it not see
+            them (`asides.py`), whose answers stand for the decided ones (WINO).
+        revoke_threshold: cost of a decided token over which it is taken back.
+        scores_ahead: also score the block behind the open ones: for drafts, and so that a history begins before a
+            block is opened.
+        kl_threshold: divergence in nats under which a distribution counts as that of the forward before (KLASS);
+            `None` where nobody remembers it.
+        kl_history: forwards in a row for which a position must have been calm (KLASS).
         slot_size: positions of a slot, which is drafted and verified as a whole (ReFusion; see `slots.py`, which takes
             the place of this file then); 0 is none.
         serial_num_blocks: parts of the answer that are decided one after the other, of whole slots.
@@ -114,6 +123,12 @@ class Rules:
     draft_length: int = 0
     edit_threshold: float | None = None
     max_post_steps: int = 0
+    revoke: str | None = None
+    revoke_threshold: float = float("inf")
+    shadow_block: bool = False
+    scores_ahead: bool = False
+    kl_threshold: float | None = None
+    kl_history: int = 1
     slot_size: int = 0
     serial_num_blocks: int = 1
     slot_threshold: float = 1.0
@@ -132,9 +147,11 @@ class State:
     Attributes:
         tokens (`(B, N)` long): the answer region of the canvas; the mask token where undecided.
         undecided (`(B, N)` bool): by position, never by token id.
-        unsettled (`(B, N)` bool): decided, but may still change; nowhere unless the rules edit.
-        changed (`(B, N)` bool): decided or replaced since the last forward, whose keys are still of what was there.
-        step_map (`(B, N)` long): the forward (from 1) that committed the position, -1 where none did.
+        unsettled (`(B, N)` bool): decided, but may still change; nowhere unless the rules edit or take back.
+        changed (`(B, N)` bool): decided, replaced or taken back since the last forward, whose keys are still of what
+            was there.
+        step_map (`(B, N)` long): the forward (from 1) that committed the position, -1 where none did; the last one
+            where it was taken back in between.
         rows (`(B,)` long): index of the row in the batch that `generate` was given.
         length (`(B,)` long): positions that the row has to decide; the columns behind them are nobody's.
         slots (`(B, N)` long): where in the text a position lies; neighbours are neighbours there.
@@ -148,6 +165,9 @@ class State:
         cached (`(B,)` long): leading blocks (prompt included) whose keys and values are kept.
         completed_step (`(B, K + 1)` long): the forward from which a finished block's caching delay counts.
         reviews (`(B, K)` long): forwards that looked at a block in which nothing was undecided, and might replace.
+        revoked (`(B,)` long): how often a position was taken back.
+        calm (`(B, N)` long): forwards in a row, up to the last, that left a position's distribution nearly as it was;
+            0 where nobody remembers it.
         forward (`int`): forwards made; every row in the state took part in all of them.
     """
 
@@ -169,6 +189,8 @@ class State:
     cached: torch.Tensor
     completed_step: torch.Tensor
     reviews: torch.Tensor
+    revoked: torch.Tensor
+    calm: torch.Tensor
     forward: int = 0
 
     @classmethod
@@ -213,6 +235,8 @@ class State:
             cached=full(batch),
             completed_step=full(batch, blocks + 1, value=UNSTAMPED),
             reviews=full(batch, blocks),
+            revoked=full(batch),
+            calm=full(batch, length),
         )
         state.active[:, 0] = rules.block_activation_threshold <= 1
         state.opened_size[:, 0] = state.per_block(undecided, rules)[:, 0]
@@ -341,20 +365,34 @@ def commit(state: State, commits: torch.Tensor, tokens: torch.Tensor) -> None:
     state.step = state.step + 1
 
 
+def undecide(state: State, revoked: torch.Tensor | None, mask_token_id: int) -> None:
+    """Takes back decided positions `(B, N)` in the step whose commits were just written; `None` is nothing."""
+    if revoked is None:
+        return
+    state.tokens = state.tokens.masked_fill(revoked, mask_token_id)
+    state.step_map = state.step_map.masked_fill(revoked, -1)
+    state.undecided = state.undecided | revoked
+    state.unsettled = state.unsettled & ~revoked
+    state.changed = state.changed | revoked
+    state.revoked = state.revoked + revoked.sum(1)
+
+
 def revise(state: State, rules: Rules, commits: torch.Tensor, tokens: torch.Tensor, cost: torch.Tensor) -> None:
     """Replaces decided tokens by what the same forward is surer of, and settles the blocks that are through with it.
 
     A block is through with a forward that began with all of it decided and replaced nothing, or with the last of
-    `max_post_steps` such forwards, or, where there are none, once all of it is decided.
+    `max_post_steps` such forwards, or, where there are none, once all of it is decided. So is one whose positions may
+    be taken back: nobody looks at it again.
 
     Args:
-        state: after the `commits` `(B, N)` of the forward.
+        state: after the `commits` `(B, N)` of the forward, and what it took back.
         tokens, cost (`(B, N)`): what the forward would have at each unsettled position, and at what cost.
     """
-    if rules.edit_threshold is None:
+    if rules.edit_threshold is None and rules.revoke is None:
         return
     looked_at, hidden = state.unsettled, state.per_block(state.undecided | commits, rules)
-    edits = looked_at & (tokens != state.tokens) & (cost < rules.edit_threshold)
+    surer = float("-inf") if rules.edit_threshold is None else rules.edit_threshold
+    edits = looked_at & (tokens != state.tokens) & (cost < surer)
     state.tokens = torch.where(edits, tokens, state.tokens)
     state.changed = state.changed | edits
     reviewed = (hidden == 0) & (state.per_block(looked_at, rules) > 0)
@@ -379,8 +417,8 @@ def finished(state: State, rules: Rules, stop: torch.Tensor) -> torch.Tensor:
     if rules.whole_blocks:
         last = (stop + state.offset) // rules.block_length
         needed = needed & (state.block_of(rules) <= last[:, None])
-    elif rules.early_stop:
-        needed = needed & (torch.arange(needed.shape[1], device=stop.device) <= stop[:, None])
+    elif rules.early_stop:  # what may still change does not once the row has ended
+        needed = state.undecided & (torch.arange(needed.shape[1], device=stop.device) <= stop[:, None])
     elif rules.stop_closes:  # what will never open is nobody's
         needed = torch.where((stop < needed.shape[1])[:, None], candidates(state, rules), needed)
     return ~needed.any(1)

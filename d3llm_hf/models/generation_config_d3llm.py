@@ -15,15 +15,18 @@ from .methods import (
     ALIGNMENT_OF,
     ALLOWED_REMASKING,
     CACHE_FIELDS,
+    CACHE_OF_SHADOWS,
     CACHES,
     COMMON,
     DECODERS,
     DEFAULT_METHOD,
+    IN_SHADOWS,
     IN_SLOTS,
     INSIDE_BLOCKS,
     METHODS,
     REMASKING,
     caches_of,
+    casts_shadows,
     decides_slots,
     defaults_of,
     methods_of,
@@ -50,6 +53,9 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "entropy_bound": (NUMBER, "a non-negative number (nats)", lambda v: v >= 0),
     "confidence_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
     "edit_threshold": (NUMBER, "a probability in [0, 1]", lambda v: 0 <= v <= 1),
+    "threshold_back": (NUMBER, "a probability in [0, 1]", lambda v: 0 <= v <= 1),
+    "kl_threshold": (NUMBER, "a positive number (nats)", lambda v: v > 0),
+    "kl_history": ((int,), "a positive integer (forwards)", lambda v: v > 0),
     "max_post_steps": ((int,), "a non-negative integer (forwards)", lambda v: v >= 0),
     "relaxed_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
     "low_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
@@ -113,12 +119,13 @@ class D3LLMGenerationConfig(GenerationConfig):
         decoding_method (`str`): `"d3llm"` (several blocks at once, by entropy), `"dparallel"` (block by block, by
             entropy), `"fast_dllm"` (by confidence or factor), `"dinfer"` (its threshold, hierarchy and credit
             decoders), `"dkv"` (a fixed quota over a cache by token), `"entropy_bound"` (EB-Sampler), `"local_leap"`
-            (LocalLeap), `"llada"` (a fixed quota), `"dream"` (a schedule), `"sdar"` (a quota of each block, or what
-            is surer), `"llada2"` (the same, with edits), `"fast_dllm_v2"` (by confidence, in parts of a block),
-            `"d2f"` (several blocks at once, by confidence, none of which sees a later one: for LLaDA or Dream with an
-            adapter of D2F), or `"refusion"` (whole slots in any order, verified from left to right). The model's own
-            when unset: `"d3llm"`, or that of the same name for SDAR, LLaDA2, Fast-dLLM v2 and ReFusion, which has no
-            other.
+            (LocalLeap), `"klass"` (by confidence, and by how little changes from forward to forward), `"wino"`
+            (boldly, taking back what the model would not write again), `"llada"` (a fixed quota), `"dream"` (a
+            schedule), `"sdar"` (a quota of each block, or what is surer), `"llada2"` (the same, with edits),
+            `"fast_dllm_v2"` (by confidence, in parts of a block), `"d2f"` (several blocks at once, by confidence, none
+            of which sees a later one: for LLaDA or Dream with an adapter of D2F), or `"refusion"` (whole slots in any
+            order, verified from left to right). The model's own when unset: `"d3llm"`, or that of the same name for
+            SDAR, LLaDA2, Fast-dLLM v2 and ReFusion, which has no other.
         block_length (`int`): positions of a block; when unset the whole answer with `"dream"`, and a block-causal
             model's own.
         sub_block_length (`int`): positions of the parts of a block that are decided one after the other
@@ -138,6 +145,11 @@ class D3LLMGenerationConfig(GenerationConfig):
             a decided one. Nothing is replaced when unset, as in LLaDA2.0.
         max_post_steps (`int`): with `edit_threshold`, forwards that look once more at a block that is decided, as long
             as they replace something; 0 is none.
+        threshold_back (`float`): probability under which a decided token is taken back: the one that the model would
+            give it, did it not see it (`"wino"`).
+        kl_threshold (`float`): nats of Kullback-Leibler divergence from the forward before under which a position is
+            calm (`"klass"`).
+        kl_history (`int`): forwards in a row for which a position must have been calm to be committed (`"klass"`).
         factor (`float`): Fast-dLLM's factor in place of its threshold: the n surest positions are committed while the
             n-th has a probability of at least `1 - factor / (n + 1)`.
         decoder (`str`): of `"dinfer"`: `"threshold"`, `"hierarchy"` or `"credit"`.
@@ -198,6 +210,9 @@ class D3LLMGenerationConfig(GenerationConfig):
     confidence_threshold: float | None
     edit_threshold: float | None
     max_post_steps: int | None
+    threshold_back: float | None
+    kl_threshold: float | None
+    kl_history: int | None
     relaxed_threshold: float | None
     low_threshold: float | None
     leap_radius: int | None
@@ -453,6 +468,8 @@ class D3LLMGenerationConfig(GenerationConfig):
         if method in IN_SLOTS or decides_slots(traits):
             self._check_slots(method, cache, traits)
             return
+        if method in IN_SHADOWS:
+            self._check_shadows(method, cache, traits)
         if topology is not None:
             self._check_block_causal(method, values, topology, traits)
         elif cache in ("exact", *INSIDE_BLOCKS.values()):
@@ -523,6 +540,21 @@ class D3LLMGenerationConfig(GenerationConfig):
                 f"{self.named('kv_cache')[0]} must be one of {caches_of(method, traits)} with decoding_method="
                 f'"{method}" (got {cache!r}): tokens see those that were decided before them, whose keys are kept. '
                 "Leave it and `use_cache` unset."
+            )
+
+    def _check_shadows(self, method: str, cache: str, traits: Traits) -> None:
+        """A shadow block asks slots about their own tokens, beside the whole canvas."""
+        if not casts_shadows(traits):
+            kind = "shifted logits" if traits.logit_shift else "block-causal attention"
+            raise ValueError(
+                f'{self.named("decoding_method")[0]} must not be "{method}" for a model with {kind} (got it): its '
+                "shadow block asks every slot about its own token, beside a canvas that sees all of itself. Choose "
+                f"one of {[name for name in methods_of(traits) if name != method]}."
+            )
+        if cache != CACHE_OF_SHADOWS:
+            raise ValueError(
+                f'{self.named("kv_cache")[0]} must be "{CACHE_OF_SHADOWS}" with decoding_method="{method}" (got '
+                f'"{cache}"): no cache has slots for its shadow block. Leave it unset.'
             )
 
     def _check_llada2(self, values: dict[str, Any]) -> None:

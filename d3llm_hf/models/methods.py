@@ -75,6 +75,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "relaxed_threshold": 0.75,
         "leap_radius": 4,
     },
+    "klass": {"block_length": 32, "confidence_threshold": 0.9, "kl_threshold": 0.01, "kl_history": 2},
+    "wino": {"block_length": 128, "confidence_threshold": 0.6, "threshold_back": 0.9},
     "llada": {
         "block_length": 32,
         "remasking": "low_confidence",
@@ -120,6 +122,9 @@ METHODS: dict[str, dict[str, Any]] = {
 # Methods that decide whole slots (`slots.py`), of models that were trained for it and know no other; and their cache.
 IN_SLOTS = {"refusion"}
 CACHE_OF_SLOTS = "exact"
+# Methods with a shadow block, which asks a slot about its own token; and their cache, which has no slots for it.
+IN_SHADOWS = {"wino"}
+CACHE_OF_SHADOWS = "none"
 # Method -> where its blocks begin, of one that brings block-causal attention whatever the model's class says: an
 # adapter of LLaDA or Dream was trained with it.
 ALIGNMENT_OF = {"d2f": "prompt"}
@@ -152,6 +157,8 @@ def caches_of(method: str, traits: Traits) -> list[str]:
     """The caches that a method can have on a model."""
     if method in IN_SLOTS:
         return [CACHE_OF_SLOTS]
+    if method in IN_SHADOWS:
+        return [CACHE_OF_SHADOWS]
     if topology_of(method, traits) is not None:
         return [*EXACT, INSIDE_BLOCKS[method]] if method in INSIDE_BLOCKS else [*EXACT]
     return [name for name in CACHES if name == "none" or name not in (*EXACT, *INSIDE_BLOCKS.values())]
@@ -160,12 +167,18 @@ def caches_of(method: str, traits: Traits) -> list[str]:
 def methods_of(traits: Traits) -> list[str]:
     """The methods that a model can be decoded with; one may have a cache of its own."""
     known = [name for name in METHODS if (name in IN_SLOTS) == decides_slots(traits)]
+    known = [name for name in known if name not in IN_SHADOWS or casts_shadows(traits)]
     return [name for name in known if defaults_of(name, traits)["kv_cache"] in caches_of(name, traits)]
 
 
 def decides_slots(traits: Traits) -> bool:
     """Whether a model decides whole slots, which no canvas has."""
     return traits.method in IN_SLOTS
+
+
+def casts_shadows(traits: Traits) -> bool:
+    """Whether a slot can be asked about its own token beside the canvas, with all of which it goes together."""
+    return not traits.logit_shift and traits.topology is None
 
 
 def _cost(probability: float | None) -> float:
@@ -187,6 +200,9 @@ RULE_OF: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "min_commits": ("min_commits", int),
     "edit_threshold": ("edit_threshold", lambda probability: None if probability is None else _cost(probability)),
     "max_post_steps": ("max_post_steps", int),
+    "threshold_back": ("revoke_threshold", _cost),
+    "kl_threshold": ("kl_threshold", float),
+    "kl_history": ("kl_history", int),
     "alg_temp": ("alg_temp", float),
     "block_add_threshold": ("block_add_threshold", float),
     "block_activation_threshold": ("block_activation_threshold", float),
@@ -201,6 +217,8 @@ RULES: dict[str, dict[str, Any]] = {
     "dkv": {"select": "quota"},
     "entropy_bound": {"score": "entropy", "select": "entropy_bound"},
     "local_leap": {"score": "confidence", "select": "neighbourhood"},
+    "klass": {"score": "confidence", "select": "stability"},
+    "wino": {"score": "confidence", "select": "wide_in", "revoke": "narrow_out", "shadow_block": True},
     "llada": {"select": "quota"},
     "dream": {"select": "schedule", "score_processed": True},
     "sdar": {"select": "quota_or_threshold", "stores_apart": True},
@@ -242,6 +260,11 @@ def _factor(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
 def _decoder(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
     credit = tuple(values[f"credit_{name}"] for name in ("decay", "exponent", "weight"))
     return {"select": DECODERS[values["decoder"]], "credit": credit if values["decoder"] == "credit" else None}
+
+
+def _klass(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
+    """The published rules of the two families differ: Dream's also commits what is exactly at the threshold."""
+    return {"inclusive": shifted}
 
 
 def _schedule(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
@@ -291,6 +314,7 @@ _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "dparallel": _entropy_threshold,
     "fast_dllm": _factor,
     "dinfer": _decoder,
+    "klass": _klass,
     "dream": _schedule,
     "sdar": _sdar,
     "d2f": _forced,
@@ -335,6 +359,8 @@ def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -
     rules |= {name: values[name] or 0 for name in CACHES[values["kv_cache"]]}
     if values.get("lossless"):
         rules["draft_length"] = values["draft_length"]
+    remembers = "kl_threshold" in values and topology_of(method, traits) is None  # what nobody sees has no history
+    rules["scores_ahead"] = bool(values.get("lossless")) or remembers
     rules |= RULES[method]
     if method in _FURTHER:
         rules |= _FURTHER[method](values, bool(logit_shift))

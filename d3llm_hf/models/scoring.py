@@ -11,6 +11,7 @@ from transformers.utils import logging
 from .canvas import Canvas
 from .credit import Credit
 from .decoding import Rules, State
+from .drift import Drift
 from .processors import Processors
 
 
@@ -31,9 +32,9 @@ class Scores:
     """One entry per position of the answer region, `(B, N)`; meaningful at the candidates.
 
     Attributes:
-        tokens: the token to commit (sampled when sampling).
+        tokens: the token to commit (sampled when sampling); the present one at what may be taken back.
         best_tokens: the token of a forced commit.
-        cost: rank of the position; lower is committed earlier, inf where nothing was scored.
+        cost: rank of the position with that token; lower is committed earlier, inf where nothing was scored.
         force_cost: rank for forced commits.
         broken (long): `NOT_FINITE` where logits held NaN, +inf, or nothing but -inf, `NOTHING_LEFT` where processors
             left no token, 0 elsewhere.
@@ -261,16 +262,26 @@ class Scorer:
         self.rules, self.mask_token_id = rules, mask_token_id
         self.sampler, self.sampling, self.processors = sampler, sampling, processors
         self.credit = Credit(*rules.credit) if rules.credit else None
+        self.drift = None if rules.kl_threshold is None else Drift(rules.kl_threshold)
         self.force_score = rules.force_score or ("entropy" if rules.score == "noise" else None)
 
     def __call__(
         self, logits: torch.Tensor, state: State, canvas: Canvas, where: tuple[torch.Tensor, torch.Tensor]
     ) -> Scores:
-        """`(n, V)` logits (overwritten) of the candidates at rows and columns `where` of the canvases."""
+        """`(n, V)` logits (overwritten) of the candidates at rows and columns `where` of the canvases.
+
+        With a `kl_threshold` the state's `calm` counts this forward as well.
+        """
         if self.processors:
             self.processors.look(state, canvas)
         rows, steps, columns = state.rows[where[0]], state.step[where[0]], where[1]
-        untouched = not (self.processors or self.sampling or self.credit)
+        size = max(1, CHUNK_ELEMENTS // logits.shape[1])
+        if self.drift is not None:  # the model's own distributions, before anything is taken from them
+            state.calm = self.drift(logits, state, where, size)
+        held = None  # tokens that are asked about, -1 where one is looked for
+        if self.rules.revoke is not None:
+            held = state.tokens.masked_fill(~state.unsettled, -1)[where]
+        untouched = not (self.processors or self.sampling or self.credit) and held is None
         kernel = kernel_for(logits) if untouched else None
         if kernel is not None:
             stats, best, finite = kernel(logits, self.mask_token_id)
@@ -278,10 +289,16 @@ class Scorer:
             force = self._force_cost(stats, stats.top, cost)
             tokens, fault = best, torch.where(finite, 0, NOT_FINITE)
         else:
-            size = max(1, CHUNK_ELEMENTS // logits.shape[1])
             chunks = [slice(start, start + size) for start in range(0, logits.shape[0], size)]
             parts = [
-                self._chunk(logits[chunk].float(), where[0][chunk], rows[chunk], steps[chunk], columns[chunk])
+                self._chunk(
+                    logits[chunk].float(),
+                    where[0][chunk],
+                    rows[chunk],
+                    steps[chunk],
+                    columns[chunk],
+                    None if held is None else held[chunk],
+                )
                 for chunk in chunks
             ]
             tokens, best, cost, force, fault = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -307,11 +324,13 @@ class Scorer:
         rows: torch.Tensor,
         steps: torch.Tensor,
         columns: torch.Tensor,
+        held: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         """Tokens, best tokens, costs, those of forced commits, and faults of some candidates, `(m,)` each.
 
         Args:
             index: rows of the state; `rows` are those of the batch that `generate` was given.
+            held (`(m,)` long, *optional*): the token of a position that is decided already, -1 of any other.
         """
         if self.credit is not None:
             raw = self.credit(raw, self.mask_token_id, rows, steps, columns)
@@ -331,6 +350,9 @@ class Scorer:
             left = processed.amax(-1).isfinite()
             fault = torch.where(valid, torch.where(left, fault, NOTHING_LEFT), NOT_FINITE)
         tokens = self.sampler.tokens(processed, rows, steps, columns) if self.sampling else best
+        if held is not None:  # whatever processors leave of it
+            tokens = torch.where(held < 0, tokens, held)
+            fault = torch.where((held >= 0) & (fault == NOTHING_LEFT), 0, fault)
         chosen = raw.gather(1, tokens[:, None])[:, 0]
         cost = self._cost(stats, chosen, rows, steps, columns)
         return tokens, best, cost, self._force_cost(stats, chosen, cost), fault

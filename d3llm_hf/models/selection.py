@@ -193,6 +193,27 @@ def by_entropy_sum(cost: torch.Tensor, among: torch.Tensor, state: State, rules:
     return among & torch.zeros_like(among).scatter_(1, order, total < rules.threshold) | best(cost, among)
 
 
+def by_stability(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """KLASS (arXiv:2511.05664): sure candidates that have been calm for some forwards; where none is, the surest.
+
+    In the first `kl_history - 1` forwards of a block nothing counts as calm.
+    """
+    _, _, done = pace(among, state, rules)
+    under = cost <= rules.threshold if rules.inclusive else cost < rules.threshold
+    calm = (state.calm >= rules.kl_history) & (done >= rules.kl_history - 1)[:, None]
+    ready = among & under & calm
+    return ready | best(cost, among & ~ready.any(1, keepdim=True))
+
+
+def by_wide_in(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """WINO's wide-in (arXiv:2507.18578): what is surer than a threshold, the surest 7 of 10, but 5 to 20; or the best.
+
+    A boldness that `narrow_out` makes good.
+    """
+    most = (0.7 * among.sum(1).double()).long().clamp(5, 20)
+    return cheapest(cost, among & (cost < rules.threshold), most) | best(cost, among)
+
+
 SELECTORS: dict[str, Callable[[torch.Tensor, torch.Tensor, State, Rules], torch.Tensor]] = {
     "threshold": by_threshold,
     "near_best": by_near_best,
@@ -207,7 +228,45 @@ SELECTORS: dict[str, Callable[[torch.Tensor, torch.Tensor, State, Rules], torch.
     "quota_or_threshold": by_quota_or_threshold,
     "leftmost": by_leftmost,
     "entropy_sum": by_entropy_sum,
+    "stability": by_stability,
+    "wide_in": by_wide_in,
 }
+
+
+def narrow_out(
+    doubt: torch.Tensor, watched: torch.Tensor, commits: torch.Tensor, state: State, rules: Rules
+) -> torch.Tensor:
+    """WINO's narrow-out: where more than one is committed, those that the model would not write again.
+
+    It ends: fewer are taken back than the forward before committed, so after n forwards of a block at least n of its
+    positions are decided.
+    """
+    gained = (state.step_map == state.forward).sum(1)  # what the last forward committed; it is all still there
+    doubtful = watched & (doubt > rules.revoke_threshold) & (commits.sum(1, keepdim=True) > 1)
+    return cheapest(-doubt, doubtful, gained - 1)
+
+
+# Decided positions `(B, N)` that a step takes back: of the doubt about each present token (lower is surer), which may
+# be taken back at all, the commits of the same step, the state before it and the rules. Each says why decoding ends.
+REVOKERS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, State, Rules], torch.Tensor]] = {
+    "narrow_out": narrow_out,
+}
+
+
+def take_back(doubt: torch.Tensor, commits: torch.Tensor, state: State, rules: Rules) -> torch.Tensor | None:
+    """Which decided positions this step takes back.
+
+    Args:
+        doubt (`(B, N)` float): cost of the present token at each unsettled position.
+        commits (`(B, N)` bool): of the same step.
+        state: before the step.
+
+    Returns:
+        `(B, N)` bool, `None` where the rules take nothing back.
+    """
+    if rules.revoke is None:
+        return None
+    return REVOKERS[rules.revoke](doubt, state.unsettled, commits, state, rules)
 
 
 def choose(

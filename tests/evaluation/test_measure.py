@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from awaited import AWAITED
 from foreign_locks import foreign_lock
 from places import REPOSITORY
 from recorded_blocks import OF_BLOCKS
@@ -300,7 +301,8 @@ def test_a_file_that_another_process_measures_is_left_to_it(tmp_path):
 @pytest.mark.parametrize("name", ["methods", "caches", "lossless"])
 def test_the_results_in_the_repository_are_of_the_suites_as_they_are(name):
     results = json.loads((Path(module.__file__).parent / "results" / f"{name}.json").read_text())
-    assert {row["name"]: row["settings"] for row in results["rows"]} == SUITES[name].rows
+    rows = {row: chosen for row, chosen in SUITES[name].rows.items() if chosen["decoding_method"] not in AWAITED}
+    assert {row["name"]: row["settings"] for row in results["rows"]} == rows
     if SUITES[name].larger is not None:
         settings = {row["name"]: row["settings"] for row in results["larger"]["rows"]}
         assert settings == SUITES[name].larger.rows

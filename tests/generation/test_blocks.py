@@ -27,6 +27,7 @@ METHODS = {
     "fast_dllm": {"decoding_method": "fast_dllm", "confidence_threshold": 0.7},
     "entropy_bound": {"decoding_method": "entropy_bound", "entropy_bound": 0.3},
     "local_leap": {"decoding_method": "local_leap"},
+    "klass": {"decoding_method": "klass", "confidence_threshold": 0.5, "kl_threshold": 0.5},
     "dinfer": {"decoding_method": "dinfer"},
     "llada": {"decoding_method": "llada"},
     "dream": {"decoding_method": "dream", "steps": 6},

@@ -52,6 +52,13 @@ METHODS = {
         "relaxed_threshold": 0.3,
         "leap_radius": 2,
     },
+    "klass": {
+        "decoding_method": "klass",
+        "block_length": 5,
+        "confidence_threshold": 0.4,
+        "kl_threshold": 0.3,
+        "kl_history": 2,
+    },
 }
 CACHES = {
     "none": {"kv_cache": "none"},
@@ -93,6 +100,8 @@ def drawn_method(rng: Random, method: str) -> dict:
     if method == "dinfer, credit":
         chosen |= {"credit_decay": draw([0.3, 0.8, 1.0]), "credit_exponent": draw([0.0, 0.2, 1.0])}
         chosen |= {"credit_weight": draw([0.0, 0.7, 2.0])}
+    if method == "klass":
+        chosen |= {"kl_threshold": draw([0.01, 0.1, 0.3, 1.0, 3.0]), "kl_history": rng.randint(1, 3)}
     if method == "d3llm":
         chosen["block_activation_threshold"] = draw([0.0, 0.1, 0.25, 0.5, 0.8, 0.95, 1.0])
     if method in ("llada", "dkv"):

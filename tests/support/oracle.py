@@ -51,6 +51,8 @@ class Rules:
     entropy_bound: float = 0.1
     relaxed_threshold: float = 0.75
     leap_radius: int = 4
+    kl_threshold: float = 0.01
+    kl_history: int = 2
     block_add_threshold: float = 0.1
     block_activation_threshold: float = 0.95
     early_stop: bool = False
@@ -134,6 +136,7 @@ class Oracle(Windows):
             "dinfer": self.dinfer,
             "entropy_bound": lambda: self.block_by_block(choices.entropy_bound),
             "local_leap": lambda: self.block_by_block(choices.local_leap),
+            "klass": self.klass,
         }[self.rules.decoding_method]()
         return self.result()
 
@@ -254,6 +257,27 @@ class Oracle(Windows):
             self.block_by_block(choices.dinfer_threshold, self.look_with_credit)
         else:
             self.block_by_block(choices.dinfer_threshold)
+
+    def klass(self) -> None:
+        """Sure positions that have been calm for long enough; the next block is looked at before it is its turn."""
+        last: dict[int, torch.Tensor] = {}
+        calm: dict[int, int] = {}
+        for block in range(1, len(self.blocks)):
+            self.open_block(block)
+            ahead = self.blocks[block + 1] if block + 1 < len(self.blocks) else (0, 0)
+            while self.works():
+                inside = self.undecided(*self.current)
+                rows = self.forward(inside + self.undecided(*ahead))
+                now = {p: row.double().softmax(-1) for p, row in rows.items()}
+                calm = {
+                    p: calm.get(p, 0) + 1
+                    if p in last and choices.divergence(now[p], last[p]) < self.rules.kl_threshold
+                    else 0
+                    for p in now
+                }
+                last = now
+                looks, made = self.look({p: rows[p] for p in inside}), self.forwards - self.opened
+                self.commit(looks, sorted(choices.klass(looks, self.rules, calm, made)))
 
     def look_with_credit(self, rows: dict[int, torch.Tensor]) -> dict[int, Look]:
         """Looks at rows in which tokens gain that were the best before, the more the more recently and surely."""
