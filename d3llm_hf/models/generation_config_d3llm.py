@@ -566,6 +566,12 @@ class D3LLMGenerationConfig(GenerationConfig):
                 f'{self.named("kv_cache")[0]} must not be "delayed" with window="{window}" (got it): it keeps blocks, '
                 'of which a window has none. Choose kv_cache="sliding".'
             )
+        if window != "blocks" and values["suffix_length"] is not None and values["kv_cache"] not in ("none", "prefix"):
+            raise ValueError(
+                f'{self.named("suffix_length")[0]} with window="{window}" needs kv_cache="none" or "prefix" (got '
+                f'"{values["kv_cache"]}"): in every forward other positions come into sight, of which no keys are '
+                "kept. Unset one of them."
+            )
         if values.get("threshold_relaxation") and values.get("factor") is not None:
             raise ValueError(
                 f"{self.named('threshold_relaxation')[0]} is not used with `factor`, which takes the threshold's "
