@@ -46,7 +46,7 @@ class Lookahead:
         states, owners, scores = [state], [index], self.scores
         if scores is not None:
             # 1. The undecided positions that may be decided next, the surest first
-            ahead = state.select(index)  # a copy, whose blocks the forward will open
+            ahead = state.select(index)  # a copy with the blocks open that the forward will open
             open_blocks(ahead, self.rules, ahead.stop(self.stop_ids, canvas.may_stop))
             among = candidates(ahead, self.rules) & (scores.surprise <= self.rules.lookahead_threshold)
             place = ranks(scores.entropy, among & scores.entropy.isfinite())
@@ -55,7 +55,7 @@ class Lookahead:
             for number in range(self.rules.lookahead):
                 further = among & (place == number) & scores.entropy.isfinite()
                 further = self._allowed(further, scores, state.select(index), canvas)
-                draft = _with(further, scores.tokens, state.select(index))
+                draft = _with(further, scores.tokens, ahead.select(index))
                 stop = draft.stop(self.stop_ids, canvas.may_stop)
                 kept = (further.any(1) & ~finished(draft, self.rules, stop)).nonzero()[:, 0]
                 states.append(draft.select(kept))

@@ -1,6 +1,7 @@
 """Canvases of one more token run beside the decided one, and the surest stays (LoPA, arXiv:2512.16229)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as entry
 from itertools import pairwise
 from random import Random
 
@@ -29,7 +30,7 @@ WINDOWS = ("blocks", "slide", "slide_span")
 @dataclass
 class Canvas:
     tokens: list[int]
-    committed: dict[int, int] = field(default_factory=dict)
+    committed: dict[int, int] = entry(default_factory=dict)
 
 
 class LookaheadOracle(Oracle):
@@ -132,8 +133,8 @@ def test_a_row_is_the_same_alone_and_in_a_batch_with_every_method(name, family):
     for row, prompt in enumerate(prompts):
         alone = model.generate(**left_padded([prompt]), **chosen)
         assert together.sequences[row, -12:].tolist() == alone.sequences[0, -12:].tolist()
-        for name in COUNTS:
-            assert together[name][row].tolist() == alone[name][0].tolist(), name
+        for field in COUNTS:
+            assert together[field][row].tolist() == alone[field][0].tolist(), field
         assert not (alone.sequences == MASK).any()
         assert int(alone.step_map.max()) <= int(alone.num_forwards) <= 12
 
@@ -150,10 +151,14 @@ def test_without_lookahead_nothing_changes_and_with_it_every_canvas_is_counted()
 
 
 def test_a_lookahead_decides_one_token_more_in_every_forward_but_the_first():
-    # Sure of one answer in an order that never changes, under a threshold that none reaches: a token a forward, and
-    # one looked ahead with, until one is left, which is not believed unseen.
-    sure = torch.nn.functional.one_hot(torch.full((13,), 7), 32) * (8.0 - torch.arange(13.0)[:, None] / 4)
-    model = ScriptedModel(lambda ids: sure[: ids.shape[1]].expand(len(ids), -1, -1))
+    # Sure of one answer from left to right, the surer the more is decided, under a threshold that nothing reaches: a
+    # token a forward, and one looked ahead with, until one is left, which is not believed unseen.
+    wanted = torch.nn.functional.one_hot(torch.full((13,), 7), 32) * (1 - torch.arange(13.0)[:, None] / 1000)
+
+    def script(ids):
+        return wanted * (16.0 - (ids == MASK).sum(1)[:, None, None]) / 2
+
+    model = ScriptedModel(script)
     chosen = WHOLE | {"decoding_method": "fast_dllm", "block_length": 12, "confidence_threshold": 1.0}
     output = answer(model, [1], **chosen | {"max_new_tokens": 12, "window": "slide_span", "lookahead": 1})
     assert output.step_map[0].tolist() == [1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7]

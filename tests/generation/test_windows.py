@@ -60,7 +60,7 @@ def test_a_recorded_run_of_dsb_is_reproduced_forward_for_forward(case):
     output = checkpoint(case["model"]).generate(
         torch.tensor([case["prompt"]]),
         early_stop=False,
-        eos_token_id=None,
+        eos_token_id=[],
         return_dict_in_generate=True,
         **settings_of(case["args"]),
     )
