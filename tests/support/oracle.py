@@ -328,9 +328,10 @@ class Oracle(Windows):
         for block, steps in enumerate(self.steps_per_block(), start=1):
             self.open_block(block)
             masks = self.masks(block)
-            for i in range(steps):
+            # A window may hold less than a quota; what it put off takes further forwards.
+            for i in range(steps if self.rules.window == "blocks" else masks):
                 if self.works():
-                    self.commit_cheapest(masks // steps + (i < masks % steps))
+                    self.commit_cheapest(max(masks // steps + (i < masks % steps), 1))
 
     def dream(self) -> None:
         """A share 1 - s/t of what is undecided per forward, from t = 1 down to `timestep_eps`."""
