@@ -97,7 +97,7 @@ def oracle(model, prompt, lookahead: int, floor: float | None, **chosen):
     return slow.run()
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(12)
 @pytest.mark.parametrize("name, window, family", covering(NAMES, WINDOWS, FAMILIES, strength=1))
 def test_a_row_goes_on_with_the_canvas_with_which_the_oracle_goes_on(name, window, family):
     rng = Random(f"{name} {window} {family} lookahead")
@@ -124,7 +124,7 @@ BESIDE = [name for name in METHODS if name != "dinfer, credit"]
 AHEAD = {"lookahead": 2, "kv_cache": "none"}
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(12)
 @pytest.mark.parametrize("name, family", covering(BESIDE, FAMILIES, strength=1))
 def test_a_row_is_the_same_alone_and_in_a_batch_with_every_method(name, family):
     prompts = [tiny_prompt(seed, 1 + 2 * seed) for seed in range(3)]
@@ -139,6 +139,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch_with_every_method(name, family):
         assert int(alone.step_map.max()) <= int(alone.num_forwards) <= 12
 
 
+@pytest.mark.full
 def test_without_lookahead_nothing_changes_and_with_it_every_canvas_is_counted():
     chosen = METHODS["fast_dllm"] | {"window": "slide_span"}
     base, none = batch("llada", **chosen), batch("llada", **chosen, lookahead=0)
@@ -184,6 +185,7 @@ def test_promises_about_the_text_hold_for_tokens_that_were_looked_ahead_with(fam
         assert len(set(pairs)) == len(pairs)
 
 
+@pytest.mark.full
 def test_holes_are_filled_and_samples_repeat():
     inputs = left_padded([tiny_prompt(seed, 9) for seed in range(3)])
     holes = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) < 0.6
@@ -241,6 +243,7 @@ def test_what_has_no_meaning_with_lookahead_is_refused(chosen, message):
     assert not model.calls
 
 
+@pytest.mark.full
 def test_a_call_without_lookahead_needs_no_threshold_of_it():
     model = tiny_model("llada", 1)
     model.generation_config = D3LLMGenerationConfig(
