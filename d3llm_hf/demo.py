@@ -23,6 +23,7 @@ from .models.methods import (
     CACHES,
     COMMON,
     DECODERS,
+    WINDOWS,
     caches_of,
     defaults_of,
     methods_of,
@@ -429,7 +430,7 @@ def _field(name: str, usual: dict[str, Any], method: str) -> gr.components.Compo
     if kind is bool:
         return gr.Checkbox(**shown | {"value": bool(shown["value"])})
     if kind is str:
-        shown = {"choices": list(DECODERS)} | shown | {"min_width": 200}
+        shown = {"choices": list(WINDOWS if name == "window" else DECODERS)} | shown | {"min_width": 200}
         return gr.Dropdown(**shown, filterable=False)
     return gr.Number(**shown)
 

@@ -5,6 +5,7 @@ methods   every decoding method
 caches    every kind of cache against none, also on a larger random model
 lossless  one token a forward against the same tokens in fewer forwards
 suffix    the whole canvas against a shortened suffix
+windows   blocks against windows that slide, relaxed thresholds and lookahead
 """
 
 from dataclasses import dataclass, field
@@ -192,6 +193,37 @@ SUFFIX = Suite(
     ),
 )
 
+_SLIDING = {"window": "slide_span"}
+_RELAXED = {"threshold_relaxation": 0.3}
+_BOLDER = {
+    "window": {"window": "slide"},
+    "span": _SLIDING,
+    "relaxed": _RELAXED,
+    "span, relaxed": _SLIDING | _RELAXED,
+    "span, ahead": _SLIDING | {"lookahead": 1},
+    "span, relaxed, ahead": _SLIDING | _RELAXED | {"lookahead": 1},
+    "span, relaxed, 2 ahead": _SLIDING | _RELAXED | {"lookahead": 2, "lookahead_threshold": 0.6},
+}
+
+WINDOWS = Suite(
+    **_joined(
+        with_variants(
+            "by confidence",
+            FAST_DLLM,
+            _BOLDER | {"ahead": {"lookahead": 1}, "span, cached": _SLIDING | {"kv_cache": "sliding"}},
+        ),
+        with_variants("multi-block", MULTI_BLOCK, _BOLDER | {"ahead": {"lookahead": 1}}),
+    ),
+    columns=("name", "added", "accuracy", "tpf", "positions_per_token", "cpu_seconds"),
+    notes=(
+        "The first row of each group decides in blocks; the others add what they show. At most 64 new tokens, greedy, "
+        "in batches of 25. CPU s: processor seconds in `generate` of one thread, the settings taking turns batch by "
+        "batch. Positions per token count every canvas that is looked ahead with; on a CPU, where several canvases "
+        "cost as much as they are, time follows them, and not the forwards."
+    ),
+)
+
 SUITES: dict[str, Suite] = {
     "card": CARD, "methods": METHODS, "caches": CACHES, "lossless": LOSSLESS, "suffix": SUFFIX,
+    "windows": WINDOWS,
 }  # fmt: skip

@@ -29,6 +29,7 @@ from .generation_config_d3llm import WAY_OUT, D3LLMGenerationConfig, unknown_fie
 from .half_precision import fast_products
 from .input_shapes import check_shapes
 from .ledger import Ledger
+from .lookahead import Lookahead
 from .processors import Processors
 from .prompt_checks import check_positions
 from .scoring import Sampler, Scorer
@@ -248,11 +249,11 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         r"""Decodes a batch of canvases, each until its own end.
 
         1. Settings become rules, the prompt becomes a canvas (of static shapes where `compile_config` asks for them).
-        2. Draft canvases beyond the decided ones, where the rules ask for it.
+        2. Draft canvases beside the decided ones, where the rules ask for it.
         3. Open blocks and plan which slots the next forward recomputes.
         4. Forward them; logits of the candidates only, and of decided positions that may still change.
         5. Score the candidates: a token and a cost each.
-        6. Commit what the rules choose, take back, replace, keep drafts that came true; fill after a stop.
+        6. Commit what the rules choose, take back, replace, settle which canvases stay; fill after a stop.
         7. Rows that are finished, or that a criterion stops, leave the batch.
         8. Pad behind the stop tokens and count (`_result`).
 
@@ -263,7 +264,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         topology = generation_config.topology(self.traits)
         canvas = Canvas.of_prompt(self, input_ids, generation_config, model_kwargs, topology)
         rules = generation_config.rules(canvas.slots.shape[1], self.traits)
-        ragged = rules.suffix_length is not None and canvas.batch + rules.draft_length > 1
+        ragged = rules.suffix_length is not None and canvas.batch * rules.canvases > 1
         in_blocks = topology is not None
         cached, shadowed = rules.kv_cache != "none", rules.shadow_block
         self.check_contract(canvas.mask, cached=cached, ragged=ragged, in_blocks=in_blocks, shadowed=shadowed)
@@ -297,7 +298,9 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 vocab_size=vocabulary_of(self.config),
             ),
         )
-        speculation = Speculation(rules, stop_ids, sampler)
+        speculation: Speculation | Lookahead = Speculation(rules, stop_ids, sampler)
+        if rules.lookahead:
+            speculation = Lookahead(rules, stop_ids, scorer.processors)
         cache = None
         if rules.kv_cache != "none":
             cache = SlotCache(text_setting(self.config, "num_hidden_layers"), canvas.length)
@@ -309,7 +312,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                     self(**self.accepted(canvas.idle_inputs()))
                     continue
 
-                # 2. Draft canvases beyond the decided ones, where the rules ask for it
+                # 2. Draft canvases beside the decided ones, where the rules ask for it
                 trial, drawn = speculation.extend(state, canvas)
 
                 # 3. Open blocks and plan which slots the next forward recomputes
@@ -332,7 +335,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 scores = scorer(self.text_logits(logits), trial, drawn, where)
                 scores.broken *= asked  # of what is looked at for drafts or a history alone nothing is asked
 
-                # 6. Commit what the rules choose, take back, replace, keep drafts that came true; fill after a stop
+                # 6. Commit what the rules choose, take back, replace, settle which canvases stay; fill after a stop
                 commits, forced = choose(scores.cost, scores.force_cost, among, trial, rules)
                 tokens = torch.where(forced, scores.best_tokens, scores.tokens)
                 commits = scorer.processors.compatible(commits, tokens, scores.cost, trial, drawn)

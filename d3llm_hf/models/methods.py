@@ -33,6 +33,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "dkv": {"cache_delay": 1, "cache_refresh_interval": 8},
     "dkv_greedy": {"cache_delay": 1, "cache_refresh_interval": 2, "cache_window": 4},
     "vicinity": {"cache_window": 16, "cache_warmup": 4, "cache_refresh_interval": None},
+    "sliding": {"cache_window": 24, "cache_refresh_interval": None},
     "exact": {},
     "exact_dual": {},
 }
@@ -43,7 +44,22 @@ INSIDE_BLOCKS = {"fast_dllm_v2": "exact_dual"}
 CACHE_FIELDS = {name for settings in CACHES.values() for name in settings}
 
 # What every method has: field -> value where nothing else is said.
-COMMON: dict[str, Any] = {"early_stop": True, "cfg_scale": 0.0, "kv_cache": "none", "suffix_length": None}
+COMMON: dict[str, Any] = {
+    "early_stop": True,
+    "cfg_scale": 0.0,
+    "kv_cache": "none",
+    "suffix_length": None,
+    "lookahead": 0,
+    "lookahead_threshold": None,
+}
+
+# Where candidates may lie: in blocks that open one after the other; among the leftmost undecided positions, as many as
+# a block has; or among these within a span of positions.
+WINDOWS = ("blocks", "slide", "slide_span")
+_WINDOW: dict[str, Any] = {"window": "blocks", "window_span": None}
+_RELAXED: dict[str, Any] = _WINDOW | {"threshold_relaxation": 0.0}
+# What says when blocks open, of which a sliding window has none.
+OPENING = ("block_add_threshold", "block_activation_threshold")
 
 DEFAULT_METHOD = "d3llm"
 
@@ -55,9 +71,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "entropy_threshold": 0.5,
         "block_add_threshold": 0.1,
         "block_activation_threshold": 0.95,
+        **_RELAXED,
     },
-    "dparallel": {"block_length": 32, "remasking": "entropy", "entropy_threshold": 0.5},
-    "fast_dllm": {"block_length": 32, "confidence_threshold": 0.9, "factor": None},
+    "dparallel": {"block_length": 32, "remasking": "entropy", "entropy_threshold": 0.5, **_RELAXED},
+    "fast_dllm": {"block_length": 32, "confidence_threshold": 0.9, "factor": None, **_RELAXED},
     "dinfer": {
         "block_length": 32,
         "decoder": "threshold",
@@ -66,14 +83,16 @@ METHODS: dict[str, dict[str, Any]] = {
         "credit_decay": 0.8,
         "credit_exponent": 0.2,
         "credit_weight": 0.7,
+        **_RELAXED,
     },
     "dkv": {"block_length": 32, "remasking": "low_confidence", "steps": None, "kv_cache": "dkv"},
-    "entropy_bound": {"block_length": 32, "entropy_bound": 0.1},
+    "entropy_bound": {"block_length": 32, "entropy_bound": 0.1, **_WINDOW},
     "local_leap": {
         "block_length": 32,
         "confidence_threshold": 0.9,
         "relaxed_threshold": 0.75,
         "leap_radius": 4,
+        **_RELAXED,
     },
     "klass": {"block_length": 32, "confidence_threshold": 0.9, "kl_threshold": 0.01, "kl_history": 2},
     "wino": {"block_length": 128, "confidence_threshold": 0.6, "threshold_back": 0.9},
@@ -83,6 +102,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "steps": None,
         "lossless": False,
         "draft_length": 4,
+        **_WINDOW,
     },
     "dream": {
         "block_length": None,
@@ -196,6 +216,7 @@ RULE_OF: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "low_threshold": ("relaxed_threshold", _cost),
     "leap_radius": ("radius", int),
     "sub_block_length": ("sub_block_length", int),
+    "threshold_relaxation": ("threshold_relaxation", float),
     "steps": ("steps", lambda steps: steps or 0),
     "min_commits": ("min_commits", int),
     "edit_threshold": ("edit_threshold", lambda probability: None if probability is None else _cost(probability)),
@@ -360,7 +381,12 @@ def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -
     if values.get("lossless"):
         rules["draft_length"] = values["draft_length"]
     remembers = "kl_threshold" in values and topology_of(method, traits) is None  # what nobody sees has no history
-    rules["scores_ahead"] = bool(values.get("lossless")) or remembers
+    rules["scores_ahead"] = remembers or bool(values.get("lossless") or values.get("lookahead"))
+    if values.get("lookahead"):
+        rules |= {"lookahead": values["lookahead"], "lookahead_threshold": _cost(values["lookahead_threshold"])}
+    if values.get("window", "blocks") != "blocks":  # it slides over the whole answer, which is one block
+        rules |= {"block_length": length, "window_length": min(block_length, length)}
+        rules["window_span"] = (values["window_span"] or block_length) if values["window"] == "slide_span" else 0
     rules |= RULES[method]
     if method in _FURTHER:
         rules |= _FURTHER[method](values, bool(logit_shift))

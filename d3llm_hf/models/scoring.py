@@ -36,6 +36,8 @@ class Scores:
         best_tokens: the token of a forced commit.
         cost: rank of the position with that token; lower is committed earlier, inf where nothing was scored.
         force_cost: rank for forced commits.
+        entropy, surprise: in nats, of the distribution, and minus the logarithm of the token's probability; with
+            `lookahead` only, `cost` otherwise.
         broken (long): `NOT_FINITE` where logits held NaN, +inf, or nothing but -inf, `NOTHING_LEFT` where processors
             left no token, 0 elsewhere.
     """
@@ -44,6 +46,8 @@ class Scores:
     best_tokens: torch.Tensor
     cost: torch.Tensor
     force_cost: torch.Tensor
+    entropy: torch.Tensor
+    surprise: torch.Tensor
     broken: torch.Tensor
 
     def select(self, index: torch.Tensor) -> "Scores":
@@ -286,7 +290,7 @@ class Scorer:
         if kernel is not None:
             stats, best, finite = kernel(logits, self.mask_token_id)
             cost = self._cost(stats, stats.top, rows, steps, columns)
-            force = self._force_cost(stats, stats.top, cost)
+            force, looks = self._force_cost(stats, stats.top, cost), self._looks(stats, stats.top, cost)
             tokens, fault = best, torch.where(finite, 0, NOT_FINITE)
         else:
             chunks = [slice(start, start + size) for start in range(0, logits.shape[0], size)]
@@ -301,7 +305,7 @@ class Scorer:
                 )
                 for chunk in chunks
             ]
-            tokens, best, cost, force, fault = (torch.cat(part) for part in zip(*parts, strict=True))
+            tokens, best, cost, force, *looks, fault = (torch.cat(part) for part in zip(*parts, strict=True))
 
         rules = self.rules
         if rules.alg_temp:
@@ -309,11 +313,14 @@ class Scorer:
         table = torch.full(state.tokens.shape, float("inf"), dtype=torch.float32, device=logits.device)
         costs = table.index_put(where, cost)
         chosen = state.tokens.index_put(where, tokens)
+        entropy, surprise = (table.index_put(where, look) if rules.lookahead else costs for look in looks)
         return Scores(
             tokens=chosen,
             best_tokens=state.tokens.index_put(where, best) if rules.greedy_force else chosen,
             cost=costs,
             force_cost=costs if self.force_score is None else table.index_put(where, force),
+            entropy=entropy,
+            surprise=surprise,
             broken=torch.zeros_like(state.tokens).index_put(where, fault),
         )
 
@@ -326,7 +333,7 @@ class Scorer:
         columns: torch.Tensor,
         held: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        """Tokens, best tokens, costs, those of forced commits, and faults of some candidates, `(m,)` each.
+        """Tokens, best tokens, costs, those of forced commits, looks ahead and faults of candidates, `(m,)` each.
 
         Args:
             index: rows of the state; `rows` are those of the batch that `generate` was given.
@@ -355,7 +362,8 @@ class Scorer:
             fault = torch.where((held >= 0) & (fault == NOTHING_LEFT), 0, fault)
         chosen = raw.gather(1, tokens[:, None])[:, 0]
         cost = self._cost(stats, chosen, rows, steps, columns)
-        return tokens, best, cost, self._force_cost(stats, chosen, cost), fault
+        force, looks = self._force_cost(stats, chosen, cost), self._looks(stats, chosen, cost)
+        return tokens, best, cost, force, *looks, fault
 
     def _cost(
         self, stats: Statistics, chosen: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor, columns: torch.Tensor
@@ -367,6 +375,10 @@ class Scorer:
     def _force_cost(self, stats: Statistics, chosen: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
         """Ranks `(m,)` candidates for forced commits; by their `cost` unless said otherwise."""
         return cost if self.force_score is None else SCORES[self.force_score](stats, chosen, None)
+
+    def _looks(self, stats: Statistics, chosen: torch.Tensor, cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Entropies and surprises of `(m,)` candidates, what lookaheads are ranked by; their `cost` without any."""
+        return (stats.entropy, confidence_cost(stats, chosen, None)) if self.rules.lookahead else (cost, cost)
 
     def _processed(self, scores: torch.Tensor, index: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Processed `(m, V)` scores; the mask token takes no part in them, so that it is no rank of a top-k."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from .decoding import Rules, State, first_true
+from .decoding import Rules, State, decided_share, first_true
 
 
 def marked_first(cost: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
@@ -49,9 +49,27 @@ def best_of_each(cost: torch.Tensor, among: torch.Tensor, group: torch.Tensor) -
     return equals & (column == leftmost.gather(1, group))
 
 
+def slack(state: State, rules: Rules) -> float | torch.Tensor:
+    """By what fraction the threshold is relaxed where so much is decided (Streaming-dLLM, arXiv:2601.17917, 3.2).
+
+    `(B, N)` or `(B, 1)`; the number 0 where nothing is relaxed.
+    """
+    return rules.threshold_relaxation * decided_share(state, rules) if rules.threshold_relaxation else 0.0
+
+
+def relaxed(state: State, rules: Rules) -> float | torch.Tensor:
+    """The threshold as a cost: of a probability `(1 - slack)` times it, of an entropy `(1 + slack)` times."""
+    loose = slack(state, rules)
+    if isinstance(loose, float):
+        return rules.threshold
+    by_probability = rules.score == "confidence"
+    return (rules.threshold - torch.log1p(-loose) if by_probability else rules.threshold * (1 + loose)).float()
+
+
 def by_threshold(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
     """Every candidate whose cost is under the threshold; with `force_best` the cheapest of the row in any case."""
-    under = cost <= rules.threshold if rules.inclusive else cost < rules.threshold
+    threshold = relaxed(state, rules)
+    under = cost <= threshold if rules.inclusive else cost < threshold
     commits = among & under
     return commits | best(cost, among) if rules.force_best else commits
 
@@ -59,7 +77,8 @@ def by_threshold(cost: torch.Tensor, among: torch.Tensor, state: State, rules: R
 def by_near_best(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
     """dInfer's threshold: lowered to just under the best candidate's probability, whose equals then pass as well."""
     probability = torch.exp(-cost.double()).masked_fill(~among, -1.0)
-    level = (probability.amax(1, keepdim=True) - 1e-5).clamp_max(math.exp(-rules.threshold))
+    threshold = math.exp(-rules.threshold) * (1 - slack(state, rules))
+    level = (probability.amax(1, keepdim=True) - 1e-5).clamp_max(threshold)
     return among & (probability >= level) | best(cost, among)
 
 
@@ -90,13 +109,13 @@ def by_hierarchy(cost: torch.Tensor, among: torch.Tensor, state: State, rules: R
     run = (starts.long().cumsum(1) - 1).clamp_min(0)  # (B, N): which run of neighbours a candidate belongs to
     of_run = best_of_each(cost, among, run) & (cost < rules.relaxed_threshold)
     surest = cost.masked_fill(~among, float("inf")).amin(1, keepdim=True)
-    spread = (of_run | (cost < rules.threshold)) & (surest <= rules.relaxed_threshold)
+    spread = (of_run | (cost < relaxed(state, rules))) & (surest <= rules.relaxed_threshold)
     return among & spread | best(cost, among)
 
 
 def by_neighbourhood(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
     """LocalLeap (arXiv:2510.07081): sure candidates are anchors, around which less certainty suffices."""
-    anchors = among & (cost <= rules.threshold)
+    anchors = among & (cost <= relaxed(state, rules))
     # Distances in the text, whose given parts count as well: to the last anchor before, and to the next one behind.
     far = rules.radius + 1
     before = state.slots.masked_fill(~anchors, -far).cummax(1).values

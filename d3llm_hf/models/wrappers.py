@@ -130,7 +130,7 @@ def check_wrapping(model: Any, canvas: Any, rules: Any, compiled: bool) -> None:
             "`alora_invocation_tokens` has no meaning in `generate`: PEFT counts from the end of the prompt what an "
             "activated LoRA is for, and a canvas goes on behind it. Train a plain LoRA."
         )
-    changes = canvas.batch > 1 or bool(rules.cfg_scale) or rules.draft_length > 0
+    changes = canvas.batch > 1 or bool(rules.cfg_scale) or rules.canvases > 1
     for name in sorted(found & {"adapter_names", "task_ids"}):
         if changes:
             raise ValueError(

@@ -25,7 +25,7 @@ OPTIONS: dict[str, tuple[tuple[type, ...], str, Callable[[Any], bool]]] = {
 SETTINGS = (frozenset(FIELDS) - {"seed", "infill", "mask_token_id"}) | OPTIONS.keys()
 """Arguments of `generate` that a request may set under `d3llm`."""
 
-LARGEST = {"draft_length": 16}
+LARGEST = {"draft_length": 16, "lookahead": 16}
 """Bounds of settings that multiply the memory of a request."""
 
 

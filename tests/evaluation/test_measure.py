@@ -16,7 +16,7 @@ from thin import some_of
 from d3llm_hf.evaluation import measure as module
 from d3llm_hf.evaluation.measure import Tally, main, measure, measure_larger
 from d3llm_hf.evaluation.provenance import write_json
-from d3llm_hf.evaluation.suites import CACHES, FIGURES, LOSSLESS, METHODS, SUITES, Suite, with_variants
+from d3llm_hf.evaluation.suites import CACHES, FIGURES, LOSSLESS, METHODS, SUITES, WINDOWS, Suite, with_variants
 from d3llm_hf.evaluation.tables.fill import COLUMNS, table
 from d3llm_hf.evaluation.tasks.word_problems import generate_problems
 from d3llm_hf.hub.sources import embedded_checkpoints
@@ -94,7 +94,9 @@ def test_the_suites_leave_no_method_and_no_cache_out():
         assert {settings.get("kv_cache", "none") for settings in suite.rows.values()} == set(KINDS) - {
             "exact",
             "exact_dual",
+            "sliding",
         }
+    assert "sliding" in {settings.get("kv_cache") for settings in WINDOWS.rows.values()}
     assert {s.get("draft_length") for s in LOSSLESS.rows.values()} == {None, 1, 2, 4, 8}
 
 

@@ -252,6 +252,8 @@ def test_guidance_and_embeddings_are_decoded_without_kept_blocks(sdar):
         ({"kv_cache": "dual"}, r"`kv_cache` must be one of \['none', 'exact'\]"),
         ({"decoding_method": "dkv"}, r"must be one of \['none', 'exact'\].*with another method"),
         ({"suffix_length": 2}, "`suffix_length` does not apply to block-causal attention: no forward sees"),
+        ({"decoding_method": "fast_dllm", "window": "slide"}, "`window` does not apply to block-causal attention"),
+        ({"lookahead": 1}, "`lookahead` does not apply to block-causal attention"),
         ({"decoding_method": "llada", "lossless": True}, "`lossless` does not apply to block-causal attention"),
         ({"cfg_scale": 1.0, "kv_cache": "exact"}, '`cfg_scale` needs kv_cache="none"'),
         ({"entropy_bound": 0.1, "confidence_threshold": 0.9}, "`entropy_bound` takes the place"),

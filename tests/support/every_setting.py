@@ -66,6 +66,7 @@ CACHES = {
     "prefix": {"kv_cache": "prefix"},
     "dual": {"kv_cache": "dual", "cache_refresh_interval": 3},
     "vicinity": {"kv_cache": "vicinity", "cache_warmup": 2, "cache_window": 2},
+    "sliding": {"kv_cache": "sliding", "cache_window": 2},
     "dkv": {"kv_cache": "dkv", "cache_delay": 1, "cache_refresh_interval": 4},
     "dkv_greedy": {"kv_cache": "dkv_greedy", "cache_delay": 2, "cache_refresh_interval": 3, "cache_window": 3},
 }
@@ -121,5 +122,7 @@ def drawn_cache(rng: Random, cache: str) -> dict:
         "cache_window": rng.randint(0, 6),
     }
     return {name: drawn.get(name, value) for name, value in CACHES[cache].items()} | (
-        {"cache_refresh_interval": interval} if cache in ("prefix", "vicinity") and interval != NEVER else {}
+        {"cache_refresh_interval": interval}
+        if cache in ("prefix", "vicinity", "sliding") and interval != NEVER
+        else {}
     )
