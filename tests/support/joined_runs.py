@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import DeepSpeedPlugin, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -71,14 +71,19 @@ def _as_rank(rank: int, port: int, run: dict[str, Any]) -> None:
         counts = {"WORLD_SIZE": run["processes"], "LOCAL_WORLD_SIZE": run["processes"]}
         launched = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | counts
         os.environ.update({name: str(value) for name, value in launched.items()})
-    os.environ.update(run.get("environment", {}) | {"ACCELERATE_USE_CPU": "true"})
-    _shard_on_cpu()
+    os.environ.update(run.get("environment", {}))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        _divide_small_weights()
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        _shard_on_cpu()
     train = CanvasTrainer.train
 
     def train_and_tell(trainer, *args, **kwargs):
         train(trainer, *args, **kwargs)
         told = {
-            "sharded": any(type(weight).__name__ == "DTensor" for weight in trainer.model.parameters()),
+            "sharded": any(map(_is_shard, trainer.model.parameters())),
             "log": trainer.state.log_history,
             "processes": trainer.args.world_size,
         }
@@ -87,6 +92,21 @@ def _as_rank(rank: int, port: int, run: dict[str, Any]) -> None:
 
     CanvasTrainer.train = train_and_tell
     SCRIPTS[run.get("script", "distillation")].main(run["arguments"])
+
+
+def _is_shard(weight: torch.Tensor) -> bool:
+    return type(weight).__name__ == "DTensor" or (hasattr(weight, "ds_tensor") and weight.numel() == 0)
+
+
+def _divide_small_weights() -> None:
+    """ZeRO-3 leaves tensors of less than 100,000 values whole in each process: all that a tiny model has."""
+    make = DeepSpeedPlugin.__post_init__
+
+    def make_dividing(self):
+        make(self)
+        self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    DeepSpeedPlugin.__post_init__ = make_dividing
 
 
 def _shard_on_cpu() -> None:
