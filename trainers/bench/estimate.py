@@ -2,7 +2,7 @@
 
     python -m trainers.bench.estimate -o d3llm_hf/evaluation/results/training_estimate.json
 
-`d3llm bench train` has measured a small model without gradient checkpointing; the recipes run with it. P weights,
+`d3llm bench train` has measured a small model without gradient checkpointing; recipes run with it. P weights,
 P_l of them in layers, and A of an adapter; N GPUs; T positions in all views of a micro-batch, M learnt ones at most, in
 B texts of L tokens; w the width, l the layers, V the vocabulary:
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def under_deepspeed() -> bool:
-    """Whether `accelerate launch` was told to train with DeepSpeed, which it tells its processes by the environment."""
+    """Whether `accelerate launch` has been told to train with DeepSpeed; it tells its processes by the environment."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
