@@ -16,6 +16,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from distillation import ARGUMENTS, student, trajectories
+from official import tiny_tokenizer
 
 from trainers import run_distill, run_sft
 from trainers.common.canvas_trainer import CanvasTrainer
@@ -62,6 +64,32 @@ def run_in_process(runs: list[dict[str, Any]]) -> None:
     process.kill()
     if process.exitcode:
         raise RuntimeError(f"The runs ended with {process.exitcode}.")
+
+
+def write_teacher(folder: Path) -> None:
+    """A tiny `model` with its tokenizer and 16 trajectories, `rows.parquet`."""
+    tokenizer = tiny_tokenizer()
+    student(tokenizer, n_layers=2).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    trajectories(16).to_parquet(folder / "rows.parquet")
+
+
+def arguments(teacher: Path, output: Path, batch_size: int, **more: Any) -> list[str]:
+    """Of the distillation script: four steps with a checkpoint every two; `None` leaves an argument out."""
+    values = ARGUMENTS | {"model_name_or_path": teacher / "model", "dataset_name": teacher / "rows.parquet"}
+    values |= {"per_device_train_batch_size": batch_size, "output_dir": output, "loss_reduction": "sample"}
+    values |= {"save_strategy": "steps", "save_steps": 2} | more
+    return [
+        part
+        for name, value in values.items()
+        if value is not None
+        for part in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+    ]
+
+
+def logged(run: dict[str, Any], name: str = "loss") -> list[float]:
+    """A quantity of each step."""
+    return [entry[name] for entry in run["log"] if "loss" in entry]
 
 
 def _as_rank(rank: int, port: int, run: dict[str, Any]) -> None:

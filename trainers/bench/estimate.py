@@ -2,9 +2,9 @@
 
     python -m trainers.bench.estimate -o d3llm_hf/evaluation/results/training_estimate.json
 
-`d3llm bench train` has measured a small model without gradient checkpointing; recipes run with it. P weights,
-P_l of them in layers, and A of an adapter; N GPUs; T positions in all views of a micro-batch, M learnt ones at most, in
-B texts of L tokens; w the width, l the layers, V the vocabulary:
+`d3llm bench train` has measured a small model without gradient checkpointing, and the recipes have it. P weights, P_l
+of them in layers, and A of an adapter; N GPUs; T positions in all views of a micro-batch, M learnt ones at most, in B
+texts of L tokens; w the width, l the layers, V the vocabulary:
 
     weights      2 P + 20 A          an adapter's base in bfloat16; the adapter in float32, with gradients, AdamW's
                                      moments and the copy of its gradients that DDP reduces

@@ -143,7 +143,7 @@ def check_inherited(args: Any) -> None:
     _check_schedule(args)
     if args.use_cpu and (args.deepspeed or under_deepspeed()):
         raise ValueError(
-            "`use_cpu` must be unset with DeepSpeed (got True): accelerate leaves DeepSpeed out then, and trains whole "
+            "`use_cpu` must be unset with DeepSpeed (got True): accelerate leaves DeepSpeed out then and trains whole "
             "copies. Without a GPU set `ddp_backend='gloo'` and DS_ACCELERATOR=cpu in its place."
         )
     if args.label_names not in (None, ["labels"]):
