@@ -31,8 +31,8 @@ from trainers.distill.config import PseudoTrajectoryDistillConfig
 
 CONFIGS = REPOSITORY / "trainers" / "accelerate_configs"
 STEPS = 10
-# Of losses near 3 after ten steps of a rate of 1e-2: two processes add up the same terms in another order.
-LOSS_TOLERANCE = 1e-4
+# Losses of two processes and of one are means of the same terms in another order.
+LOSS_TOLERANCE = 1e-5
 ON_CPU = {"use_cpu": None, "ddp_backend": "gloo"}
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 forks = pytest.mark.skipif(sys.platform == "win32", reason="forks")
@@ -86,7 +86,7 @@ def assert_near(found, expected):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
-        assert torch.allclose(found[name].float(), tensor.float(), rtol=1e-2, atol=1e-2), name
+        assert torch.allclose(found[name].float(), tensor.float(), rtol=1e-2, atol=1e-3), name
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_two_processes_have_the_losses_of_one_for_ten_steps(told, stage, kind):
     assert told[name]["processes"] == 2 and told[name]["sharded"] == (stage == 3)
     assert len(logged(one)) == STEPS
     assert logged(told[name]) == pytest.approx(logged(one), abs=LOSS_TOLERANCE)
-    assert logged(told[name], "grad_norm") == pytest.approx(logged(one, "grad_norm"), rel=1e-2)
+    assert logged(told[name], "grad_norm") == pytest.approx(logged(one, "grad_norm"), rel=1e-4)
 
 
 @pytest.mark.slow
