@@ -35,8 +35,8 @@ def estimate_table(results: dict[str, Any]) -> str:
         f"bench train`, {measured['step_bytes'] / 1e9:.2f} GB. Operations of a micro-batch: T (8 P_l + 16 l w L) + "
         "6 M V w; 6 P_l + 8 A in place of 8 P_l with an adapter; for a rollout B (L (2 P_l + 4 l w L) + 2 R V w) "
         "more for each of its 8 forwards, for a teacher T (2 P_l + 4 l w L) + 2 M V w. Seconds: these over "
-        f"{100 * gpu['share']:.0f} % of {gpu['flops'] / 1e12:.0f} T operations a second in bfloat16, an assumption that "
-        "time is inversely proportional to. Left out: communication, the optimizer's own step, and what CUDA and "
+        f"{100 * gpu['share']:.0f} % of {gpu['flops'] / 1e12:.0f} T operations a second in bfloat16, an assumption "
+        "that time is inversely proportional to. Left out: communication, the optimizer's own step, and what CUDA and "
         f"its allocator take, some GB. Regenerate: `{results['command']}`.",
     ]
     return "\n".join(lines) + "\n"
