@@ -30,7 +30,23 @@ def whole_weights(model: torch.nn.Module) -> Iterator[None]:
     if not weights:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(weights, modifier_rank=0):
+    with deepspeed.zero.GatheredParameters(weights, modifier_rank=0):
         yield
+
+
+@contextmanager
+def loaded_whole() -> Iterator[None]:
+    """Inside, `from_pretrained` gives each process all weights, also where it would divide them for ZeRO-3.
+
+    A model that nobody trains has no engine, which puts its parts together for a forward.
+    """
+    from transformers.integrations import deepspeed
+
+    known = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = known

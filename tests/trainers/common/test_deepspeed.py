@@ -19,12 +19,13 @@ from peft import LoraConfig
 from places import REPOSITORY
 from safetensors.torch import load_file
 from transformers import Trainer
+from transformers.integrations import deepspeed as integration
 
 from d3llm_hf import LLaDAModelLM
 from trainers.common import canvas_trainer
 from trainers.common.argument_checks import check_inherited
 from trainers.common.loading import check_processes
-from trainers.common.shards import whole_weights, zero_stage
+from trainers.common.shards import loaded_whole, whole_weights, zero_stage
 from trainers.common.whole_checkpoints import check_checkpoint
 from trainers.distill.config import PseudoTrajectoryDistillConfig
 
@@ -200,10 +201,9 @@ def test_whole_weights_are_gathered_from_what_has_been_divided(monkeypatch):
         gathered.append((divided, modifier_rank))
         yield
 
-    zero = ModuleType("deepspeed.zero")
-    zero.GatheredParameters = gather
-    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
-    monkeypatch.setitem(sys.modules, "deepspeed.zero", zero)
+    library = ModuleType("deepspeed")
+    library.zero = SimpleNamespace(GatheredParameters=gather)  # which is no module of its own
+    monkeypatch.setitem(sys.modules, "deepspeed", library)
     model = torch.nn.Linear(2, 2)
     with whole_weights(model):
         assert not gathered
@@ -211,6 +211,28 @@ def test_whole_weights_are_gathered_from_what_has_been_divided(monkeypatch):
     with whole_weights(model):
         ((divided, writer),) = gathered
     assert divided == [model.weight] and writer == 0
+
+
+def test_a_teacher_is_loaded_whole_and_one_that_is_divided_is_refused(tmp_path):
+    class Divided:  # as transformers asks it
+        def is_zero3(self):
+            return True
+
+    config = Divided()
+    integration.set_hf_deepspeed_config(config)
+    try:
+        with loaded_whole():
+            assert not integration.is_deepspeed_zero3_enabled()
+        assert integration.is_deepspeed_zero3_enabled()
+    finally:
+        integration.unset_hf_deepspeed_config()
+    tokenizer = tiny_tokenizer()
+    teacher = student(tokenizer)
+    teacher.lm_head.weight.ds_id = 0
+    with pytest.raises(
+        ValueError, match=r"`teacher` must be whole in each process .got LLaDAModelLM divided by ZeRO-3"
+    ):
+        make_trainer(tmp_path, tokenizer, target="teacher", trainer_kwargs={"teacher": teacher})
 
 
 def test_deepspeed_saves_what_was_made_of_the_model_and_not_what_its_engine_holds(tmp_path, monkeypatch):
