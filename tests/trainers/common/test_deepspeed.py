@@ -51,7 +51,7 @@ def told(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deepspeed")
     joined_runs.write_teacher(folder)
     kinds = {"plain": EVALUATED, "rollout": ROLLOUT, "self": SELF, "adapter": ADAPTER}
-    # Another model than the student, from which it would learn nothing but rounding, and text beside its distributions.
+    # Another model than the student, of which it would learn nothing but rounding, and text beside distributions.
     student(tiny_tokenizer(), n_layers=1).save_pretrained(folder / "teacher")
     asked = {"target": "teacher", "teacher_model_name_or_path": folder / "teacher", "teacher_reveal": 0.5}
     kinds["teacher"] = asked
