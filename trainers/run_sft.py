@@ -157,10 +157,8 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=_peft_config(script_args),
     )
     trainer.train(resume_from_checkpoint=resumption(args.resume_from_checkpoint))
-    if script_args.into is not None and script_args.use_peft:  # what the adapter is for is saved nowhere else
-        trainer.model = trainer.model.merge_and_unload()
-    if save_dtype is not None:
-        trainer.model.to(save_dtype)
+    # What an adapter of a converted model is for is saved nowhere else.
+    trainer.finish(merge_adapter=script_args.into is not None and script_args.use_peft, dtype=save_dtype)
     trainer.save_model()
 
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .shards import under_deepspeed
+
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # of `datasets`, for files
 
@@ -22,6 +24,11 @@ def check_processes(world_size: int) -> None:
         ValueError: If the launcher started more processes than take part.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != world_size and under_deepspeed():
+        raise ValueError(
+            f"`ddp_backend` must be 'gloo' to train with DeepSpeed without a GPU (got {started} processes that would "
+            f"train {started} separate models). Add `--ddp_backend gloo`, and set DS_ACCELERATOR=cpu."
+        )
     if started != world_size:
         raise ValueError(
             f"`use_cpu` must be set to train in several processes without a GPU (got {started} processes that would "

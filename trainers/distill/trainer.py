@@ -226,7 +226,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
 
         def anyone(left: torch.Tensor) -> bool:
             # With shards of the model all processes take part in each forward. A whole copy needs nobody.
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if self.holds_shards:
                 left = self.accelerator.gather(left.any()[None])
             return bool(left.any())
 
@@ -323,9 +323,9 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         return output
 
     def _check_shards(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.holds_shards:
             raise ValueError(
-                "`eval_generate_samples` must be 0 with FSDP or DeepSpeed (got "
+                "`eval_generate_samples` must be 0 with FSDP or ZeRO-3 (got "
                 f"{self.args.eval_generate_samples}): each process decodes prompts of its own, and here it holds "
                 "a shard of the model. Unset it, and decode the saved checkpoint."
             )
