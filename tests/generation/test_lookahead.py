@@ -120,7 +120,7 @@ def batch(family: str, **chosen):
     return model_of(family, 1, 2).generate(**inputs, **WHOLE | {"max_new_tokens": 14} | chosen)
 
 
-BESIDE = [name for name in METHODS if name != "dinfer, credit"]
+BESIDE = [name for name in METHODS if name not in ("dinfer, credit", "klass")]  # which remember one canvas
 AHEAD = {"lookahead": 2, "kv_cache": "none"}
 
 
@@ -232,6 +232,8 @@ REFUSED = [
         "`lookahead` does not go together with lossless=",
     ),
     ({"lookahead": 1, "decoding_method": "dinfer", "decoder": "credit"}, "does not go together with decoder='credit'"),
+    ({"lookahead": 1, "decoding_method": "klass"}, "does not go together with kl_threshold="),
+    ({"lookahead": 1, "decoding_method": "wino"}, "does not go together with threshold_back="),
 ]
 
 
