@@ -54,6 +54,7 @@ class CausalDecoder:
         """The arguments of `generate` about all that could draft."""
         return drafter_arguments(self.model, self.tokenizer, self.assistant, self.draft_head)
 
+    @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Option -> digest of what was given to draft."""
         found = {}
@@ -78,7 +79,7 @@ class CausalDecoder:
         found: dict[str, Any] = {"batch_size": 1 if alone(settings) else batch_size}
         needs = AR_METHODS[settings["decoding_method"]].needs
         if needs is not None:
-            found[f"{needs.option}_fingerprint"] = self.fingerprints()[needs.option]
+            found[f"{needs.option}_fingerprint"] = self.fingerprints[needs.option]
         return found
 
     def _drafter_of(self, method: str) -> dict[str, Any]:
