@@ -161,7 +161,8 @@ def _end(input_ids: torch.Tensor, new: list[int], max_new_tokens: int, stops: fr
     places = [place for place, token in enumerate(new, 1) if token in stops][:1]
     places += [max_new_tokens] if len(new) >= max_new_tokens else []
     if ends.criteria:
-        ends(torch.cat([input_ids[0].long(), torch.tensor(new, device=input_ids.device)])[None])
+        text: Any = torch.cat([input_ids[0].long(), torch.tensor(new, device=input_ids.device)])
+        ends(text[None])
         places += ends.ends.values()
     return min(places, default=0)
 
