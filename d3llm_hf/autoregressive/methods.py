@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import stock
+from . import stock, trees
 from .drafters import ASSISTANT, DRAFT_HEAD, DRAFTERS, Drafter
-from .eagle3 import method as eagle3
 from .request import Continued, Request
 from .settings import COMMON, NO_PLACE, check_values
 
@@ -52,11 +51,11 @@ AR_METHODS: dict[str, ARMethod] = {
     ),
     "ar_mtp": ARMethod(stock.mtp, check=stock.check_mtp),
     "eagle3": ARMethod(
-        eagle3.decode,
+        trees.decode,
         {"total_tokens": 60, "depth": 7, "draft_top_k": 10},
         needs=DRAFT_HEAD,
-        check=eagle3.check,
-        check_drafter=eagle3.check_drafter,
+        check=trees.check,
+        check_drafter=trees.check_drafter,
     ),
 }
 """Method -> what it is. A further one is one more row."""

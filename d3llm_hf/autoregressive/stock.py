@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..models.text_config import text_config
+from ..stops import FirstEnd
 from .causal import check_causal
 from .counting import Forwards, counted, counted_by_last_layer, num_layers
-from .endings import FirstEnd
 from .request import Continued, Request
 from .settings import SAMPLING
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...models.probes import evaluating
-from ..endings import FirstEnd
+from ...stops import FirstEnd
 from .arguments import check_tree, checked_choice, checked_count, checked_prompt, checked_stops
 from .draft import Drafter
 from .head import Eagle3Head

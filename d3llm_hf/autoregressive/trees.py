@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..counting import counted
-from ..request import Continued, Request
-from ..settings import SAMPLING
-from .arguments import check_tree
-from .generate import eagle3_generate
-from .target import check_head, check_target
+from .counting import counted
+from .eagle3.arguments import check_tree
+from .eagle3.generate import eagle3_generate
+from .eagle3.target import check_head, check_target
+from .request import Continued, Request
+from .settings import SAMPLING
 
 
 TREE = ("total_tokens", "depth", "draft_top_k")
@@ -45,7 +45,7 @@ def check(model: Any, settings: Mapping[str, Any]) -> None:
     """Refuses a model that cannot verify a tree, and a generation config of which that would not keep the promise.
 
     Raises:
-        ValueError: naming the entry; see also [`~.target.check_target`].
+        ValueError: naming the entry; see also [`~.eagle3.target.check_target`].
     """
     check_target(model)
     own = model.generation_config
