@@ -46,6 +46,7 @@ def test_tokens_are_plain_greedy_ones_and_counts_are_of_target_and_head_apart():
     assert not model._forward_hooks and not head._forward_hooks
 
 
+@pytest.mark.full
 def test_rows_are_decoded_one_by_one_without_their_padding():
     model, head = tiny_target(), tiny_head()
     rows, mask = torch.tensor([[0, 0, *TINY[:3]], TINY]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
@@ -68,6 +69,7 @@ def test_a_stop_token_does_not_count_and_a_criterion_ends_the_answer_inside_a_tr
         assert found.tokens_per_forward.tolist() == [tokens / found.num_forwards.item()]
 
 
+@pytest.mark.full
 def test_what_a_call_leaves_open_is_the_checkpoints_and_then_transformers_own():
     model, head = tiny_target(), tiny_head()
     sampled = {"settings": TREE | {"do_sample": True}, "seed": 3}
