@@ -89,6 +89,38 @@ def test_a_suite_with_a_larger_model_has_a_second_table():
     assert "5.6 M parameters (6 layers of width 256, 1000 tokens), 192 tokens of prompt, 64 new ones" in text
 
 
+def test_points_of_a_sweep_are_a_table_with_the_columns_that_any_of_them_has(document):
+    made = {"device": "cpu", "torch": "2.13.0", "transformers": "5.23.0", "threads": 1, "dtype": "float32"}
+    made |= {"batch_size": 1, "max_new_tokens": 8, "command": "d3llm sweep x"}
+    samples = {"tokens": [4, 6], "forwards": [5, 5]}
+    plain = {
+        "model": "m", "method": "ar", "parameter": None, "value": None, "accuracy": 50.0, "tpf": 1.0, "task": "sums",
+        "positions_per_token": 2.5, "tokens_per_second": 7.0, "num_samples": 2, "samples": samples, "provenance": made,
+        "draft_forwards_per_token": 0.0,
+    }  # fmt: skip
+    lookup = plain | {
+        "method": "lookup",
+        "parameter": "n",
+        "value": 3,
+        "samples": samples | {"equal_to_plain": [1, 0]},
+    }
+    path = document.parent / "results.jsonl"
+    path.write_text("".join(json.dumps(point) + "\n" for point in (plain, lookup)))
+    document.write_text(document.read_text().replace("results.json ", "results.jsonl "))
+    assert tables.main([str(document)]) == 0
+    lines = document.read_text().splitlines()[2:]
+    assert lines[0] == (
+        "| decoding | accuracy | tokens | forwards | tokens per forward | positions per token | tokens/s | "
+        "answers as plain greedy's |"
+    )
+    assert lines[2] == "| m, ar | 50.0 % | 10 | 10 | 1.00 | 2.5 | 7.0 |  |"
+    assert lines[3] == "| m, lookup, `n=3` | 50.0 % | 10 | 10 | 1.00 | 2.5 | 7.0 | 1 of 2 |"
+    assert lines[5].startswith(
+        "2 samples of sums, at most 8 new tokens, batches of 1, float32, threads: 1, CPU, torch "
+    )
+    assert lines[5].endswith(" Regenerate: `d3llm sweep x`.")
+
+
 def test_a_results_file_of_an_unknown_suite_is_refused():
     with pytest.raises(ValueError, match=r"`suite` of a results file must be one of .* \(got 'speed'\)"):
         tables.table(RESULTS | {"suite": "speed"})
