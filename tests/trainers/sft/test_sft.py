@@ -579,7 +579,7 @@ def test_the_committed_recipes_parse_and_new_models_have_two_million_parameters_
     )
     assert args.seed == 3
     if script_args.model_config is None:  # one that is loaded
-        assert args.packing and script_args.into
+        assert args.block_length and (args.packing and script_args.into) != script_args.block_alignment
         return
     model = run_sft.load_model(script_args, tokenizer)
     assert model.num_parameters() <= 2_000_000
