@@ -25,6 +25,10 @@ A block-causal model, with several texts in each row:
     accelerate launch trainers/run_sft.py --model_name_or_path JetLM/SDAR-4B-Chat --dataset_name train.jsonl \
         --output_dir sdar-sft --bf16 --gradient_checkpointing --packing --use_peft --learning_rate 1e-4
 
+LLaDA made block-causal, blocks beginning behind the prompt:
+
+    OMP_NUM_THREADS=1 python trainers/run_sft.py --config trainers/recipes/sft_llada_block_tiny.yaml
+
 A causal model that becomes a block-causal one: Fast-dLLM v2 (rows of logits as they were) or SDAR (unshifted); its
 tokenizer gets a mask token where it has none:
 
