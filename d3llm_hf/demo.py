@@ -273,7 +273,9 @@ def _answer_tab(page: gr.Blocks, handlers: Handlers, own_method: str, concurrenc
     traces = gr.State([])
     prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt", placeholder="Write a prompt, or choose one below")
     examples = [[problem.question] for problem in generate_problems(3, split="test", seed=7, max_steps=3)]
-    gr.Examples(examples, inputs=[prompt], label="Word problems of the kind that d3llm-llada was trained on")
+    gr.Examples(
+        examples, inputs=[prompt], label="Word problems of the kind that the embedded checkpoints were trained on"
+    )
     with gr.Row():
         length = gr.Number(handlers.usual_length(), label="New tokens", precision=0, min_width=110)
         temperature = gr.Number(0, label="Temperature (0: greedy)", min_width=110)

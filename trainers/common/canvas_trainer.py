@@ -20,8 +20,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from d3llm_hf.hub.model_card import complete_card
 from d3llm_hf.locks import only_writer
 from d3llm_hf.models.methods import IN_SLOTS
-from d3llm_hf.models.modeling_common import positions_of
-from d3llm_hf.models.text_config import text_setting
+from d3llm_hf.models.modeling_common import dense_mask, positions_of
+from d3llm_hf.models.text_config import text_config, text_setting
 from d3llm_hf.models.token_ids import check_inside, vocabulary_of
 from d3llm_hf.models.wrappers import base_of, lengthened_by, moves_padded, unfit_task
 
@@ -66,9 +66,6 @@ class CanvasTrainer(PreparedDataTrainer):
     # What an evaluation reports beside the loss.
     metric_names: frozenset[str] = frozenset()
 
-    # Whether models are taken that see nothing of later blocks.
-    trains_blocks = False
-
     def __init__(self, *, args: Any, **kwargs: Any):
         self._metric_sums: dict[int, Any] = {}
         self._finished: torch.dtype | None = None  # with DeepSpeed: in which type the model is saved from now on
@@ -93,12 +90,6 @@ class CanvasTrainer(PreparedDataTrainer):
         self.mask_token_id = mask_token_id(model, tokenizer)
         self.label_shift = getattr(model, "logit_shift", 0) if label_shift is None else label_shift
         base = base_of(model)
-        if not self.trains_blocks and getattr(base, "block_alignment", None) is not None:
-            raise ValueError(
-                f"`model` must see the whole canvas (got {type(base).__name__}, whose positions see nothing of later "
-                "blocks): these canvases are seen as a whole. Train LLaDA, Dream or a model that `as_diffusion_lm` "
-                "takes, or fine-tune it with `MaskedDiffusionSFTTrainer`."
-            )
         self._in_slots = getattr(base, "default_method", None) in IN_SLOTS
         if self._in_slots and not self.trains_slots:
             raise ValueError(
@@ -193,6 +184,11 @@ class CanvasTrainer(PreparedDataTrainer):
     def holds_shards(self) -> bool:
         """Whether a process has a part of the weights (FSDP, ZeRO-3), so that all take part in each forward."""
         return self.is_fsdp_enabled or zero_stage(self.accelerator) == 3
+
+    def _as_taken(self, sees: torch.Tensor) -> torch.Tensor:
+        """A bool mask for each position as the model's attention takes it."""
+        base = base_of(self.model)
+        return dense_mask(sees, base.dtype, text_config(base.config)._attn_implementation)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """As transformers', with what the Hub shows of a text generation model in the card's metadata."""

@@ -124,6 +124,7 @@ def load_checkpoint(
     bidirectional: bool = False,
     into: str | None = None,
     block_length: int | None = None,
+    blocks: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     """A masked language model where the architecture has one, else its decoder; ours, or given our decoder.
@@ -135,10 +136,13 @@ def load_checkpoint(
         into (`str`, *optional*): Make a causal model block-causal, in this form (see [`block_causal_lm`]). The
             tokenizer gets a mask token where it has none.
         block_length (`int`, *optional*): Tokens of a block of that form.
+        blocks (`dict`, *optional*): `block_length` and `block_alignment` of a LLaDA that becomes block-causal, in
+            place of its config's.
         kwargs: Further arguments of `from_pretrained`, such as `dtype`.
 
     Raises:
-        ValueError: If the checkpoint cannot be decoded by diffusion (see [`as_diffusion_lm`]).
+        ValueError: If the checkpoint cannot be decoded by diffusion (see [`as_diffusion_lm`]), or is not LLaDA's where
+            `blocks` are given.
     """
     from transformers import AutoConfig
 
@@ -150,7 +154,12 @@ def load_checkpoint(
         kwargs = _dequantised() | kwargs
     with loading(name, "model_name_or_path", kwargs.get("gguf_file")):
         config = AutoConfig.from_pretrained(name, **hub_arguments(kwargs))
-        model = auto_class(config).from_pretrained(name, **kwargs)
+        if blocks is not None and not hasattr(config, "block_alignment"):
+            raise ValueError(
+                f"`block_alignment` must be unset for {config.model_type} (got {blocks['block_alignment']!r}): only "
+                "LLaDA's config says where blocks begin. A causal checkpoint becomes block-causal with `into`."
+            )
+        model = auto_class(config).from_pretrained(name, **kwargs, **(blocks or {}))
     if into is not None:
         return block_causal_lm(model, tokenizer, into, block_length=block_length)
     if isinstance(model, D3LLMGenerationMixin):

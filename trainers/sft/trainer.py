@@ -10,10 +10,7 @@ from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from d3llm_hf.models.modeling_common import dense_mask
-from d3llm_hf.models.text_config import text_config
 from d3llm_hf.models.topology import Topology
-from d3llm_hf.models.wrappers import base_of
 
 from ..common.canvas_trainer import EVAL, TRAIN, CanvasTrainer, fill_tokens
 from ..common.muon import MuonWithAdamW, split_parameters
@@ -90,7 +87,6 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
     """
 
     metric_names = frozenset({"uniform_loss", "suffix_loss", "masked_fraction"})
-    trains_blocks = True
     trains_slots = True
 
     def __init__(
@@ -296,11 +292,6 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         outputs, logits = self._learnt_logits(model, input_ids, seen, hidden, sees)  # (N, V)
         token_loss = F.cross_entropy(logits.float(), targets, reduction="none")
         return (token_loss * weights[hidden]).sum(), outputs
-
-    def _as_taken(self, sees: torch.Tensor) -> torch.Tensor:
-        """A bool mask for each position as the model's attention takes it."""
-        base = base_of(self.model)
-        return dense_mask(sees, base.dtype, text_config(base.config)._attn_implementation)
 
     def _next_generator(self, training: bool) -> torch.Generator:
         """The generator of this forward: counts micro-steps within an optimizer step, batches within an evaluation."""

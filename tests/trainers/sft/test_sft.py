@@ -580,8 +580,10 @@ def test_the_committed_recipes_parse_and_new_models_have_two_million_parameters_
     )
     assert args.seed == 3
     if script_args.model_config is None:  # one that is loaded
-        run_sft.check_conversion(script_args, args)
-        assert script_args.into in SHIFTS
+        assert args.block_length and bool(script_args.into) != bool(script_args.block_alignment)
+        if script_args.into is not None:
+            run_sft.check_conversion(script_args, args)
+            assert script_args.into in SHIFTS
         assert args.max_prompt_length % args.block_length == args.response_length % args.block_length == 0
         return
     model = run_sft.load_model(script_args, tokenizer)
