@@ -133,27 +133,44 @@ def load_checkpoint(
     Raises:
         ValueError: If the checkpoint cannot be decoded by diffusion (see [`as_diffusion_lm`]).
     """
+    from d3llm_hf import D3LLMGenerationMixin, as_diffusion_lm, block_causal_lm
+
+    model = from_pretrained(name, **kwargs)
+    if into is not None:
+        return block_causal_lm(model, tokenizer, into, block_length=block_length)
+    if isinstance(model, D3LLMGenerationMixin):
+        return model
+    mask_token_id = getattr(model.config, "mask_token_id", None)
+    return as_diffusion_lm(
+        model,
+        mask_token_id=tokenizer.mask_token_id if mask_token_id is None else mask_token_id,
+        bidirectional=bidirectional,
+    )
+
+
+def from_pretrained(name: str, auto: Any = None, **kwargs: Any) -> Any:
+    """A checkpoint as an Auto class makes it, its weights plain ones.
+
+    Args:
+        name (`str`): Folder or id of the checkpoint.
+        auto (class, *optional*): The Auto class. When unset that of masked language models where the architecture has
+            one, else that of decoders.
+        kwargs: Of its `from_pretrained`.
+
+    Raises:
+        OSError: If there is no such checkpoint.
+    """
     from transformers import AutoConfig
 
-    from d3llm_hf import D3LLMGenerationMixin, as_diffusion_lm, block_causal_lm
     from d3llm_hf.hub.loading import auto_class, hub_arguments
     from d3llm_hf.hub.sources import loading
 
     if kwargs.get("gguf_file") is not None:
         kwargs = _dequantised() | kwargs
     with loading(name, "model_name_or_path", kwargs.get("gguf_file")):
-        config = AutoConfig.from_pretrained(name, **hub_arguments(kwargs))
-        model = auto_class(config).from_pretrained(name, **kwargs)
-    if into is not None:
-        return block_causal_lm(model, tokenizer, into, block_length=block_length)
-    if isinstance(model, D3LLMGenerationMixin):
-        return model
-    mask_token_id = getattr(config, "mask_token_id", None)
-    return as_diffusion_lm(
-        model,
-        mask_token_id=tokenizer.mask_token_id if mask_token_id is None else mask_token_id,
-        bidirectional=bidirectional,
-    )
+        if auto is None:
+            auto = auto_class(AutoConfig.from_pretrained(name, **hub_arguments(kwargs)))
+        return auto.from_pretrained(name, **kwargs)
 
 
 def _dequantised() -> dict[str, Any]:
