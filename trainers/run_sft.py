@@ -40,6 +40,10 @@ An adapter with which LLaDA or Dream sees blocks (D2F), learnt from the model wi
     accelerate launch trainers/run_sft.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dataset_name train.jsonl \
         --output_dir llada-d2f --objective d2f --bf16 --use_peft --learning_rate 1e-5
 
+A causal model of transformers on the same rows, to compare with:
+
+    python trainers/run_sft.py --config trainers/recipes/sft_llama_tiny.yaml
+
 A data set has the columns `prompt` and `completion`, or `messages`.
 """
 
@@ -53,6 +57,7 @@ from trainers.common.loading import (
     BUILDERS,
     check_processes,
     float_dtype,
+    from_pretrained,
     load_checkpoint,
     load_rows,
     named_tokenizer,
@@ -142,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     from transformers import set_seed
 
     from trainers.common.script_utils import parse_args_with_config
-    from trainers.sft.config import MaskedDiffusionSFTConfig
+    from trainers.sft.config import CAUSAL, MaskedDiffusionSFTConfig
     from trainers.sft.trainer import MaskedDiffusionSFTTrainer
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -154,7 +159,10 @@ def main(argv: list[str] | None = None) -> None:
     save_dtype = script_args.save_dtype and float_dtype("save_dtype", script_args.save_dtype)
     set_seed(args.seed)  # before the model: its initial weights are part of the run
     tokenizer = load_tokenizer(script_args)
-    model = load_model(script_args, tokenizer, args.block_length)
+    if args.objective == CAUSAL:
+        model = load_causal_model(script_args, tokenizer)
+    else:
+        model = load_model(script_args, tokenizer, args.block_length)
     train_as_its_family(args, script_args.into)
     with args.main_process_first(local=True, desc="loading the datasets"):
         train_dataset, eval_dataset = load_datasets(script_args, evaluate=args.eval_strategy != "no")
@@ -179,6 +187,8 @@ def check_conversion(script_args: SFTScriptArguments, args) -> None:
     Raises:
         ValueError: Naming the argument.
     """
+    from trainers.sft.config import CAUSAL
+
     name = script_args.model_name_or_path
     if name is not None and name.endswith(".gguf") and Path(name).is_file():
         folder, file = Path(name).parent, Path(name).name
@@ -195,6 +205,13 @@ def check_conversion(script_args: SFTScriptArguments, args) -> None:
             )
     if script_args.block_alignment is not None:
         _check_alignment(script_args, args.block_length)
+    for argument in ("into", "bidirectional"):
+        value = getattr(script_args, argument)
+        if value and args.objective == CAUSAL:
+            raise ValueError(
+                f"`{argument}` must be unset with `objective={CAUSAL!r}` (got {value!r}), which trains a causal model "
+                "as it is. Unset one of them."
+            )
     if script_args.into is None:
         return
     if script_args.bidirectional:
@@ -264,11 +281,7 @@ def load_model(script_args: SFTScriptArguments, tokenizer, block_length: int | N
     from d3llm_hf.hub.sources import checkpoint_source
 
     dtype = float_dtype("torch_dtype", script_args.torch_dtype)
-    if (script_args.model_name_or_path is None) == (script_args.model_config is None):
-        raise ValueError(
-            "Exactly one of `model_name_or_path` and `model_config` must be set (got both or neither). "
-            "Name a checkpoint to continue from, or the shape of a new model."
-        )
+    _check_one_source(script_args)
     if script_args.model_name_or_path is not None:
         more: dict[str, Any] = {}
         if script_args.into is not None:
@@ -295,19 +308,80 @@ def load_model(script_args: SFTScriptArguments, tokenizer, block_length: int | N
     family = shape.pop("model_type", None)
     if family not in families:
         raise ValueError(
-            f"`model_config` must name one of the model types {sorted(families)} (got {family!r}). Add `model_type`."
+            f"`model_config` must name one of the model types {sorted(families)} (got {family!r}). Add `model_type`, "
+            "or set `objective: causal` for a causal model of transformers."
         )
     config_class, model_class = families[family]
-    config = config_class(
-        vocab_size=len(tokenizer),
-        mask_token_id=tokenizer.mask_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **shape,
-    )
+    config = config_class(mask_token_id=tokenizer.mask_token_id, **_tokens_of(tokenizer), **shape)
     config._attn_implementation = script_args.attn_implementation
     return model_class(config).to(dtype)
+
+
+def load_causal_model(script_args: SFTScriptArguments, tokenizer):
+    """A causal model of transformers: the checkpoint, or a new one; it stops where its answers end.
+
+    Raises:
+        ValueError: If neither or both are given, or the shape names no causal model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from d3llm_hf.hub.sources import checkpoint_source
+
+    dtype = float_dtype("torch_dtype", script_args.torch_dtype)
+    _check_one_source(script_args)
+    if script_args.model_name_or_path is not None:
+        more = {} if script_args.gguf_file is None else {"gguf_file": script_args.gguf_file}
+        model = from_pretrained(
+            checkpoint_source(script_args.model_name_or_path),
+            AutoModelForCausalLM,
+            **more,
+            revision=script_args.model_revision,
+            dtype=dtype,
+            attn_implementation=script_args.attn_implementation,
+        )
+        return _stopping_at_its_turns(model, tokenizer)
+    shape = _model_shape(script_args.model_config)
+    family = shape.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(family, **_tokens_of(tokenizer), **shape)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=script_args.attn_implementation)
+    except ValueError as error:
+        said = " ".join(str(error).split())[:150]
+        raise ValueError(
+            f"`model_config` must name a model type of which transformers makes a causal model (got {family!r}: "
+            f"{said}...). Write for example `model_type: llama`."
+        ) from error
+    return _stopping_at_its_turns(model.to(dtype), tokenizer)
+
+
+def _check_one_source(script_args: SFTScriptArguments) -> None:
+    if (script_args.model_name_or_path is None) == (script_args.model_config is None):
+        raise ValueError(
+            "Exactly one of `model_name_or_path` and `model_config` must be set (got both or neither). "
+            "Name a checkpoint to continue from, or the shape of a new model."
+        )
+
+
+def _tokens_of(tokenizer) -> dict[str, Any]:
+    """What the config of a new model says of tokens."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
+
+
+def _stopping_at_its_turns(model, tokenizer):
+    """The model, whose generation config stops at the special token that ends an answer as well.
+
+    A masked model fills what follows with the end of text, and stops there; this one would go on with another turn.
+    """
+    from trainers.common.conversations import encode_answer
+
+    answer = encode_answer([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenizer)
+    ends = [token for token in answer if token in tokenizer.all_special_ids][-1:]
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    stops = list(dict.fromkeys([*known, *ends]))
+    model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0] if stops else None
+    return model
 
 
 def _model_shape(value: str | dict) -> dict:

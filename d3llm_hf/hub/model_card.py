@@ -4,6 +4,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -87,13 +88,21 @@ def render_card(
     )
 
 
-def complete_card(text: str, name: str, *, results: str | os.PathLike | None = None, **metadata: Any) -> str:
+def complete_card(
+    text: str,
+    name: str,
+    *,
+    results: str | os.PathLike | None = None,
+    tags: Sequence[str] = TAGS,
+    **metadata: Any,
+) -> str:
     """A card whose metadata say what the Hub shows: what is missing is added, what is there stays.
 
     Args:
         text (`str`): the card, with or without a metadata block.
         name (`str`): name of the checkpoint.
         results (path, *optional*): a results file, whose figures replace those of the card.
+        tags: that are added to the card's.
         metadata: further entries, such as `base_model`; None stands for none.
 
     Returns:
@@ -110,7 +119,7 @@ def complete_card(text: str, name: str, *, results: str | os.PathLike | None = N
     except (ValueError, YAMLError) as error:
         raise ValueError(f"The card of {name!r} must begin with YAML metadata (got {error}). Correct it.") from error
     found = card.data.to_dict()
-    found["tags"] = list(dict.fromkeys([*(found.get("tags") or []), *TAGS]))
+    found["tags"] = list(dict.fromkeys([*(found.get("tags") or []), *tags]))
     wanted = {"library_name": "transformers", "pipeline_tag": "text-generation"} | metadata
     found = {key: value for key, value in wanted.items() if value is not None} | found
     if results is not None:

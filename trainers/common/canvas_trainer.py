@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from d3llm_hf.hub.model_card import complete_card
+from d3llm_hf.hub.model_card import TAGS, complete_card
 from d3llm_hf.locks import only_writer
 from d3llm_hf.models.methods import IN_SLOTS
 from d3llm_hf.models.modeling_common import dense_mask, positions_of
@@ -63,6 +63,8 @@ class CanvasTrainer(PreparedDataTrainer):
     # Whether there is an objective for models that decide whole slots (ReFusion).
     trains_slots = False
 
+    # What the Hub shows of the model.
+    card_tags: tuple[str, ...] = TAGS
     # What an evaluation reports beside the loss.
     metric_names: frozenset[str] = frozenset()
 
@@ -85,9 +87,15 @@ class CanvasTrainer(PreparedDataTrainer):
         tokenizer: PreTrainedTokenizerBase,
         label_shift: int | None,
         peft_config: PeftConfig | None,
+        masks: bool = True,
     ) -> PreTrainedModel:
-        """Read off the model what the canvases need, and give it its adapter; called before the Trainer is set up."""
-        self.mask_token_id = mask_token_id(model, tokenizer)
+        """Read off the model what the canvases need, and give it its adapter; called before the Trainer is set up.
+
+        Where nothing is masked (`masks=False`), no mask token is asked for.
+        """
+        if masks:
+            self.mask_token_id = mask_token_id(model, tokenizer)
+        check_tokens(model, fill_tokens(tokenizer))
         self.label_shift = getattr(model, "logit_shift", 0) if label_shift is None else label_shift
         base = base_of(model)
         self._in_slots = getattr(base, "default_method", None) in IN_SLOTS
@@ -196,7 +204,9 @@ class CanvasTrainer(PreparedDataTrainer):
         card = Path(self.args.output_dir) / "README.md"
         if self.is_world_process_zero():
             name = kwargs.get("model_name") or Path(self.args.output_dir).resolve().name
-            card.write_text(complete_card(card.read_text(encoding="utf-8"), name), encoding="utf-8")
+            card.write_text(
+                complete_card(card.read_text(encoding="utf-8"), name, tags=self.card_tags), encoding="utf-8"
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers'; before a push the pickled arguments are taken away again."""
@@ -384,7 +394,7 @@ def mask_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """The mask token that model and tokenizer agree on.
 
     Raises:
-        ValueError: If neither knows one, or they differ; if it, or what [`fill_tokens`] names, is none of the model's.
+        ValueError: If neither knows one, or they differ, or it is none of the model's.
     """
     of_model, of_tokenizer = text_setting(model.config, "mask_token_id"), tokenizer.mask_token_id
     if of_model is None and of_tokenizer is None:
@@ -398,9 +408,18 @@ def mask_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             "Set `model.config.mask_token_id` or `tokenizer.mask_token`."
         )
     found = of_tokenizer if of_model is None else of_model
+    check_tokens(model, {"mask_token_id": found})
+    return found
+
+
+def check_tokens(model: PreTrainedModel, tokens: dict[str, int]) -> None:
+    """Refuse tokens of a tokenizer that the model does not have.
+
+    Raises:
+        ValueError: Naming the first of them.
+    """
     way_out = (
         "Call `model.resize_token_embeddings(len(tokenizer))` after adding tokens, or take the model's tokenizer."
     )
-    for name, token in {"mask_token_id": found, **fill_tokens(tokenizer)}.items():
+    for name, token in tokens.items():
         check_inside(f"`{name}`", token, vocabulary_of(model.config), way_out)
-    return found

@@ -144,32 +144,52 @@ def load_checkpoint(
         ValueError: If the checkpoint cannot be decoded by diffusion (see [`as_diffusion_lm`]), or is not LLaDA's where
             `blocks` are given.
     """
+    from d3llm_hf import D3LLMGenerationMixin, as_diffusion_lm, block_causal_lm
+
+    model = from_pretrained(name, blocks=blocks, **kwargs)
+    if into is not None:
+        return block_causal_lm(model, tokenizer, into, block_length=block_length)
+    if isinstance(model, D3LLMGenerationMixin):
+        return model
+    mask_token_id = getattr(model.config, "mask_token_id", None)
+    return as_diffusion_lm(
+        model,
+        mask_token_id=tokenizer.mask_token_id if mask_token_id is None else mask_token_id,
+        bidirectional=bidirectional,
+    )
+
+
+def from_pretrained(name: str, auto: Any = None, blocks: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    """A checkpoint as an Auto class makes it, its weights plain ones.
+
+    Args:
+        name (`str`): Folder or id of the checkpoint.
+        auto (class, *optional*): The Auto class. When unset that of masked language models where the architecture has
+            one, else that of decoders.
+        blocks (`dict`, *optional*): Where blocks lie, of a model whose config has fields for it.
+        kwargs: Of its `from_pretrained`.
+
+    Raises:
+        OSError: If there is no such checkpoint.
+        ValueError: For `blocks` of a model whose config has no such fields.
+    """
     from transformers import AutoConfig
 
-    from d3llm_hf import D3LLMGenerationMixin, as_diffusion_lm, block_causal_lm
     from d3llm_hf.hub.loading import auto_class, hub_arguments
     from d3llm_hf.hub.sources import loading
 
     if kwargs.get("gguf_file") is not None:
         kwargs = _dequantised() | kwargs
     with loading(name, "model_name_or_path", kwargs.get("gguf_file")):
-        config = AutoConfig.from_pretrained(name, **hub_arguments(kwargs))
+        if auto is None or blocks is not None:
+            config = AutoConfig.from_pretrained(name, **hub_arguments(kwargs))
+            auto = auto_class(config) if auto is None else auto
         if blocks is not None and not hasattr(config, "block_alignment"):
             raise ValueError(
                 f"`block_alignment` must be unset for {config.model_type} (got {blocks['block_alignment']!r}): only "
                 "LLaDA's config says where blocks begin. A causal checkpoint becomes block-causal with `into`."
             )
-        model = auto_class(config).from_pretrained(name, **kwargs, **(blocks or {}))
-    if into is not None:
-        return block_causal_lm(model, tokenizer, into, block_length=block_length)
-    if isinstance(model, D3LLMGenerationMixin):
-        return model
-    mask_token_id = getattr(config, "mask_token_id", None)
-    return as_diffusion_lm(
-        model,
-        mask_token_id=tokenizer.mask_token_id if mask_token_id is None else mask_token_id,
-        bidirectional=bidirectional,
-    )
+        return auto.from_pretrained(name, **kwargs, **(blocks or {}))
 
 
 def _dequantised() -> dict[str, Any]:

@@ -8,7 +8,8 @@ from ..common.argument_checks import check_muon_arguments, check_ranges
 from ..common.arguments import CarefulArguments
 
 
-OBJECTIVES = ("masked_diffusion", "d2f", "d2f_labels")
+CAUSAL = "causal"
+OBJECTIVES = ("masked_diffusion", "d2f", "d2f_labels", CAUSAL)
 
 _RANGES = {
     "max_prompt_length": (1, math.inf),
@@ -39,6 +40,7 @@ class MaskedDiffusionSFTConfig(CarefulArguments):
         objective (`str`, defaults to `"masked_diffusion"`): What a bidirectional model learns. `"d2f"`: to see blocks,
             with its adapter, as it sees the whole canvas without; answers are then decoded with
             `decoding_method="d2f"`. `"d2f_labels"`: the same with the text as targets, where no adapter is needed.
+            `"causal"`: of a causal model of transformers, the next token, for an autoregressive model to compare with.
 
     > Parameters that control the data:
 
@@ -48,10 +50,11 @@ class MaskedDiffusionSFTConfig(CarefulArguments):
         supervise_eos_fill (`bool`, defaults to `True`): Whether the answer is filled up to the canvas with the
             end-of-text token *and the fill is learnt*, as in LLaDA. With `False` the fill is neither masked nor
             attended to, and the model does not learn where to stop early in a longer canvas. A block-causal model
-            decides whole blocks, so its fill ends with the answer's last block.
+            decides whole blocks, so its fill ends with the answer's last block. A causal model has no canvas: it takes
+            `False` alone.
         pad_prompt_to_max (`bool`, defaults to `False`): Pad every prompt to `max_prompt_length` instead of the
-            longest one of its batch, which keeps shapes static for `torch_compile`. Rows of a block-causal model then
-            have `max_prompt_length + response_length` tokens.
+            longest one of its batch, which keeps shapes static for `torch_compile`. Rows of a block-causal or causal
+            model then have `max_prompt_length + response_length` tokens.
         packing (`bool`, defaults to `False`): Of a block-causal model, put several texts into one row of
             `max_prompt_length + response_length` tokens, as documents that see nothing of each other.
         control_tokens_in_text (`bool`, defaults to `False`): Take text in the data that spells a special token, such
@@ -102,7 +105,10 @@ class MaskedDiffusionSFTConfig(CarefulArguments):
 
     objective: str = field(
         default="masked_diffusion",
-        metadata={"help": "masked_diffusion, d2f (see blocks as the model without its adapter sees all), d2f_labels."},
+        metadata={
+            "help": "masked_diffusion; d2f (see blocks as the model without its adapter sees all), d2f_labels; causal "
+            "(the next token, of a causal model)."
+        },
     )
     max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt in tokens; longer are left out."})
     response_length: int = field(default=256, metadata={"help": "Length of the answer canvas in tokens."})

@@ -19,8 +19,9 @@ from .block_collator import BlockSFTCollator, pack
 from .block_masking import draw_block_mask
 from .block_settings import block_objective, block_topology
 from .block_views import DoubledCanvas
+from .causal import CausalSFTCollator, check_causal_objective, kept_columns, next_token_loss
 from .collator import MaskedDiffusionSFTCollator, tokenize_conversations
-from .config import MaskedDiffusionSFTConfig
+from .config import CAUSAL, MaskedDiffusionSFTConfig
 from .d2f import answer_blocks, block_causal_mask, draw_block_noise
 from .masking import AnswerMask, draw_answer_mask, generator_for
 from .slots import draw_slots, in_slots, slot_losses
@@ -45,13 +46,17 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
     ReFusion is trained with its own objective (`slots`): whole slots are masked, the others are shuffled, and the mean
     loss of next tokens in these is added.
 
+    With `objective="causal"` a causal model of transformers learns next tokens of the same rows (`causal`): what a
+    diffusion model is compared with.
+
     Masks are drawn in `compute_loss` from a generator seeded by `(seed, optimizer step, micro-step, rank)`: a resumed
     run repeats those of an unbroken one, whatever the number of data workers.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Any masked diffusion LM whose forward takes `input_ids` and a 2-D
-            `attention_mask`, and which has no causal attention unless by blocks. Where it takes `logits_to_keep`, the
-            head runs on the answer only; one with [`D3LLMGenerationMixin`] gets the positions that decoding gives it.
+            `attention_mask`, and which has no causal attention unless by blocks, or a causal model for that objective.
+            Where it takes `logits_to_keep`, the head runs on the answer only; one with [`D3LLMGenerationMixin`] gets
+            the positions that decoding gives it.
         args ([`MaskedDiffusionSFTConfig`], *optional*): Training arguments.
         train_dataset, eval_dataset ([`~datasets.Dataset`]): Columns `prompt` and `completion` (text or turns), or
             `messages`, or ready `prompt_ids` and `response_ids`. A turn has a `role` and a `content`, which is text or
@@ -107,17 +112,24 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
                 "`processing_class` must be a tokenizer (got None): prompts and answers are tokenised here. "
                 "Pass the tokenizer of the model."
             )
-        model = self._adopt(model, processing_class, args.label_shift, peft_config)
+        causal = args.objective == CAUSAL
+        if causal:
+            check_causal_objective(model, args)
+        model = self._adopt(model, processing_class, 1 if causal else args.label_shift, peft_config, masks=not causal)
         if self._in_slots:
             self._check_slots(args)
 
-        self.topology = block_topology(model, args)
+        self.topology = None if causal else block_topology(model, args)
         packer: BlockSFTCollator | None = None
-        made: MaskedDiffusionSFTCollator | BlockSFTCollator = _canvas_collator(processing_class, args)
+        made: MaskedDiffusionSFTCollator | BlockSFTCollator | CausalSFTCollator
+        made = _canvas_collator(processing_class, args)
         if self.topology is not None:
             self.metric_names = frozenset({"masked_fraction"})
         self._loss = self._slot_loss if self._in_slots else self._canvas_loss
-        if self.topology is not None and args.objective == "masked_diffusion":
+        if causal:
+            self.metric_names, self.card_tags, self._loss = frozenset(), (), self._causal_loss
+            made = CausalSFTCollator(fill_tokens(processing_class)["pad_token_id"], _static_length(args))
+        elif self.topology is not None and args.objective == "masked_diffusion":
             self._loss = self._block_loss
             self.block_objective = block_objective(model, args)
             made = packer = _block_collator(processing_class, args, self.topology)
@@ -293,6 +305,13 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         token_loss = F.cross_entropy(logits.float(), targets, reduction="none")
         return (token_loss * weights[hidden]).sum(), outputs
 
+    def _causal_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """The mean over the answer tokens of a batch, of a causal model; nothing is drawn, and nothing recorded."""
+        labels = inputs["labels"]  # (B, L)
+        kept = labels.shape[1] if self.args.pad_prompt_to_max else kept_columns(labels)
+        outputs = model(**self._model_inputs(inputs["input_ids"], inputs["attention_mask"], kept))
+        return next_token_loss(outputs.logits[:, -kept:], labels), outputs
+
     def _next_generator(self, training: bool) -> torch.Generator:
         """The generator of this forward: counts micro-steps within an optimizer step, batches within an evaluation."""
         key = (TRAIN, self.state.global_step) if training else (EVAL, 0)
@@ -381,14 +400,18 @@ def _canvas_collator(tokenizer: PreTrainedTokenizerBase, args: MaskedDiffusionSF
 def _block_collator(
     tokenizer: PreTrainedTokenizerBase, args: MaskedDiffusionSFTConfig, topology: Topology
 ) -> BlockSFTCollator:
-    static = args.packing or args.pad_prompt_to_max
     return BlockSFTCollator(
         **fill_tokens(tokenizer),
         topology=topology,
         response_length=args.response_length,
         supervise_eos_fill=args.supervise_eos_fill,
-        row_length=args.max_prompt_length + args.response_length if static else None,
+        row_length=_static_length(args),
     )
+
+
+def _static_length(args: MaskedDiffusionSFTConfig) -> int | None:
+    """Length of every row where the arguments ask for one."""
+    return args.max_prompt_length + args.response_length if args.packing or args.pad_prompt_to_max else None
 
 
 def _prepare_dataset(
