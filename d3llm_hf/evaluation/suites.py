@@ -201,9 +201,9 @@ SUFFIX = Suite(
     ),
 )
 
-_SLIDING = {"window": "slide_span"}
-_RELAXED = {"threshold_relaxation": 0.3}
-_BOLDER = {
+_SLIDING: Settings = {"window": "slide_span"}
+_RELAXED: Settings = {"threshold_relaxation": 0.3}
+_BOLDER: dict[str, Settings] = {
     "window": {"window": "slide"},
     "span": _SLIDING,
     "relaxed": _RELAXED,

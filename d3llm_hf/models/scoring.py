@@ -305,7 +305,9 @@ class Scorer:
                 )
                 for chunk in chunks
             ]
-            tokens, best, cost, force, *looks, fault = (torch.cat(part) for part in zip(*parts, strict=True))
+            joined = (torch.cat(part) for part in zip(*parts, strict=True))
+            tokens, best, cost, force, entropies, surprises, fault = joined
+            looks = entropies, surprises
 
         rules = self.rules
         if rules.alg_temp:

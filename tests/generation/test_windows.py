@@ -104,7 +104,7 @@ def test_a_window_that_slides_decides_what_the_oracle_decides(name, cache):
         assert_equal(problem.generate(seed=seed, **chosen), expected)
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("name, family", covering(RELAXED, FAMILIES, strength=1))
 def test_a_relaxed_threshold_in_blocks_decides_what_the_oracle_decides(name, family):
     rng = Random(f"{name} {family} relaxed")
@@ -136,8 +136,8 @@ def sliding(name: str, window: str = "slide_span", **more) -> dict:
 @pytest.mark.parametrize("name, window", covering(WINDOWED, SLIDING, strength=1))
 def test_a_window_as_long_as_the_answer_is_one_block(name, window):
     one = {key: value for key, value in METHODS[name].items() if key not in OPENING} | {"block_length": 14}
-    for family in FAMILIES:
-        assert_same(batch(family, **one | {"window": window}), batch(family, **one))
+    family = FAMILIES[WINDOWED.index(name) % 2]
+    assert_same(batch(family, **one | {"window": window}), batch(family, **one))
 
 
 @pytest.mark.every(12)
@@ -167,7 +167,7 @@ def test_a_cache_that_is_refreshed_in_every_forward_changes_nothing(cache, famil
 
 def test_a_cache_of_a_window_computes_fewer_positions_and_all_of_them_once_a_window_is_decided():
     model, chosen = tiny_model("llada", 1), WHOLE | sliding("fast_dllm", block_length=4, confidence_threshold=0.99)
-    inputs = {"input_ids": torch.tensor([tiny_prompt(1, 9)]), "max_new_tokens": 24}
+    inputs = {"input_ids": torch.tensor([tiny_prompt(1, 9)]), "max_new_tokens": 12}
     without, cached = model.generate(**inputs, **chosen), {}
     for width in (0, 3):
         cached[width] = model.generate(**inputs, **chosen, kv_cache="sliding", cache_window=width)
