@@ -70,7 +70,7 @@ COMMITTED: dict[str, str] = {
         "growth --layers 2 --max-new-tokens 64 --prompt-lengths 128 512 2048 --answer-lengths 64 128 256 512 "
         "--batch-sizes 1 2 4 8 --repeats 1"
     ),
-    "bench_blocks": "blocks --layers 2 --prompt-length 1024 --prompt-lengths 128 512 2048 --threads 2 --repeats 1",
+    "bench_blocks": "blocks --prompt-length 1024 --prompt-lengths 128 512 2048 --threads 2 --repeats 1",
     "bench_quantised": "quantised",
 }
 
