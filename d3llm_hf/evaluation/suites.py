@@ -1,7 +1,6 @@
 """What is measured: named lists of decoding settings, and how the tables show them.
 
 card        what the model card of an embedded checkpoint compares
-block_card  what that of a block-causal one compares
 methods     every decoding method
 caches      every kind of cache against none, also on a larger random model
 lossless    one token a forward against the same tokens in fewer forwards
@@ -72,13 +71,6 @@ CARD = Suite(
     },
     columns=("name", "settings", "accuracy", "tpf", "positions_per_token"),
     problems=500,
-)
-
-BLOCK_CARD = Suite(
-    rows={name: settings for name, settings in CARD.rows.items() if "kv_cache" not in settings}
-    | {"multi-block, computed anew": MULTI_BLOCK | {"kv_cache": "none"}},
-    columns=CARD.columns,
-    problems=CARD.problems,
 )
 
 METHODS = Suite(
@@ -232,6 +224,6 @@ WINDOWS = Suite(
 )
 
 SUITES: dict[str, Suite] = {
-    "card": CARD, "block_card": BLOCK_CARD, "methods": METHODS, "caches": CACHES, "lossless": LOSSLESS, "suffix": SUFFIX,
+    "card": CARD, "methods": METHODS, "caches": CACHES, "lossless": LOSSLESS, "suffix": SUFFIX,
     "windows": WINDOWS,
 }  # fmt: skip
