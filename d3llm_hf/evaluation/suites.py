@@ -5,6 +5,7 @@ methods   every decoding method
 caches    every kind of cache against none, also on a larger random model
 lossless  one token a forward against the same tokens in fewer forwards
 suffix    the whole canvas against a shortened suffix
+causal    what the model card of an embedded causal checkpoint compares
 """
 
 from dataclasses import dataclass, field
@@ -69,6 +70,16 @@ CARD = Suite(
         "multi-block, cached": MULTI_BLOCK | {"kv_cache": "delayed", "cache_delay": 1},
     },
     columns=("name", "settings", "accuracy", "tpf", "positions_per_token"),
+    problems=500,
+)
+
+CAUSAL = Suite(
+    rows={
+        "from left to right": {"decoding_method": "ar"},
+        "prompt lookup": {"decoding_method": "ar_prompt_lookup"},
+        "prompt lookup, short drafts": {"decoding_method": "ar_prompt_lookup", "prompt_lookup_num_tokens": 3},
+    },
+    columns=CARD.columns,
     problems=500,
 )
 
@@ -191,5 +202,5 @@ SUFFIX = Suite(
 )
 
 SUITES: dict[str, Suite] = {
-    "card": CARD, "methods": METHODS, "caches": CACHES, "lossless": LOSSLESS, "suffix": SUFFIX,
+    "card": CARD, "methods": METHODS, "caches": CACHES, "lossless": LOSSLESS, "suffix": SUFFIX, "causal": CAUSAL,
 }  # fmt: skip

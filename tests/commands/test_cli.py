@@ -177,13 +177,31 @@ def test_bad_models_and_prompts_are_answered_in_one_line(run, llada, official, t
     from transformers import GPT2Config, GPT2Model
 
     GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8)).save_pretrained(tmp_path / "gpt2")
-    failed(run("generate", tmp_path / "gpt2", "x"), "must be a LLaDA, Dream or d3LLM checkpoint .got GPT2Model")
+    failed(run("chat", tmp_path / "gpt2"), "must be a LLaDA, Dream or d3LLM checkpoint .got GPT2Model")
+    failed(run("generate", tmp_path / "gpt2", "x"), "must have a tokenizer beside its weights")
     (tmp_path / "broken").mkdir()
     for file in llada.iterdir():
         (tmp_path / "broken" / file.name).write_bytes(
             file.read_bytes()[:200] if "model" in file.name else file.read_bytes()
         )
     failed(run("generate", tmp_path / "broken", "x"), "")
+
+
+def test_a_causal_model_answers_from_left_to_right_by_the_methods_that_it_has(run):
+    question = "Tom has 8 apples. He buys 7 more. How many apples does Tom have now?"
+    options = ("d3llm-causal", question, "--chat", "--max-new-tokens", 12, "--dtype", "float32")
+    code, plain, err = run("generate", *options)
+    assert code == 0 and STATISTICS.match(err.splitlines()[-1])
+    assert run("generate", *options, "--decoding-method", "ar_prompt_lookup")[1] == plain
+    drawn = run("generate", *options, "--temperature", 2, "--seed", 3)
+    assert drawn[0] == 0 and run("generate", *options, "--temperature", 2, "--seed", 3)[1] == drawn[1]
+    for argv, pattern in (
+        (["--watch"], "`--watch` shows a canvas"),
+        (["--decoding-method", "d3llm"], "`--decoding-method` must be one of .* for a causal model"),
+        (["--block-length", 4], "`block_length` must be a setting of ar"),
+        (["--seed", 3], "`seed` needs sampling"),
+    ):
+        failed(run("generate", *options, *argv), pattern)
 
 
 def test_a_bug_keeps_its_traceback_and_debug_shows_that_of_an_error(run, llada, monkeypatch):

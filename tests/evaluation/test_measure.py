@@ -12,10 +12,12 @@ from places import REPOSITORY
 from recorded_blocks import OF_BLOCKS
 from thin import some_of
 
+from d3llm_hf.autoregressive.methods import complete_settings, is_autoregressive
 from d3llm_hf.evaluation import measure as module
 from d3llm_hf.evaluation.measure import Tally, main, measure, measure_larger
 from d3llm_hf.evaluation.provenance import write_json
 from d3llm_hf.evaluation.suites import CACHES, FIGURES, LOSSLESS, METHODS, SUITES, Suite, with_variants
+from d3llm_hf.evaluation.sweep.causal import split_settings
 from d3llm_hf.evaluation.tables.fill import COLUMNS, table
 from d3llm_hf.evaluation.tasks.word_problems import generate_problems
 from d3llm_hf.hub.sources import embedded_checkpoints
@@ -28,14 +30,18 @@ ALL = {**SUITES, "larger": CACHES.larger}
 SIZES = {"batch_sizes": (1, 2), "prompt_tokens": 8, "new_tokens": 20, "width": 16, "layers": 1}
 
 
-@pytest.fixture(scope="module")
-def checkpoint():
-    """Model and tokenizer of the embedded checkpoint."""
+def loaded(name):
+    """Model and tokenizer of an embedded checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = embedded_checkpoints()["d3llm-llada"]
+    folder = embedded_checkpoints()[name]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return loaded("d3llm-llada")
 
 
 @pytest.fixture
@@ -68,8 +74,11 @@ def tally_of(*args) -> Tally:
 @pytest.mark.parametrize("name", ALL)
 def test_every_setting_of_a_suite_is_accepted(name):
     for row, settings in ALL[name].rows.items():
-        rules = D3LLMGenerationConfig(**settings).rules(64)
-        assert rules.block_length in (16, 64), row
+        if is_autoregressive(settings):
+            method, own = split_settings(settings)
+            assert complete_settings(method, own)
+        else:
+            assert D3LLMGenerationConfig(**settings).rules(64).block_length in (16, 64), row
         assert json.loads(json.dumps(settings)) == settings
 
 
@@ -148,7 +157,8 @@ def test_four_problems_give_every_column_of_a_suite(checkpoint, name):
     some = {row: settings for row, settings in suite.rows.items() if row in some}
     against = {row: base for row, base in suite.against.items() if row in some}
     problems = generate_problems(4, split="test", seed=1)
-    rows = measure(*checkpoint, problems, Suite(some, suite.columns, against), max_new_tokens=16, batch_size=3)
+    model = loaded("d3llm-causal") if name == "causal" else checkpoint
+    rows = measure(*model, problems, Suite(some, suite.columns, against), max_new_tokens=16, batch_size=3)
     assert [row["name"] for row in rows] == list(some)
     for row in rows:
         expected = {"name", "settings", *FIGURES, *suite.columns} - {"added"}
@@ -271,9 +281,25 @@ def test_a_failed_rename_leaves_no_partial_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_card_of_a_causal_model_has_its_own_rows(tmp_path, monkeypatch, one_thread):
+    monkeypatch.chdir(tmp_path)
+    rows = dict(list(SUITES["causal"].rows.items())[:2])
+    monkeypatch.setitem(SUITES, "causal", Suite(rows, SUITES["causal"].columns, problems=2))
+    main(["d3llm-causal", "-o", "results.json"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["command"] == "python -m d3llm_hf.evaluation.measure d3llm-causal -o results.json"
+    plain, lookup = results["rows"]
+    assert plain["tokens"] == lookup["tokens"] and lookup["forwards"] < plain["forwards"]
+    assert plain["forwards"] == plain["tokens"] + 2  # and one for the end of each answer
+    committed = json.loads((embedded_checkpoints()["d3llm-causal"] / "results.json").read_text())
+    assert list(committed) == list(results) and committed["suite"] == results["suite"] == "causal"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["d3llm-causal", "--suite", "card"], r"--suite must be causal for a causal model.*got card for d3llm-causal"),
+        (["d3llm-llada", "--suite", "causal"], r"--suite must be causal for a causal model.*got causal for d3llm-lla"),
         (["d3llm-llada", "--suite", "speed"], "invalid choice: 'speed'"),
         (["d3llm-llada", "--num-problems", "0"], r"--num-problems must be at least 1 \(got 0\)"),
         (["d3llm-llada", "--rounds", "-1"], r"--rounds must be at least 1 \(got -1\)"),

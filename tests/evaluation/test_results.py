@@ -100,3 +100,33 @@ def test_the_tables_of_the_project_match_its_results_files():
     documents = [page for page in pages if "<!-- results:begin" in page.read_text(encoding="utf-8")]
     assert root / "docs" / "methods.md" in documents and len(documents) > 1
     assert tables.main(["--check", *map(str, documents)]) == 0
+
+
+def point(**more):
+    made = {name: "x" for name in ("dtype", "device", "device_name", "torch", "transformers")}
+    made |= {"threads": 1, "max_new_tokens": 64, "batch_size": 8}
+    return {
+        "model": "twin",
+        "settings": {"decoding_method": "ar_prompt_lookup"},
+        "task": "word_problems",
+        "num_samples": 2,
+        "seed": 7,
+        "accuracy": 50.0,
+        "accuracy_interval": [0.0, 100.0],
+        "tpf": 1.5,
+        "positions_per_token": 3.21,
+        "tokens_per_second": 99.6,
+        "cpu_seconds": 1.26,
+        "samples": {"tokens": [4, 2], "forwards": [2, 2], "equal_to_plain": [1, 0]},
+        "provenance": made,
+    } | more
+
+
+def test_points_of_a_sweep_are_a_table_that_says_what_they_share():
+    text = tables.table({"suite": "sweep", "points": [point(), point(model="other")]})
+    row = "| `decoding_method='ar_prompt_lookup'` | 8 | 50.0 % (0.0 to 100.0) | 1.50 | 0.67 | 3.2 | 100 | 1.3 |"
+    assert f"| twin {row}\n| other {row}\n" in text
+    assert "word_problems, 2 samples of seed 7, at most 64 new tokens" in text and "1 thread of X (x)" in text
+    assert "tokens of plain greedy decoding: 2 of 4." in text
+    with pytest.raises(ValueError, match=r"`seed` must be the same in all points of a table \(got \['7', '8'\]\)"):
+        tables.table({"suite": "sweep", "points": [point(), point(seed=8)]})

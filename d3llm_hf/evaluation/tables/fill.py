@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ..suites import SUITES, Suite
-from . import ablation, bench, leaderboard
+from ..sweep.points import read_points
+from . import ablation, bench, leaderboard, sweep
 
 
 # Results files that are not made of a suite's rows.
-_OTHERS = bench.TABLES | ablation.TABLES | leaderboard.TABLES
+_OTHERS = bench.TABLES | ablation.TABLES | leaderboard.TABLES | sweep.TABLES
 _MARKED = re.compile(r"(<!-- results:begin (?P<file>\S+) -->\n).*?(<!-- results:end -->)", re.DOTALL)
 
 
@@ -98,7 +99,12 @@ def _rows(suite: Suite, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _loaded(source: Path) -> dict[str, Any]:
-    """A results file; as its `cuda` the one that `d3llm bench all` has written beside it, where there is one."""
+    """A results file; as its `cuda` the one that `d3llm bench all` has written beside it, where there is one.
+
+    Lines of `d3llm sweep` are the `points` of one.
+    """
+    if source.suffix == ".jsonl":
+        return {"suite": "sweep", "points": read_points(source)}
     results = json.loads(source.read_text(encoding="utf-8"))
     cuda = source.with_name(f"{source.stem}-cuda.json")
     return results | {"cuda": json.loads(cuda.read_text(encoding="utf-8"))} if cuda.is_file() else results

@@ -52,7 +52,7 @@ def run(folder, **arguments):
 
 
 def test_the_loss_is_the_one_computed_by_hand():
-    """Of four tokens to learn three cost log 4, where nothing is known, and one log 4/3, with logits that favour it."""
+    """Of four tokens to learn three cost log 4, where nothing is known, and one log 4/3, whose logit is log 9."""
     labels = torch.tensor([[-100, -100, 2, 3], [-100, 1, 3, -100]])
     logits = torch.zeros(2, 4, 4)
     logits[0, 2, 3] = math.log(9)  # 9 against 1, 1, 1: -log 9/12
