@@ -581,8 +581,11 @@ def test_the_committed_recipes_parse_and_new_models_have_two_million_parameters_
     if script_args.model_config is None:  # one that is loaded
         assert args.packing and script_args.into
         return
-    if args.objective == "causal":  # the twin, of the embedded checkpoint's size
-        assert run_sft.load_causal_model(script_args, tokenizer).num_parameters() == 899_328
+    if args.objective == "causal":  # of the size of its twin
+        twin = ["--config", str(path).replace("llama", "llada"), "--use_cpu"]
+        masked, _ = parse_args_with_config((run_sft.SFTScriptArguments, MaskedDiffusionSFTConfig), twin)
+        causal = run_sft.load_causal_model(script_args, tokenizer)
+        assert causal.num_parameters() == run_sft.load_model(masked, tokenizer).num_parameters()
         return
     model = run_sft.load_model(script_args, tokenizer)
     assert model.num_parameters() <= 2_000_000
