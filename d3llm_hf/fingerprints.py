@@ -3,6 +3,7 @@
 import json
 import uuid
 from collections.abc import Iterator
+from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
@@ -20,9 +21,17 @@ def model_fingerprint(model: Any) -> str:
     known = [
         {n: v for n, v in config.items() if v is not None and n[:1] != "_" and n not in passing} for config in configs
     ]
-    about = [type(model).__name__, known, *_adapters(model)]
+    return _digest([type(model).__name__, known, *_adapters(model)], model)
+
+
+def head_fingerprint(head: Any) -> str:
+    """SHA-256 of a draft head, an `Eagle3Head`: its class, its sizes and its weights."""
+    return _digest([type(head).__name__, asdict(head.config)], head)
+
+
+def _digest(about: list[Any], module: Any) -> str:
     hashed = sha256(json.dumps(about, sort_keys=True, default=_canonical).encode())
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(module.state_dict().items()):
         for part in _parts(name, value):
             hashed.update(part)
     return hashed.hexdigest()

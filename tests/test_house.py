@@ -59,8 +59,8 @@ def floors(page: Path) -> dict[str, int]:
     picture = re.search(r"```text\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
     found, floor = {}, None
     for line in picture.splitlines():
-        number, *sides = line[0], *line[1:].split("|")
-        floor = floor if number == " " else int(number)
+        number, *sides = line[:2].strip(), *line[2:].split("|")
+        floor = int(number) if number else floor
         for package, names in zip(house.PACKAGES, sides, strict=True):
             for name in names.split():
                 wing = f"{package}.{name.removesuffix('.py').rstrip('/').replace('/', '.')}"

@@ -196,7 +196,7 @@ def check_conversion(script_args: SFTScriptArguments, args) -> None:
             )
     for argument in ("into", "bidirectional"):
         value = getattr(script_args, argument)
-        if args.objective == CAUSAL and value:
+        if value and args.objective == CAUSAL:
             raise ValueError(
                 f"`{argument}` must be unset with `objective={CAUSAL!r}` (got {value!r}), which trains a causal model "
                 "as it is. Unset one of them."

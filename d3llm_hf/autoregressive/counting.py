@@ -12,10 +12,10 @@ from ..models.text_config import text_config
 
 @dataclass
 class Forwards:
-    """`target`: positions of each forward of the target, in order; `drafts`: how many forwards drafted."""
+    """Positions of each forward, in order: of the `target`, and of those that made `drafts`."""
 
     target: list[int] = field(default_factory=list)
-    drafts: int = 0
+    drafts: list[int] = field(default_factory=list)
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def counted(model: Any, assistant: Any = None, draft_class: type | None = None) 
 
     Args:
         model: the target.
-        assistant: the model that drafts, if one does.
+        assistant: the model or draft head that drafts, if one does.
         draft_class: class of the module that drafts, where `generate` makes it itself.
     """
     found = Forwards()
@@ -32,15 +32,16 @@ def counted(model: Any, assistant: Any = None, draft_class: type | None = None) 
     def target(module, args, kwargs, output):
         found.target.append(_width(args, kwargs))
 
-    def draft(module, args, output):
-        found.drafts += draft_class is None or isinstance(module, draft_class)
+    def draft(module, args, kwargs, output):
+        if draft_class is None or isinstance(module, draft_class):
+            found.drafts.append(_width(args, kwargs))
 
     with ExitStack() as hooks:
         hooks.enter_context(model.register_forward_hook(target, with_kwargs=True))
         if assistant is not None:
-            hooks.enter_context(assistant.register_forward_hook(draft))
+            hooks.enter_context(assistant.register_forward_hook(draft, with_kwargs=True))
         if draft_class is not None:
-            hooks.enter_context(register_module_forward_hook(draft))
+            hooks.enter_context(register_module_forward_hook(draft, with_kwargs=True))
         yield found
 
 
@@ -62,8 +63,9 @@ def counted_by_last_layer(model: Any, exit_after: int) -> Iterator[Forwards]:
     layers = model.get_decoder().layers
     full = base.config.num_hidden_layers
 
-    def any_depth(module, args, output):
-        found.drafts += base.config.num_hidden_layers < full
+    def any_depth(module, args, kwargs, output):
+        if base.config.num_hidden_layers < full:
+            found.drafts.append(_width(args, kwargs))
 
     def behind_the_exit(module, args):
         if base.config.num_hidden_layers < full:
@@ -77,7 +79,7 @@ def counted_by_last_layer(model: Any, exit_after: int) -> Iterator[Forwards]:
 
     try:
         with ExitStack() as hooks:
-            hooks.enter_context(model.register_forward_hook(any_depth))
+            hooks.enter_context(model.register_forward_hook(any_depth, with_kwargs=True))
             hooks.enter_context(layers[exit_after].register_forward_pre_hook(behind_the_exit))
             hooks.enter_context(layers[-1].register_forward_hook(full_depth, with_kwargs=True))
             yield found
@@ -88,7 +90,8 @@ def counted_by_last_layer(model: Any, exit_after: int) -> Iterator[Forwards]:
 def _width(args: tuple, kwargs: dict[str, Any]) -> int:
     """Positions of a row in a forward, whichever way its input is given."""
     given = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states")]
-    return next(value for value in [*given, *args] if value is not None).shape[1]
+    found = next(value for value in [*given, *args] if value is not None)
+    return found.shape[-2 if found.is_floating_point() else -1]  # states have a width, tokens have none
 
 
 def num_layers(model: Any) -> int | None:

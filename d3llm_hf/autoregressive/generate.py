@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .causal import check_causal
-from .methods import AR_METHODS, complete_settings
+from .drafters import DRAFTERS
+from .methods import AR_METHODS, complete_settings, methods_with
 from .output import ARGenerationOutput
 from .request import Continued, Request
 
@@ -32,6 +33,7 @@ def generate(
     assistant_model: Any = None,
     tokenizer: Any = None,
     assistant_tokenizer: Any = None,
+    draft_head: Any = None,
 ) -> ARGenerationOutput:
     """Continues prompts from left to right, and says what it took.
 
@@ -56,17 +58,22 @@ def generate(
             used as it is.
         assistant_model: what drafts with `"ar_assistant"`.
         tokenizer, assistant_tokenizer: of model and assistant, where their vocabularies differ in size.
+        draft_head: an `Eagle3Head`, which drafts with `"eagle3"`.
 
     Raises:
         TypeError: for what is no causal model of transformers; for one that decodes by diffusion.
         ValueError: for an unknown method or setting, or a value outside its rule; input of another shape, padded on
-            the right; an assistant that the method does not take, or does not get.
+            the right; an assistant or draft head that the method does not take, or does not get.
     """
     # 1. Refuse what cannot be done
     complete = complete_settings(method, settings)
     check_model(model, method, settings)
     mask = _checked(input_ids, attention_mask, max_new_tokens)
-    check_assistant(model, method, assistant_model, tokenizer, assistant_tokenizer)
+    given = {
+        "assistant_model": assistant_model, "tokenizer": tokenizer, "assistant_tokenizer": assistant_tokenizer,
+        "draft_head": draft_head,
+    }  # fmt: skip
+    check_drafter(model, method, settings, **given)
     if seed is not None and not complete["do_sample"]:
         raise ValueError(f"`seed` needs sampling (got {seed!r} with do_sample=False). Leave it out.")
     if isinstance(seed, Sequence) and len(seed) != len(input_ids):
@@ -78,8 +85,7 @@ def generate(
     # 2. Decode, together or one after the other
     def request(ids: torch.Tensor, seen: torch.Tensor) -> Request:
         return Request(
-            model, ids, seen, complete, max_new_tokens, eos, pad, stopping_criteria, assistant_model, tokenizer,
-            assistant_tokenizer,
+            model, ids, seen, complete, max_new_tokens, eos, pad, stopping_criteria, **given,
         )  # fmt: skip
 
     row, count = AR_METHODS[method], len(input_ids)
@@ -117,26 +123,29 @@ def check_model(model: Any, method: str, settings: Mapping[str, Any] | None = No
     AR_METHODS[method].check(model, complete)
 
 
-def check_assistant(
-    model: Any, method: str, assistant_model: Any, tokenizer: Any = None, assistant_tokenizer: Any = None
-) -> None:
-    """Refuses an assistant that a method does not take, does not get, or that cannot draft for the model.
+def check_drafter(model: Any, method: str, settings: Mapping[str, Any] | None = None, **given: Any) -> None:
+    """Refuses what a method does not take to draft, does not get, or what cannot draft for the model.
+
+    Args:
+        given: the arguments of [`generate`] about what drafts; those that are left out are `None`.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    check = AR_METHODS[method].check_assistant
-    if check is not None:
-        if assistant_model is None:
-            raise ValueError(f"`assistant_model` must be given for {method!r} (got None). Pass a loaded model.")
-        check(model, assistant_model, tokenizer, assistant_tokenizer)
+    row, needs = AR_METHODS[method], AR_METHODS[method].needs
+    for other in DRAFTERS:
+        for name in other.arguments:
+            # the target's own tokenizer is no drafter, and may be there for others
+            if other is not needs and name != "tokenizer" and given.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` has no effect with {method!r} (got {type(given[name]).__name__}). Leave it out, or "
+                    f"choose {' or '.join(map(repr, methods_with(other)))}."
+                )
+    if needs is None:
         return
-    for name, value in (("assistant_model", assistant_model), ("assistant_tokenizer", assistant_tokenizer)):
-        if value is not None:
-            raise ValueError(
-                f"`{name}` has no effect with {method!r} (got {type(value).__name__}). Leave it out, or choose "
-                "'ar_assistant'."
-            )
+    if given.get(needs.arguments[0]) is None:
+        raise ValueError(f"`{needs.arguments[0]}` must be given for {method!r} (got None). {needs.way_out}")
+    row.check_drafter(model, given, complete_settings(method, settings))
 
 
 def _checked(input_ids: Any, attention_mask: Any, max_new_tokens: Any) -> torch.Tensor:
@@ -180,7 +189,7 @@ def _output(
 ) -> ARGenerationOutput:
     """Rows cut at their ends; of a row that ends before others only the forwards until then count."""
     answers: list[list[int]] = []
-    tokens, forwards, drafts, positions = [], [], [], []
+    tokens, forwards, drafts, positions, drafted = [], [], [], [], []
     for part, place in parts:
         answer = part.answers[place].tolist()
         stop = next((number for number, token in enumerate(answer, 1) if token in eos), len(answer))
@@ -191,7 +200,8 @@ def _output(
         tokens.append(stop - (answer[stop - 1] in eos))
         forwards.append(len(took))
         positions.append(sum(took))
-        drafts.append(part.drafts)
+        drafts.append(len(part.drafts))
+        drafted.append(sum(part.drafts))
     longest = max(map(len, answers))
     filled = torch.tensor([answer + [pad] * (longest - len(answer)) for answer in answers]).to(input_ids)
     return ARGenerationOutput(
@@ -200,4 +210,5 @@ def _output(
         num_draft_forwards=torch.tensor(drafts),
         tokens_per_forward=torch.tensor(tokens, dtype=torch.float64) / torch.tensor(forwards),
         positions_computed=torch.tensor(positions),
+        draft_positions_computed=torch.tensor(drafted),
     )

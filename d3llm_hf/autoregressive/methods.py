@@ -1,10 +1,11 @@
 """The table of autoregressive methods: their settings, what they need, and the function that carries each out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import stock
+from . import stock, trees
+from .drafters import ASSISTANT, DRAFT_HEAD, DRAFTERS, Drafter
 from .request import Continued, Request
 from .settings import COMMON, NO_PLACE, check_values
 
@@ -18,21 +19,22 @@ class ARMethod:
         settings: name -> default; `None` where there is none and a value must be given.
         one_row: whether it takes one row at a time; several are then decoded one after the other.
         drafts: whether something drafts, so that the tokens are to be those of plain decoding.
-        check_assistant: refuses an `assistant_model` that cannot draft for the model, given both and the tokenizers of
-            both; `None` where the method takes none.
+        needs: what has to be given to draft, beside the model; `None` where nothing has.
         check: refuses a model that cannot do it, given the complete settings.
+        check_drafter: refuses what cannot draft for the model, given the arguments about it and the complete settings.
     """
 
     decode: Callable[[Request], Continued]
     settings: Mapping[str, Any] = field(default_factory=dict)
     one_row: bool = True
     drafts: bool = True
-    check_assistant: Callable[[Any, Any, Any, Any], None] | None = None
+    needs: Drafter | None = None
     check: Callable[[Any, Mapping[str, Any]], None] = lambda model, settings: None
+    check_drafter: Callable[[Any, Mapping[str, Any], Mapping[str, Any]], None] = lambda model, given, settings: None
 
-    @property
-    def needs_assistant(self) -> bool:
-        return self.check_assistant is not None
+    def drafter_of(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the arguments about all that could draft those that this method takes."""
+        return {} if self.needs is None else {name: given[name] for name in self.needs.arguments if name in given}
 
 
 _DRAFTING: dict[str, Any] = {
@@ -43,11 +45,18 @@ _DRAFTING: dict[str, Any] = {
 AR_METHODS: dict[str, ARMethod] = {
     "ar": ARMethod(stock.plain, one_row=False, drafts=False),
     "ar_prompt_lookup": ARMethod(stock.prompt_lookup, {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 2}),
-    "ar_assistant": ARMethod(stock.assistant, _DRAFTING, check_assistant=stock.check_assistant),
+    "ar_assistant": ARMethod(stock.assistant, _DRAFTING, needs=ASSISTANT, check_drafter=stock.check_assistant),
     "ar_early_exit": ARMethod(
         stock.early_exit, {"assistant_early_exit": None, **_DRAFTING}, check=stock.check_early_exit
     ),
     "ar_mtp": ARMethod(stock.mtp, check=stock.check_mtp),
+    "eagle3": ARMethod(
+        trees.decode,
+        {"total_tokens": 60, "depth": 7, "draft_top_k": 10},
+        needs=DRAFT_HEAD,
+        check=trees.check,
+        check_drafter=trees.check_drafter,
+    ),
 }
 """Method -> what it is. A further one is one more row."""
 
@@ -55,6 +64,33 @@ AR_METHODS: dict[str, ARMethod] = {
 def is_autoregressive(settings: Mapping[str, Any]) -> bool:
     """Whether the `decoding_method` of some settings is one of these."""
     return settings.get("decoding_method") in AR_METHODS
+
+
+def methods_with(drafter: Drafter) -> list[str]:
+    """The methods that something drafts with."""
+    return [method for method, row in AR_METHODS.items() if row.needs is drafter]
+
+
+def check_drafters_used(given: Mapping[str, Any], methods: Iterable[str], dashes: str = "") -> None:
+    """Refuses what is given to draft where no method takes it.
+
+    Args:
+        given: option of a [`Drafter`] -> what was given; `None` where nothing was.
+        methods: those that are to be used.
+        dashes: before the option, where it is one of a command.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    methods = list(methods)
+    for drafter in DRAFTERS:
+        takers = methods_with(drafter)
+        if given.get(drafter.option) is not None and not set(methods) & set(takers):
+            option = dashes + (drafter.option.replace("_", "-") if dashes else drafter.option)
+            raise ValueError(
+                f"`{option}` drafts with {' or '.join(map(repr, takers))} (got it with {methods}). Leave it out, or "
+                "add the method."
+            )
 
 
 def complete_settings(method: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:

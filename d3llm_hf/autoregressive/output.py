@@ -16,6 +16,7 @@ class ARGenerationOutput:
         num_draft_forwards (`(B,)` long): forwards of whatever drafts; 0 where nothing does or no model is asked.
         tokens_per_forward (`(B,)` float): answer tokens before the first stop token, over `num_forwards`.
         positions_computed (`(B,)` long): positions pushed through the target, summed over the row's forwards.
+        draft_positions_computed (`(B,)` long): those pushed through whatever drafts.
     """
 
     sequences: torch.Tensor
@@ -23,6 +24,7 @@ class ARGenerationOutput:
     num_draft_forwards: torch.Tensor
     tokens_per_forward: torch.Tensor
     positions_computed: torch.Tensor
+    draft_positions_computed: torch.Tensor
 
     @property
     def num_forwards_reference(self) -> torch.Tensor:

@@ -19,8 +19,9 @@ class Request:
         eos_token_ids: stop tokens; may be empty.
         pad_token_id: fills up rows.
         stopping_criteria: of transformers; they are asked about each prefix of an answer.
-        assistant_model: what drafts, where the method needs one.
+        assistant_model: a model that drafts, where the method needs one.
         tokenizer, assistant_tokenizer: of the two, where their vocabularies differ.
+        draft_head: a draft head for the model, where the method needs one.
     """
 
     model: Any
@@ -34,6 +35,7 @@ class Request:
     assistant_model: Any = None
     tokenizer: Any = None
     assistant_tokenizer: Any = None
+    draft_head: Any = None
 
 
 @dataclass
@@ -43,11 +45,11 @@ class Continued:
     Attributes:
         answers (`(B, N)` long): the new tokens; whatever stands behind the end of a row is cut off later.
         target: positions of each forward of the target, in order.
-        drafts: forwards of whatever drafts.
+        drafts: the same of whatever drafts.
         ends: row -> tokens of the answer with which a stopping criterion ended it.
     """
 
     answers: torch.Tensor
     target: list[int]
-    drafts: int
+    drafts: list[int]
     ends: dict[int, int] = field(default_factory=dict)

@@ -45,6 +45,9 @@ RULES: dict[str, Rule] = {
         lambda value: _number(0, 1)(value) and value < 1, "a probability in [0, 1)", 0.4
     ),
     "assistant_early_exit": _COUNT,
+    "total_tokens": Rule(lambda value: _count(value) and value >= 2, "an integer of at least 2", 60),
+    "depth": _COUNT,
+    "draft_top_k": _COUNT,
 }
 COMMON: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 """Settings of every method. What is not given is the checkpoint's own where it samples."""
@@ -57,6 +60,7 @@ NO_PLACE = {
     "speculation_type": "transformers ignores it without its own kind of drafter",
     "use_mtp": "choose the method 'ar_mtp'",
     "assistant_model": "it is an argument of its own (`--assistant`)",
+    "draft_head": "it is an argument of its own (`--draft-head`)",
     "num_beams": "drafts are ignored beside beams",
     "penalty_alpha": "drafts are ignored beside contrastive search",
     "dola_layers": "drafts are ignored beside it",

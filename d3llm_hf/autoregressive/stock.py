@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..models.text_config import text_config
+from ..stops import FirstEnd
 from .causal import check_causal
 from .counting import Forwards, counted, counted_by_last_layer, num_layers
-from .endings import FirstEnd
 from .request import Continued, Request
 from .settings import SAMPLING
 
@@ -88,12 +88,14 @@ def check_mtp(model: Any, settings: Mapping[str, Any]) -> None:
         )
 
 
-def check_assistant(model: Any, assistant_model: Any, tokenizer: Any, assistant_tokenizer: Any) -> None:
+def check_assistant(model: Any, given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuses an assistant that is the target itself, no causal model, or of another vocabulary without tokenizers.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    assistant_model = given["assistant_model"]
+    tokenizer, assistant_tokenizer = given.get("tokenizer"), given.get("assistant_tokenizer")
     if assistant_model is model:
         raise ValueError(
             "`assistant_model` must be another model than the target, or its forwards could not be counted apart (got "
@@ -101,8 +103,8 @@ def check_assistant(model: Any, assistant_model: Any, tokenizer: Any, assistant_
         )
     check_causal(assistant_model, "ar_assistant")
     sizes = [text_config(each.config).vocab_size for each in (model, assistant_model)]
-    given = tokenizer is not None and assistant_tokenizer is not None
-    if sizes[0] != sizes[1] and not given:
+    both = tokenizer is not None and assistant_tokenizer is not None
+    if sizes[0] != sizes[1] and not both:
         raise ValueError(
             f"`tokenizer` and `assistant_tokenizer` must be given where the vocabularies differ (got {sizes[0]} and "
             f"{sizes[1]} tokens). Pass both, or an assistant of the same vocabulary."

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ..autoregressive.agreement import agrees
-from ..autoregressive.drafters import drafter_arguments
-from ..autoregressive.generate import check_assistant, check_model, generate
-from ..autoregressive.methods import AR_METHODS, complete_settings
+from ..autoregressive.drafters import DRAFTERS, drafter_arguments
+from ..autoregressive.generate import check_drafter, check_model, generate
+from ..autoregressive.methods import AR_METHODS, complete_settings, methods_with
 from ..evaluation.tasks.word_problems import exact_match, generate_problems
 from ..progress import progress_bar
 from .decoding import results, timed
@@ -34,6 +34,7 @@ class ARBench:
         model (`str`): a causal checkpoint, which answers word problems; without one a random Llama has random prompts.
         assistant (`str`): a causal checkpoint that drafts with `"ar_assistant"`; beside a random model a random one of
             one layer does.
+        draft_head (`str`): a draft head that drafts with `"eagle3"`; beside a random model a random one does.
         methods: `(label, method, settings)` of each; plain decoding is measured in any case.
         vocab_size, d_model, layers, prompt_length (`int`): of the random model and its prompts; heads are 64 wide.
         new_tokens (`int`): most tokens of an answer; random models have no stop token.
@@ -42,11 +43,12 @@ class ARBench:
 
     Raises:
         ValueError: for a value outside its range, an unknown method or setting, labels that are not unique, and an
-            assistant that no method takes.
+            assistant or draft head that no method takes, or that is missing.
     """
 
     model: str = ""
     assistant: str = ""
+    draft_head: str = ""
     methods: tuple[tuple[str, str, dict[str, Any]], ...] = (("ar_prompt_lookup", "ar_prompt_lookup", {}),)
     vocab_size: int = 7904
     d_model: int = 512
@@ -67,17 +69,19 @@ class ARBench:
         labels = [label for label, _, _ in self.rows]
         if len(set(labels)) < len(labels):
             raise ValueError(f"`methods` must have different labels (got {labels}). Write LABEL=METHOD.")
-        assisted = any(AR_METHODS[method].needs_assistant for _, method, _ in self.methods)
-        if self.assistant and not (assisted and self.model):
-            raise ValueError(
-                f"`assistant` drafts for a `model` with 'ar_assistant' (got {self.assistant!r}, {self.model!r} and "
-                f"{labels}). Leave it out, or name both."
-            )
-        if self.model and assisted and not self.assistant:
-            raise ValueError(
-                f"`assistant` must be given with `model` and 'ar_assistant' (got none with {self.model!r}). Name a "
-                "smaller checkpoint."
-            )
+        needed = {AR_METHODS[method].needs for _, method, _ in self.methods}
+        for drafter in DRAFTERS:
+            option, given = drafter.option, getattr(self, drafter.option)
+            takers = " or ".join(map(repr, methods_with(drafter)))
+            if given and not (drafter in needed and self.model):
+                raise ValueError(
+                    f"`{option}` drafts for a `model` with {takers} (got {given!r}, {self.model!r} and {labels}). "
+                    "Leave it out, or name both."
+                )
+            if self.model and drafter in needed and not given:
+                raise ValueError(
+                    f"`{option}` must be given with `model` and {takers} (got none with {self.model!r}). Name one."
+                )
 
     @property
     def rows(self) -> list[tuple[str, str, dict[str, Any]]]:
@@ -93,6 +97,7 @@ class Turn:
     forwards: int = 0
     drafts: int = 0
     positions: int = 0
+    draft_positions: int = 0
 
 
 @dataclass
@@ -101,7 +106,7 @@ class CausalWork:
 
     Attributes:
         prompts: `(1, P)` each.
-        more: arguments of `generate` for the methods with an assistant.
+        more: arguments of `generate` about all that could draft.
         problems, tokenizer: of a checkpoint.
     """
 
@@ -117,10 +122,10 @@ def measure_autoregressive(bench: ARBench) -> dict[str, Any]:
 
     Returns:
         the results: shape, versions and machine, and a row for each method: `name`, `settings`; `tokens`, `forwards`,
-        `draft_forwards` of all prompts; `tpf`; `positions_per_token`; `seconds` and `cpu_seconds` of a turn (medians),
-        `tokens_per_second`; `speedup` and `cpu_speedup`, medians over the turns of the ratio to plain decoding;
-        `equal_answers` to those of plain greedy decoding, in percent (`None` where a method samples); with a
-        checkpoint `accuracy`.
+        `draft_forwards` of all prompts; `tpf`; `positions_per_token` and `draft_positions_per_token`; `seconds` and
+        `cpu_seconds` of a turn (medians), `tokens_per_second`; `speedup` and `cpu_speedup`, medians over the turns of
+        the ratio to plain decoding; `equal_answers` to those of plain greedy decoding, in percent (`None` where a
+        method samples); with a checkpoint `accuracy`.
 
     Raises:
         ArithmeticError: where a method that drafts gives other tokens than plain greedy decoding.
@@ -130,7 +135,7 @@ def measure_autoregressive(bench: ARBench) -> dict[str, Any]:
         work = _checkpoint(bench) if bench.model else _random(bench)
         for _, method, settings in bench.rows:
             check_model(work.model, method, settings)
-            check_assistant(work.model, method, **_assistant(work, method))
+            check_drafter(work.model, method, settings, **_drafter(work, method))
         with progress_bar(len(bench.rows) * (bench.repeats + 1), "turn", "bench") as bar:
             turns = {}
             for label, method, settings in bench.rows:  # not timed: it also sets up what the first forward does
@@ -152,18 +157,19 @@ def decode(bench: ARBench, work: CausalWork, method: str, settings: dict[str, An
             method=method,
             settings=settings,
             max_new_tokens=bench.new_tokens,
-            **_assistant(work, method),
+            **_drafter(work, method),
         )
         tokens = int((output.tokens_per_forward * output.num_forwards).round())
         turn.answers.append(output.sequences[0, ids.shape[1] :][:tokens].tolist())
         turn.forwards += int(output.num_forwards)
         turn.drafts += int(output.num_draft_forwards)
         turn.positions += int(output.positions_computed)
+        turn.draft_positions += int(output.draft_positions_computed)
     return turn
 
 
-def _assistant(work: CausalWork, method: str) -> dict[str, Any]:
-    return work.more if AR_METHODS[method].needs_assistant else {"assistant_model": None}
+def _drafter(work: CausalWork, method: str) -> dict[str, Any]:
+    return AR_METHODS[method].drafter_of(work.more)
 
 
 def _times(bench: ARBench, work: CausalWork, advance: Callable[[], Any]) -> dict[str, list[tuple[float, float]]]:
@@ -204,6 +210,7 @@ def _row(
         "draft_forwards": turn.drafts,
         "tpf": round(tokens / turn.forwards, 3),
         "positions_per_token": round(turn.positions / max(1, tokens), 1),
+        "draft_positions_per_token": round(turn.draft_positions / max(1, tokens), 1),
         "seconds": round(seconds[0], 4),
         "cpu_seconds": round(seconds[1], 4),
         "tokens_per_second": round(tokens / seconds[0], 3),
@@ -219,7 +226,7 @@ def _row(
 
 
 def _checkpoint(bench: ARBench) -> CausalWork:
-    from ..hub.loading import load_causal
+    from ..hub.loading import load_causal, load_draft_head
     from ..text import encode_chat, encode_text
 
     where = {"device": bench.device, "dtype": bench.dtype}
@@ -231,16 +238,27 @@ def _checkpoint(bench: ARBench) -> CausalWork:
         else encode_text(tokenizer, each.question)
         for each in problems
     ]
-    more: dict[str, Any] = {}
-    if bench.assistant:
-        more = drafter_arguments(model, tokenizer, load_causal(bench.assistant, **where))
+    assistant = load_causal(bench.assistant, **where) if bench.assistant else None
+    head = load_draft_head(bench.draft_head).to(model.device, model.dtype) if bench.draft_head else None
+    more = drafter_arguments(model, tokenizer, assistant, head)
     return CausalWork(model, [row["input_ids"].to(model.device) for row in encoded], more, problems, tokenizer)
 
 
 def _random(bench: ARBench) -> CausalWork:
     model = _llama(bench, bench.layers)
     prompts = torch.randint(bench.vocab_size, (bench.prompts, bench.prompt_length)).to(bench.device)
-    return CausalWork(model, list(prompts.split(1)), {"assistant_model": _llama(bench, 1)})
+    more = {"assistant_model": _llama(bench, 1), "draft_head": _head(model)}
+    return CausalWork(model, list(prompts.split(1)), more)
+
+
+def _head(model: Any) -> Any:
+    """A random draft head of a random model's sizes, which can draft all of its tokens."""
+    from ..autoregressive.eagle3.checkpoint import HeadConfig
+    from ..autoregressive.eagle3.head import Eagle3Head
+
+    sizes = model.config.to_dict() | {"draft_vocab_size": model.config.vocab_size, "num_hidden_layers": 1}
+    head = Eagle3Head(HeadConfig.from_dict(sizes)).requires_grad_(False).eval()
+    return head.to(model.device, model.dtype)
 
 
 def _llama(bench: ARBench, layers: int) -> Any:

@@ -14,6 +14,7 @@ from .sweep import method_and_settings
 _OPTIONS: dict[str, tuple[str, type, str]] = {
     "model": ("model", str, "a causal checkpoint, which answers word problems; a random Llama without one"),
     "assistant": ("assistant", str, "a causal checkpoint that drafts with ar_assistant"),
+    "draft-head": ("draft_head", str, "folder or id of the head that drafts with eagle3"),
     "vocab-size": ("vocab_size", int, "tokens of the random model's vocabulary"),
     "d-model": ("d_model", int, "width of the random model"),
     "layers": ("layers", int, "layers of the random model"),

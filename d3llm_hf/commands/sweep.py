@@ -1,12 +1,13 @@
 """`d3llm sweep`: tokens per forward against accuracy, for models, methods and thresholds, into one results file."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable
-from ..hub.loading import decodes_by_diffusion, load, load_causal
+from ..hub.loading import decodes_by_diffusion, load, load_causal, load_draft_head
 from ..locks import only_writer
 from .common import new_parser, tell
 from .generate import name_and_value, value_of
@@ -67,7 +68,10 @@ def add_parser(subparsers) -> None:
     group.add_argument(
         "--assistant", metavar="MODEL", help="causal checkpoint that drafts with the method ar_assistant"
     )
+    group.add_argument("--draft-head", metavar="HEAD", help="folder or id of the head that drafts with eagle3")
+    group.add_argument("--gguf-file", metavar="NAME", help="GGUF file in the folders of causal models (needs gguf)")
     group.add_argument("--revision", help="branch, tag or commit of models on the Hub")
+    parser.set_defaults(default_of=parser.get_default)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -78,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace, models: dict[str, str]) -> None:
-    from ..autoregressive.methods import AR_METHODS
+    from ..autoregressive.methods import AR_METHODS, check_drafters_used
     from ..evaluation.sweep.grids import curves_of
     from ..evaluation.sweep.sweep import check_settings, describe, sweep
     from ..evaluation.tasks.load import load_tasks
@@ -107,18 +111,23 @@ def _sweep(args: argparse.Namespace, models: dict[str, str]) -> None:
         for curve in curves:
             for parameter, value, settings in curve.points(length):
                 check_settings(settings, length, what=describe(curve.name, parameter, value))
-    chosen = _curves_of_models(models, curves, args.revision)
+    chosen = _curves_of_models(models, curves, args.revision, args.gguf_file)
     where = {"device": args.device, "dtype": args.dtype}
-    if args.assistant is not None and not any(curve.method == "ar_assistant" for curve in curves):
+    if args.gguf_file is not None and not any(curve.method in AR_METHODS for curve in curves):
         raise ValueError(
-            f"`--assistant` drafts with the method ar_assistant (got {args.assistant!r} without it). Leave it out, or "
-            "name the method."
+            f"`--gguf-file` is of causal models (got {args.gguf_file!r} with {[curve.name for curve in curves]}). "
+            "Leave it out, or name a method of theirs."
         )
+    drafters = {"assistant": args.assistant, "draft_head": args.draft_head}
+    check_drafters_used(drafters, [curve.method for curve in curves], dashes="--")
     assistant = None if args.assistant is None else load_causal(args.assistant, **where)
     for label, source in models.items():
         own = chosen[label]
         causal = own[0].method in AR_METHODS  # so are the others
-        model, tokenizer = (load_causal if causal else load)(source, revision=args.revision, **where)
+        head = load_draft_head(args.draft_head) if causal and args.draft_head is not None else None
+        more = where | {"revision": args.revision}
+        model, tokenizer = load_causal(source, gguf_file=args.gguf_file, **more) if causal else load(source, **more)
+        head = None if head is None else head.to(model.device, model.dtype)
         for task in tasks:
             points = sweep(
                 model,
@@ -132,13 +141,47 @@ def _sweep(args: argparse.Namespace, models: dict[str, str]) -> None:
                 chat=args.chat,
                 revision=args.revision,
                 assistant=assistant if causal else None,
+                draft_head=head,
+                command=_command(args),
             )
             for point in points:
                 tell(summary(point))
 
 
+# Options in the order of the help; what is as by default is no part of the command.
+_OPTIONS = (
+    "methods", "thresholds", "grid", "no_grid", "set", "task", "num_samples", "seed", "data", "chat", "max_new_tokens",
+    "include_path", "num_fewshot", "metric", "filter_name", "confirm_run_unsafe_code", "batch_size", "device", "dtype",
+    "assistant", "draft_head", "gguf_file", "revision", "output",
+)  # fmt: skip
+_REPEATED = ("grid", "set")
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command that repeats a sweep, without folders of this machine."""
+    words = ["d3llm", "sweep", *map(_named, args.models)]
+    for name in _OPTIONS:
+        value = getattr(args, name)
+        flag = "--filter" if name == "filter_name" else f"--{name.replace('_', '-')}"
+        if value == args.default_of(name):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif name in _REPEATED:
+            words += [word for each in value for word in (flag, each)]
+        else:
+            words += [flag, *(_named(str(each)) for each in (value if isinstance(value, list) else [value]))]
+    return shlex.join(words)
+
+
+def _named(text: str) -> str:
+    """A path from the root of a machine is known by its name alone."""
+    label, mark, source = text.rpartition("=") if not Path(text).is_absolute() else ("", "", text)
+    return label + mark + (Path(source).name if Path(source).is_absolute() else source)
+
+
 def _curves_of_models(
-    models: dict[str, str], curves: Sequence["Curve"], revision: str | None
+    models: dict[str, str], curves: Sequence["Curve"], revision: str | None, gguf_file: str | None
 ) -> dict[str, Sequence["Curve"]]:
     """Label -> the curves of its kind: where methods of both kinds are named, a model's config says which are its.
 
@@ -150,7 +193,10 @@ def _curves_of_models(
     kinds = {kind: [curve for curve in curves if (curve.method not in AR_METHODS) == kind] for kind in (True, False)}
     if not all(kinds.values()):
         return dict.fromkeys(models, curves)  # loading refuses a model of the other kind
-    found = {label: decodes_by_diffusion(source, revision=revision) for label, source in models.items()}
+    found = {
+        label: not _is_gguf(source, gguf_file) and decodes_by_diffusion(source, revision=revision)
+        for label, source in models.items()
+    }
     for kind, named in kinds.items():
         if kind not in found.values():
             raise ValueError(
@@ -161,17 +207,21 @@ def _curves_of_models(
     return {label: kinds[kind] for label, kind in found.items()}
 
 
+def _is_gguf(source: str, gguf_file: str | None) -> bool:
+    return gguf_file is not None and (Path(source) / gguf_file).is_file()
+
+
 def summary(point: dict[str, Any]) -> str:
     """One line about a point: tokens per forward and accuracy with their intervals, and tokens per second."""
     from ..evaluation.sweep.sweep import describe
 
     name = describe(point["model"], point["task"], point["method"], point["parameter"], point["value"])
     (fewest, most), (low, high) = point["tpf_interval"], point["accuracy_interval"]
-    drafts = point.get("draft_forwards_per_token")
+    drafts, drafted = point.get("draft_forwards_per_token"), point.get("draft_positions_per_token", 0)
     return (
         f"{name}: {point['tpf']:.2f} tokens per forward ({fewest:.2f} to {most:.2f}), {point['accuracy']:.1f} % "
         f"({low:.1f} to {high:.1f}), {point['tokens_per_second']:.0f} tokens/s"
-        + (f", {drafts:.2f} draft forwards per token" if drafts else "")
+        + (f", {drafts:.2f} draft forwards and {drafted:.1f} draft positions per token" if drafts else "")
     )
 
 

@@ -61,8 +61,18 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", revision: str 
         return _load(name, device, dtype, revision, load_model, _check_diffusion)
 
 
-def load_causal(name: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None):
+def load_causal(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    gguf_file: str | None = None,
+):
     """Model and tokenizer of a causal checkpoint of transformers, otherwise as [`load`].
+
+    Args:
+        gguf_file: of the folder, which holds config and weights in place of those; weights are dequantised.
 
     Raises:
         ValueError: for an unknown device or dtype, or a checkpoint of which transformers makes no causal model.
@@ -70,7 +80,19 @@ def load_causal(name: str, *, device: str = "auto", dtype: str = "auto", revisio
         OSError: when there is no such checkpoint.
     """
     with waiting(f"loading {name}"):
-        return _load(name, device, dtype, revision, _causal_model, _check_causal)
+        return _load(name, device, dtype, revision, _causal_model, _check_causal, gguf_file)
+
+
+def load_draft_head(name: str) -> Any:
+    """The draft head of EAGLE-3 in a folder or of a Hub id, on the CPU in its own dtype.
+
+    Raises:
+        OSError, ValueError: as [`Eagle3Head.from_pretrained`].
+    """
+    from ..autoregressive.eagle3.head import Eagle3Head
+
+    with waiting(f"loading {name}"):
+        return Eagle3Head.from_pretrained(name)
 
 
 def decodes_by_diffusion(name: str, *, revision: str | None = None) -> bool:
@@ -114,6 +136,7 @@ def _load(
     revision: str | None,
     make: Callable[..., Any],
     check: Callable[[Any, str], None],
+    gguf_file: str | None = None,
 ):
     import torch
 
@@ -132,7 +155,8 @@ def _load(
         ) from error
     source = checkpoint_source(name)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    with loading(name):
+    common |= {} if gguf_file is None else {"gguf_file": gguf_file}
+    with loading(name, gguf_file=gguf_file):
         model = make(source, dtype=dtype, **common)
     check(model, name)
     return model.to(target).eval(), load_tokenizer(source, name, **common)

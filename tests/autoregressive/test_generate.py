@@ -10,6 +10,7 @@ from tiny import tiny_model, tiny_prompt
 from transformers.generation import StoppingCriteria
 
 from d3llm_hf.autoregressive.causal import max_positions
+from d3llm_hf.autoregressive.drafters import ASSISTANT
 from d3llm_hf.autoregressive.generate import generate
 from d3llm_hf.autoregressive.methods import AR_METHODS, complete_settings
 
@@ -61,7 +62,7 @@ def shortened(model):
 
 
 def drafter_of(model, method: str) -> dict:
-    return {"assistant_model": shortened(model)} if AR_METHODS[method].needs_assistant else {}
+    return {"assistant_model": shortened(model)} if AR_METHODS[method].needs is ASSISTANT else {}
 
 
 @pytest.mark.every(3)
@@ -85,6 +86,7 @@ def test_forwards_counted_by_hand():
     plain = run(model, [0, 1], count=20)
     assert plain.sequences[0].tolist() == [0, 1, 2, 3] * 5 + [0, 1]
     assert (plain.num_forwards.tolist(), plain.num_draft_forwards.tolist()) == ([20], [0])
+    assert plain.draft_positions_computed.tolist() == [0]
     assert plain.positions_computed.tolist() == [2 + 19]
     assert plain.tokens_per_forward.tolist() == [1.0]
     # Four drafts, all of them right, and the target's own token: five a forward. The first has the prompt as well.
@@ -97,6 +99,8 @@ def test_forwards_counted_by_hand():
         assert (output.num_forwards.tolist(), output.num_draft_forwards.tolist()) == ([4], [16])
         assert output.tokens_per_forward.tolist() == [5.0]
         assert output.positions_computed.tolist() == [6 + 5 + 5 + 5]
+        # The drafter reads the prompt once, later the two tokens that it has not read yet, and else its last draft.
+        assert output.draft_positions_computed.tolist() == [(2 + 3) + 3 * (2 + 3)]
         assert torch.equal(output.sequences, plain.sequences)
     # An assistant that says 0 whatever stands before is right once in four tokens.
     wrong = chain_model([0] * 8, layers=1)
@@ -172,7 +176,7 @@ def test_the_models_are_left_as_they_were():
     plain = run(model, tiny_prompt(0, 9), count=6)
     assert plain.num_forwards.tolist() == [6]  # the checkpoint's own drafts are no part of "ar"
     for method, settings in [SPECULATIVE[0], SPECULATIVE[4], SPECULATIVE[6]]:
-        more = {"assistant_model": drafter} if AR_METHODS[method].needs_assistant else {}
+        more = {"assistant_model": drafter} if AR_METHODS[method].needs is ASSISTANT else {}
         run(model, tiny_prompt(0, 9), count=6, method=method, settings=settings, **more)
     assert (model.generation_config, drafter.generation_config) == (own, drafts)
     assert before == (own.to_dict(), drafts.to_dict(), model.config.to_dict())
@@ -237,6 +241,7 @@ def test_settings_without_effect_or_outside_their_rule_are_refused(method, setti
         ({"seed": [1, 2], "settings": {"do_sample": True}}, "`seed` must be one for each of 1 rows .got 2"),
         ({"assistant_model": 1}, "`assistant_model` has no effect with 'ar'"),
         ({"assistant_tokenizer": 1}, "`assistant_tokenizer` has no effect with 'ar'"),
+        ({"draft_head": 1}, "`draft_head` has no effect with 'ar' .got int.. Leave it out, or choose 'eagle3'"),
         ({"method": "ar_assistant"}, "`assistant_model` must be given for 'ar_assistant'"),
         ({"method": "ar_assistant", "assistant_model": "self"}, "must be another model than the target"),
         ({"method": "ar_assistant", "assistant_model": causal_model(vocab_size=40)}, "got 32 and 40 tokens"),

@@ -44,4 +44,5 @@ def test_each_forward_but_the_first_verifies_drafts_and_tokens_are_plain_greedy_
     output = generate(model, torch.tensor([prompt]), method="ar_mtp", max_new_tokens=12)
     assert output.sequences[0].tolist() == prompt + plain_greedy(model, prompt, 12)
     assert output.num_draft_forwards[0] == output.num_forwards[0] - 1
+    assert output.draft_positions_computed[0] >= output.num_draft_forwards[0]
     assert output.tokens_per_forward.tolist() == [12 / output.num_forwards.item()]

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 from causal import chain_model
+from eagle3 import HEAD, recorded_pair
 from official import tiny_tokenizer
 from outcomes import outcome_of
 
@@ -60,6 +61,28 @@ def test_a_checkpoint_answers_word_problems(folder, capsys, tmp_path):
     assert results["command"].startswith(f"d3llm bench autoregressive --model {folder.name} ")
 
 
+def test_a_random_head_drafts_for_a_random_model():
+    sizes = TINY | {"layers": 7, "prompts": 1}
+    results = measure_autoregressive(
+        ARBench(**sizes, methods=(("eagle3", "eagle3", {"total_tokens": 9, "depth": 1}),))
+    )
+    plain, drafted = results["rows"]
+    assert drafted["tokens"] == plain["tokens"] and drafted["equal_answers"] == 100.0
+    assert drafted["draft_forwards"] == 2 * (drafted["forwards"] - 1)
+    assert drafted["draft_positions_per_token"] > 0 == plain["draft_positions_per_token"]
+    assert "draft positions per token" in table(results | {"command": "x"})
+
+
+@pytest.mark.full
+def test_a_published_head_drafts_for_a_checkpoint(tmp_path):
+    recorded_pair()[0].save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    methods = (("tree", "eagle3", {"total_tokens": 9, "depth": 1, "draft_top_k": 3}),)
+    sizes = {"prompts": 1, "new_tokens": 8, "repeats": 1, "methods": methods}
+    results = measure_autoregressive(ARBench(model=str(tmp_path), draft_head=str(HEAD), **sizes))
+    assert results["rows"][1]["equal_answers"] == 100.0
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -68,6 +91,8 @@ def test_a_checkpoint_answers_word_problems(folder, capsys, tmp_path):
         (["--methods", "x=ar", "x=ar_prompt_lookup"], "`methods` must have different labels"),
         (["--assistant", "x"], "`assistant` drafts for a `model` with 'ar_assistant'"),
         (["--model", "x", "--methods", "ar_assistant"], "`assistant` must be given with `model`"),
+        (["--draft-head", "x"], "`draft_head` drafts for a `model` with 'eagle3'"),
+        (["--model", "x", "--methods", "eagle3"], "`draft_head` must be given with `model`"),
         (["--repeats", 0], "`repeats` must be at least 1"),
         (["--model", "d3llm-llada"], "got LLaDAModelLM, which decodes by diffusion"),
     ],

@@ -92,6 +92,30 @@ def test_arguments_reach_the_sweep(run, tmp_path, monkeypatch):
     assert (hierarchy.name, hierarchy.swept, hierarchy.values) == ("h", "cache_window", (4, 8))
     assert (plain.name, plain.swept, plain.values) == ("d3llm", "entropy_threshold", (0.25,))
     assert output == tmp_path / "x" and kwargs["label"] == "one" and kwargs["chat"] is False
+    assert kwargs["command"] == (
+        "d3llm sweep one=a two=b --methods h=dinfer:decoder=hierarchy,kv-cache=vicinity d3llm --thresholds 0.25 "
+        "--grid cache-window=4,8 --set early_stop=False --set temperature=0.5 --set top_h=x --task word_problems "
+        "gsm8k --num-samples 1 --data test.jsonl --no-chat --dtype float32 --output x"
+    )
+
+
+def test_a_gguf_file_is_of_the_causal_models_alone(run, tmp_path, monkeypatch):
+    calls = []
+    folder = tmp_path / "causal"
+    folder.mkdir()
+    (folder / "x.gguf").write_bytes(b"")
+    monkeypatch.setattr("d3llm_hf.evaluation.sweep.sweep.sweep", lambda *args, **kwargs: [])
+    for name in ("load", "load_causal"):
+        monkeypatch.setattr(
+            command, name, lambda _, name=name, **given: calls.append((name, given.get("gguf_file"))) or (0, 0)
+        )
+    words = [f"small={folder}", "d3llm-llada", "--methods", "ar", "d3llm", "-o", tmp_path / "x"]
+    code, _, err = run(*words, "--gguf-file", "x.gguf")
+    assert (code, err) == (0, "")
+    assert calls == [("load_causal", "x.gguf"), ("load", None)]
+    monkeypatch.undo()
+    code, _, err = run(f"small={folder}", "--methods", "ar", "--gguf-file", "y.gguf", "-o", tmp_path / "x")
+    assert code == 2 and "`gguf_file` must be a file of the checkpoint's folder (got 'y.gguf'" in err
 
 
 @pytest.mark.every(3)
@@ -105,6 +129,7 @@ def test_arguments_reach_the_sweep(run, tmp_path, monkeypatch):
         (["--thresholds", "0.3", "nan"], "`entropy_threshold` must be finite"),
         (["--methods", "fast_dllm", "--thresholds", "1.5"], "fast_dllm, confidence_threshold=1.5: `confidence_thresh"),
         (["--set", "max_new_tokens=3"], "`settings` must not hold `max_new_tokens`: pass `max_new_tokens`"),
+        (["--gguf-file", "x.gguf"], r"`--gguf-file` is of causal models \(got 'x.gguf' with \['d3llm'\]"),
         (["--task", "gsm8k"], "`data` must name a file with GSM8K"),
         (["--num-samples", "0"], "`num_samples` must be a positive integer"),
         (["--batch-size", "0"], "`batch_size` must be a positive integer"),

@@ -89,6 +89,40 @@ def test_a_suite_with_a_larger_model_has_a_second_table():
     assert "5.6 M parameters (6 layers of width 256, 1000 tokens), 192 tokens of prompt, 64 new ones" in text
 
 
+def test_points_of_a_sweep_are_a_table_with_the_columns_that_any_of_them_has(document):
+    made = {"device": "cpu", "torch": "2.13.0", "transformers": "5.23.0", "threads": 1, "dtype": "float32"}
+    made |= {"batch_size": 1, "max_new_tokens": 8, "command": "d3llm sweep x"}
+    samples = {"tokens": [4, 6], "forwards": [5, 5]}
+    plain = {
+        "model": "m", "method": "ar", "parameter": None, "value": None, "accuracy": 50.0, "tpf": 1.0, "task": "sums",
+        "positions_per_token": 2.5, "tokens_per_second": 7.0, "num_samples": 2, "samples": samples, "provenance": made,
+        "draft_forwards_per_token": 0.0,
+    }  # fmt: skip
+    lookup = plain | {
+        "method": "lookup",
+        "parameter": "n",
+        "value": 3,
+        "samples": samples | {"equal_to_plain": [1, 0]},
+    }
+    path = document.parent / "results.jsonl"
+    path.write_text("".join(json.dumps(point) + "\n" for point in (plain, lookup)))
+    document.write_text(document.read_text().replace("results.json ", "results.jsonl "))
+    assert tables.main([str(document)]) == 0
+    lines = document.read_text().splitlines()[2:]
+    assert lines[0] == (
+        "| decoding | accuracy | tokens | forwards | tokens per forward | positions per token | tokens/s | "
+        "answers as plain greedy's |"
+    )
+    assert lines[2] == "| m, ar | 50.0 % | 10 | 10 | 1.00 | 2.5 | 7.0 |  |"
+    assert lines[3] == "| m, lookup, `n=3` | 50.0 % | 10 | 10 | 1.00 | 2.5 | 7.0 | 1 of 2 |"
+    assert lines[5].startswith(
+        "2 samples of sums, at most 8 new tokens, batches of 1, float32, threads: 1, CPU, torch "
+    )
+    assert lines[5].endswith(" Regenerate: `d3llm sweep x`.")
+    batched = tables.table({"suite": "sweep", "points": [plain, plain | {"provenance": made | {"batch_size": 8}}]})
+    assert "| decoding | batch | accuracy |" in batched and "\n| m, ar | 8 | 50.0 % |" in batched
+
+
 def test_a_results_file_of_an_unknown_suite_is_refused():
     with pytest.raises(ValueError, match=r"`suite` of a results file must be one of .* \(got 'speed'\)"):
         tables.table(RESULTS | {"suite": "speed"})
@@ -100,33 +134,3 @@ def test_the_tables_of_the_project_match_its_results_files():
     documents = [page for page in pages if "<!-- results:begin" in page.read_text(encoding="utf-8")]
     assert root / "docs" / "methods.md" in documents and len(documents) > 1
     assert tables.main(["--check", *map(str, documents)]) == 0
-
-
-def point(**more):
-    made = {name: "x" for name in ("dtype", "device", "device_name", "torch", "transformers")}
-    made |= {"threads": 1, "max_new_tokens": 64, "batch_size": 8}
-    return {
-        "model": "twin",
-        "settings": {"decoding_method": "ar_prompt_lookup"},
-        "task": "word_problems",
-        "num_samples": 2,
-        "seed": 7,
-        "accuracy": 50.0,
-        "accuracy_interval": [0.0, 100.0],
-        "tpf": 1.5,
-        "positions_per_token": 3.21,
-        "tokens_per_second": 99.6,
-        "cpu_seconds": 1.26,
-        "samples": {"tokens": [4, 2], "forwards": [2, 2], "equal_to_plain": [1, 0]},
-        "provenance": made,
-    } | more
-
-
-def test_points_of_a_sweep_are_a_table_that_says_what_they_share():
-    text = tables.table({"suite": "sweep", "points": [point(), point(model="other")]})
-    row = "| `decoding_method='ar_prompt_lookup'` | 8 | 50.0 % (0.0 to 100.0) | 1.50 | 0.67 | 3.2 | 100 | 1.3 |"
-    assert f"| twin {row}\n| other {row}\n" in text
-    assert "word_problems, 2 samples of seed 7, at most 64 new tokens" in text and "1 thread of X (x)" in text
-    assert "tokens of plain greedy decoding: 2 of 4." in text
-    with pytest.raises(ValueError, match=r"`seed` must be the same in all points of a table \(got \['7', '8'\]\)"):
-        tables.table({"suite": "sweep", "points": [point(), point(seed=8)]})

@@ -29,7 +29,7 @@ class Target:
     """A target at work on one text.
 
     Attributes:
-        model: checked by [`check_pair`].
+        model: checked by [`check_target`].
         cache: keys and values of the text so far.
         num_forwards: of the model so far.
     """
@@ -56,7 +56,7 @@ class Target:
     def keep(self, path: list[int], nodes: int) -> None:
         """Of the cache's last `nodes` entries those of a path stay, in its order."""
         before, size = self.cache.get_seq_length() - nodes, len(path)
-        layers: Any = self.cache.layers  # of attention alone, see `check_pair`
+        layers: Any = self.cache.layers  # of attention alone, see `check_target`
         for layer in layers:
             for table in (layer.keys, layer.values):
                 entries = torch.tensor(path, device=table.device) + before
@@ -75,15 +75,14 @@ class Target:
         return output.logits[0], features
 
 
-def check_pair(model: Any, head: Any) -> None:
-    """Refuses a target that cannot verify a tree exactly, and a head of another target.
+def check_target(model: Any) -> None:
+    """Refuses a target that cannot verify a tree exactly.
 
     Raises:
-        TypeError: for what is no loaded decoder, or no head.
+        TypeError: for what is no loaded decoder.
         ValueError: for another family, windows, rotations that change with the length, kernels without such a mask,
-            and sizes that do not fit.
+            and too few layers.
     """
-    # 1. The target
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"`model` must be a model of transformers (got {type(model).__name__}). Load it with "
@@ -120,7 +119,15 @@ def check_pair(model: Any, head: Any) -> None:
             f"`model` must have at least 7 layers, of which EAGLE-3 reads three (got {layers}). Take a larger target."
         )
 
-    # 2. The head
+
+def check_head(model: Any, head: Any) -> None:
+    """Refuses a head of another target.
+
+    Raises:
+        TypeError: for what is no head.
+        ValueError: for sizes that do not fit.
+    """
+    config = text_config(model.config)
     if not isinstance(head, Eagle3Head):
         raise TypeError(f"`head` must be an Eagle3Head (got {type(head).__name__}). Load it with `from_pretrained`.")
     for title, ours, theirs in (
@@ -138,4 +145,4 @@ def check_pair(model: Any, head: Any) -> None:
         )
 
 
-__all__ = ["FAMILIES", "KERNELS", "Target", "check_pair", "feature_layers"]
+__all__ = ["FAMILIES", "KERNELS", "Target", "check_head", "check_target", "feature_layers"]

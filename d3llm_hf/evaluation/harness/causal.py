@@ -12,10 +12,11 @@ from lm_eval.api.registry import register_model
 
 from ...autoregressive.causal import max_positions
 from ...autoregressive.drafters import drafter_arguments
-from ...autoregressive.generate import check_assistant, check_model, generate
+from ...autoregressive.generate import check_drafter, check_model, generate
 from ...autoregressive.methods import AR_METHODS, complete_settings
 from ...autoregressive.settings import COMMON
-from ...fingerprints import model_fingerprint
+from ...fingerprints import head_fingerprint, model_fingerprint
+from ...hub.loading import load_draft_head
 from .loading import load_checkpoint
 from .model import D3LLMLM, DEFAULT_MAX_LENGTH
 from .request_settings import RequestSettings
@@ -32,6 +33,7 @@ class CausalD3LLMLM(D3LLMLM):
         pretrained (`str` or model): folder, id on the Hub, or a loaded model.
         assistant (`str` or model, *optional*): what drafts with `"ar_assistant"`; a loaded model has the target's
             tokenizer.
+        draft_head (`str` or `Eagle3Head`, *optional*): what drafts with `"eagle3"`.
         arguments: as [`~.model.D3LLMLM`]'s; settings of decoding are `decoding_method` (`"ar"` when unset), those of
             the method, and `do_sample`, `temperature`, `top_p`, `top_k`, `seed`.
 
@@ -41,26 +43,31 @@ class CausalD3LLMLM(D3LLMLM):
     """
 
     known = frozenset({"decoding_method", "seed", *COMMON}.union(*(row.settings for row in AR_METHODS.values())))
-    decisive = ("max_length", "add_bos_token", "end_at_until", "assistant_fingerprint")
+    decisive = ("max_length", "add_bos_token", "end_at_until", "assistant_fingerprint", "draft_head_fingerprint")
     load = staticmethod(partial(load_checkpoint, causal=True))
 
-    def __init__(self, pretrained: Any, *, assistant: Any = None, **arguments: Any):
+    def __init__(self, pretrained: Any, *, assistant: Any = None, draft_head: Any = None, **arguments: Any):
         for name in LIKELIHOOD:
             if name in arguments:
                 raise ValueError(
                     f"`{name}` is of the estimated likelihood of diffusion models (got {arguments[name]!r}). Leave it "
                     "out; lm-eval's `--model hf` computes the likelihood of causal ones."
                 )
-        self.drafter: dict[str, Any] = {"assistant_model": None}
+        self.drafter: dict[str, Any] = {}
         super().__init__(pretrained, **arguments)
+        loaded = None
         if assistant is not None:
             same = {name: arguments[name] for name in ("dtype", "device") if name in arguments}
             tokenizer = None if isinstance(assistant, str) else self.tokenizer
             loaded = load_checkpoint(assistant, tokenizer, causal=True, **same)
-            self.drafter = drafter_arguments(self.model, self.tokenizer, loaded)
-        self.assistant_fingerprint = None if assistant is None else model_fingerprint(self.drafter["assistant_model"])
-        check_model(self.model, self.method, self._own(self._asked({}).generate))
-        check_assistant(self.model, self.method, **self.drafter)
+        if isinstance(draft_head, str):
+            draft_head = load_draft_head(draft_head).to(self.model.device, self.model.dtype)
+        self.drafter = drafter_arguments(self.model, self.tokenizer, loaded, draft_head)
+        self.assistant_fingerprint = None if loaded is None else model_fingerprint(loaded[0])
+        own = self._own(self._asked({}).generate)
+        check_model(self.model, self.method, own)
+        check_drafter(self.model, self.method, own, **self.drafter)
+        self.draft_head_fingerprint = None if draft_head is None else head_fingerprint(draft_head)
         if AR_METHODS[self.method].one_row and self.batch_size > 1:
             raise ValueError(
                 f"`batch_size` must be 1 with {self.method}, which takes one row at a time (got {self.batch_size}). "

@@ -22,7 +22,7 @@ class GenerationRecord:
         forwards, forwards_reference: see [`D3LLMGenerationOutput`].
         positions: pushed through the model.
         seconds: wall clock of its batch in `generate`, shared equally by the rows.
-        draft_forwards: of whatever drafts for a causal model; `None` for others.
+        draft_forwards, draft_positions: of whatever drafts for a causal model; `None` for others.
     """
 
     task: str | None
@@ -37,8 +37,10 @@ class GenerationRecord:
     positions: int
     seconds: float
     draft_forwards: int | None = None
+    draft_positions: int | None = None
 
 
+DRAFTED = ("draft_forwards", "draft_positions")
 SUMMED = ("tokens", "forwards", "forwards_reference", "positions", "seconds")
 
 
@@ -48,13 +50,14 @@ def totals(records: Iterable[GenerationRecord]) -> dict[str, Any]:
     Returns:
         `requests`, `tokens`, `forwards`, `forwards_reference`, `positions`, `seconds`; `tpf` and `tpf_reference`
         (tokens over forwards, by either count), `positions_per_token`, `tokens_per_second`; `None` where the
-        denominator is 0. Of causal models also `draft_forwards`.
+        denominator is 0. Of causal models also `draft_forwards` and `draft_positions`.
     """
     records = list(records)
     sums = {name: sum(getattr(record, name) for record in records) for name in SUMMED}
-    drafts = [record.draft_forwards for record in records if record.draft_forwards is not None]
-    if drafts:
-        sums["draft_forwards"] = sum(drafts)
+    for name in DRAFTED:
+        found = [value for record in records if (value := getattr(record, name)) is not None]
+        if found:
+            sums[name] = sum(found)
     pairs = {
         "tpf": ("tokens", "forwards"),
         "tpf_reference": ("tokens", "forwards_reference"),
@@ -68,7 +71,7 @@ def totals(records: Iterable[GenerationRecord]) -> dict[str, Any]:
 def write_records(path: str | os.PathLike, records: Sequence[GenerationRecord]) -> None:
     """Writes JSON lines, one a record; the file is complete or as it was."""
     lines = [
-        {name: value for name, value in asdict(record).items() if name != "draft_forwards" or value is not None}
+        {name: value for name, value in asdict(record).items() if name not in DRAFTED or value is not None}
         for record in records
     ]
     replace_file(Path(path), "".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -315,6 +315,7 @@ class D3LLMLM(TemplateLM):
         }
         if hasattr(output, "num_draft_forwards"):
             counts["draft_forwards"] = output.num_draft_forwards.tolist()
+            counts["draft_positions"] = output.draft_positions_computed.tolist()
         answers = []
         for row, (ids, length) in enumerate(zip(output.sequences[:, width:].tolist(), lengths, strict=True)):
             length = next((place for place, token in enumerate(ids[:length]) if token in control), length)

@@ -87,8 +87,8 @@ _CAUSAL = (
 )
 _MARKED = (
     "Figures with a dagger (†) were published by others and not measured here: other models, harness and hardware. "
-    "They have no intervals, and two points per curve at most. Do not read a rank of † against measured curves as a "
-    "result."
+    "They have no intervals, and few points per curve, most of them two. Do not read a rank of † against measured "
+    "curves as a result."
 )
 
 
@@ -187,7 +187,7 @@ def _points(task: Task, foreign: bool) -> Table:
     heads = ["Method", "Model", *["Figures"] * foreign, "Setting", "TPF", "Accuracy", "TPF, reference count"]
     heads += ["Positions per token", "Tokens/s", "Counted"]
     drafts = any(entry.autoregressive for entry in task.entries)
-    heads += ["Draft forwards per token", "Equal to plain greedy"] * drafts
+    heads += ["Draft forwards per token", "Draft positions per token", "Equal to plain greedy"] * drafts
     rows = []
     for entry in task.entries:
         for point, counted in zip(entry.points, entry.counted, strict=True):
@@ -212,17 +212,21 @@ def _points(task: Task, foreign: bool) -> Table:
     return Table(f"{task.name}: all points", tuple(heads), numeric, tuple(rows))
 
 
-def _drafted(point: Point) -> tuple[Cell, Cell]:
-    """Forwards that drafted, and the share of answers that equal plain greedy decoding's."""
+def _drafted(point: Point) -> tuple[Cell, ...]:
+    """Forwards and positions that drafted, and the share of answers that equal plain greedy decoding's."""
     equal = point.get("samples", {}).get("equal_to_plain")
     share = None if equal is None else 100 * sum(equal) / len(equal)
-    return _number(point.get("draft_forwards_per_token"), ".2f"), _number(share, unit=" %")
+    return (
+        _number(point.get("draft_forwards_per_token"), ".2f"),
+        _number(point.get("draft_positions_per_token"), ".1f"),
+        _number(share, unit=" %"),
+    )
 
 
 def _group(group: Group) -> Table:
     """Mean and single AUPs of the curves that cover the same tasks."""
     foreign = any(row[0].published for row in group.entries.values())
-    given = all(row[0].published for row in group.entries.values())
+    given = all(entry.as_published is not None for row in group.entries.values() for entry in row)
     heads = ["Method", "Model", *["Figures"] * foreign, "Mean AUP", "Mean, own y_max", *["Mean, as published"] * given]
     rows = []
     for label, row in group.entries.items():

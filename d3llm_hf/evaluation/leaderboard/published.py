@@ -1,9 +1,9 @@
 """Published figures of diffusion language models, with their sources and where these contradict each other.
 
-`published.json` holds, as they were published: the curves of d3LLM's leaderboard (pairs of tokens per forward and
-accuracy, with the AUP and the y_max it was made with), averages, tokens per second, the ablation, and
-`contradictions`, the ledger of what differs between paper, repository, poster and the rest, each with the value that
-is used here.
+`published.json` holds, as they were published: the curves of d3LLM's and TAD's leaderboards (pairs of tokens per
+forward and accuracy, with the y_max of their table, and the AUP where one is given), averages, tokens per second, the
+ablation, and `contradictions`, the ledger of what differs between paper, repository, poster and the rest, each with
+the value that is used here.
 """
 
 import json
@@ -16,8 +16,9 @@ PATH = Path(__file__).with_name("published.json")
 SCHEMA = 1
 # Section -> the fields that each of its entries has, and their types.
 _TEXT, _NUMBER = (str,), (int, float)
+_GIVEN = (type(None), *_NUMBER)
 _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
-    "curves": {"tables": (list,), "model": _TEXT, "method": _TEXT, "task": _TEXT, "pairs": (list,), "aup": _NUMBER},
+    "curves": {"tables": (list,), "model": _TEXT, "method": _TEXT, "task": _TEXT, "pairs": (list,), "aup": _GIVEN},
     "averages": {"table": _TEXT, "model": _TEXT, "method": _TEXT, "aup": _NUMBER},
     "throughput": {"model": _TEXT, "method": _TEXT, "task": _TEXT, "backend": _TEXT, "tokens_per_second": (dict,)},
     "contradictions": {
@@ -97,7 +98,7 @@ def published_points() -> list[dict[str, Any]]:
     Returns:
         dicts with `model`, `method`, `task`, `tpf`, `accuracy` (percent) and `parameter`, `value`, `settings` that are
         empty; there are no `samples`. Also `published`, always True; `source`, the name of a source; `tables`; the
-        curve's `aup` as published and the `y_max` it was made with.
+        curve's `aup` as published, `None` where it is not, and the `y_max` of its table.
     """
     content = published()
     y_max = {

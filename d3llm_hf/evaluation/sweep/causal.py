@@ -9,10 +9,10 @@ import torch
 from transformers.generation import StopStringCriteria
 
 from ...autoregressive.agreement import agrees
-from ...autoregressive.drafters import drafter_arguments
-from ...autoregressive.generate import check_assistant, check_model, generate
+from ...autoregressive.drafters import ASSISTANT, DRAFT_HEAD, drafter_arguments
+from ...autoregressive.generate import check_drafter, check_model, generate
 from ...autoregressive.methods import AR_METHODS, complete_settings
-from ...fingerprints import model_fingerprint
+from ...fingerprints import head_fingerprint, model_fingerprint
 from ..tasks.load import Task
 
 
@@ -34,17 +34,35 @@ class CausalDecoder:
         model, tokenizer: the target's.
         task: prompts and a judge.
         assistant: model and tokenizer of what drafts with `"ar_assistant"`.
+        draft_head: what drafts with `"eagle3"`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, task: Task, assistant: tuple[Any, Any] | None = None):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        task: Task,
+        assistant: tuple[Any, Any] | None = None,
+        draft_head: Any = None,
+    ):
         self.model, self.tokenizer, self.task = model, tokenizer, task
-        self.assistant = assistant
+        self.assistant, self.draft_head = assistant, draft_head
         self.plain: dict[tuple[int, ...], list[int]] = {}  # prompt -> its plain greedy answer
 
     @cached_property
     def drafter(self) -> dict[str, Any]:
-        """The arguments of `generate` about the assistant."""
-        return drafter_arguments(self.model, self.tokenizer, self.assistant)
+        """The arguments of `generate` about all that could draft."""
+        return drafter_arguments(self.model, self.tokenizer, self.assistant, self.draft_head)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Option -> digest of what was given to draft."""
+        found = {}
+        if self.assistant is not None:
+            found[ASSISTANT.option] = model_fingerprint(self.assistant[0])
+        if self.draft_head is not None:
+            found[DRAFT_HEAD.option] = head_fingerprint(self.draft_head)
+        return found
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuses settings that the model cannot be decoded with.
@@ -54,15 +72,19 @@ class CausalDecoder:
         """
         method, own = split_settings(settings)
         check_model(self.model, method, own)
-        if AR_METHODS[method].needs_assistant:
-            check_assistant(self.model, method, **self.drafter)
+        check_drafter(self.model, method, own, **self._drafter_of(method))
 
     def made(self, settings: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
         """What the record of a point says besides: the batch that it is decoded in, and what drafted."""
         found: dict[str, Any] = {"batch_size": 1 if alone(settings) else batch_size}
-        if AR_METHODS[settings["decoding_method"]].needs_assistant and self.assistant is not None:
-            found["assistant_fingerprint"] = model_fingerprint(self.assistant[0])
+        needs = AR_METHODS[settings["decoding_method"]].needs
+        if needs is not None:
+            found[f"{needs.option}_fingerprint"] = self.fingerprints[needs.option]
         return found
+
+    def _drafter_of(self, method: str) -> dict[str, Any]:
+        row = AR_METHODS[method]
+        return {} if row.needs is None else row.drafter_of(self.drafter)
 
     def decode(
         self, rows: Sequence[list[int]], settings: Mapping[str, Any], start: int, length: int
@@ -73,7 +95,7 @@ class CausalDecoder:
             ArithmeticError: where greedy tokens are not those of plain greedy decoding.
         """
         method, own = split_settings(settings)
-        more: dict[str, Any] = dict(self.drafter) if AR_METHODS[method].needs_assistant else {}
+        more = self._drafter_of(method)
         if own.get("do_sample"):
             more["seed"] = [abs(self.task.seed) + start + row for row in range(len(rows))]
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -84,6 +106,7 @@ class CausalDecoder:
             "forwards_reference": output.num_forwards_reference.tolist(),
             "positions": int(output.positions_computed.sum()),
             "draft_forwards": output.num_draft_forwards.tolist(),
+            "draft_positions": int(output.draft_positions_computed.sum()),
         }
         counted["seconds"] = time.perf_counter() - began
         counted["cpu_seconds"] = time.process_time() - cpu_began

@@ -50,11 +50,14 @@ FIELDS: dict[str, tuple[type, ...]] = {
 SAMPLES = ("tokens", "forwards", "forwards_reference", "correct")
 # Of the samples of a causal model: forwards of its drafter, and 1 where the tokens are those of plain greedy decoding.
 CAUSAL_SAMPLES = ("draft_forwards", "equal_to_plain")
+CAUSAL_SUMS = ("draft_positions",)  # over the samples: positions pushed through the drafter
+# Of the provenance: what drafted.
+DRAFTED_BY = ("assistant_fingerprint", "draft_head_fingerprint")
 # What a point is about. The rest of it is what was found.
 KEY = ("model", "method", "parameter", "value", "settings", "task", "num_samples", "seed")
 KEY_PROVENANCE = ("model_fingerprint", "task_fingerprint", "dtype", "device", "max_new_tokens", "batch_size")
 # What all points of a curve share besides.
-SAME = ("model_fingerprint", "task_fingerprint", "dtype", "device", "max_new_tokens", "assistant_fingerprint")
+SAME = ("model_fingerprint", "task_fingerprint", "dtype", "device", "max_new_tokens", *DRAFTED_BY)
 
 
 def read_points(*paths: str | os.PathLike) -> list[Point]:
@@ -206,8 +209,8 @@ def key_of(point: Point) -> str:
     """A digest of what a point is about: model, method, settings, task, samples and how they were decoded."""
     made = point["provenance"]
     about = [point[name] for name in KEY] + [made.get(name) for name in KEY_PROVENANCE]
-    if "assistant_fingerprint" in made:  # points without one keep the key that they had before there were any
-        about.append(made["assistant_fingerprint"])
+    # points without a drafter keep the key that they had before there were any
+    about += [made[name] for name in DRAFTED_BY if name in made]
     return digest(about)
 
 

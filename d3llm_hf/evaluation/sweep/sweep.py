@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ... import __version__
 from ...autoregressive.causal import max_positions
-from ...autoregressive.methods import AR_METHODS, complete_settings, is_autoregressive
+from ...autoregressive.methods import AR_METHODS, check_drafters_used, complete_settings, is_autoregressive
 from ...files import replace_file
 from ...fingerprints import model_fingerprint
 from ...locks import only_writer
@@ -33,6 +33,7 @@ from .causal import CausalDecoder, split_settings
 from .grids import Curve
 from .points import (
     CAUSAL_SAMPLES,
+    CAUSAL_SUMS,
     SAMPLES,
     SCHEMA,
     Point,
@@ -45,7 +46,7 @@ from .points import (
 )
 
 
-SUMS = ("positions", "seconds", "cpu_seconds")
+SUMS = ("positions", "seconds", "cpu_seconds")  # over the samples
 
 
 def sweep(
@@ -62,6 +63,8 @@ def sweep(
     revision: str | None = None,
     progress: bool | None = None,
     assistant: tuple[Any, Any] | None = None,
+    draft_head: Any = None,
+    command: str | None = None,
 ) -> list[Point]:
     """Decodes a task's prompts at every point of some curves, greedily unless the settings sample.
 
@@ -87,6 +90,8 @@ def sweep(
         revision: of the model, for the record; the Hub's commit where transformers knows it.
         progress: show a bar on stderr; where nothing is given, if that is a terminal.
         assistant: model and tokenizer of what drafts with the method `"ar_assistant"`.
+        draft_head: an `Eagle3Head` for the model, which drafts with the method `"eagle3"`.
+        command: what repeats the sweep, for the record.
 
     Returns:
         the points of these curves, in their order, as the results file holds them.
@@ -94,9 +99,9 @@ def sweep(
     Raises:
         TypeError: for a model that the method of a curve cannot decode.
         ArithmeticError: where a method that drafts gives other tokens than plain greedy decoding.
-        ValueError: for an assistant that no curve takes, a batch size below 1, labels of curves that are not unique,
-            settings that `generate` refuses (naming the point), prompts that do not fit into the model, damaged or
-            foreign results or progress, and for results that another process is writing.
+        ValueError: for an assistant or draft head that no curve takes, a batch size below 1, labels of curves that are
+            not unique, settings that `generate` refuses (naming the point), prompts that do not fit into the model,
+            damaged or foreign results or progress, and for results that another process is writing.
     """
     output = Path(output)
     if isinstance(batch_size, bool) or batch_size < 1:
@@ -104,10 +109,7 @@ def sweep(
     names = [curve.name for curve in curves]
     if len(set(names)) < len(names):
         raise ValueError(f"`curves` must have different labels (got {names}). Set `label` of each.")
-    if assistant is not None and not any(curve.method == "ar_assistant" for curve in curves):
-        raise ValueError(
-            f"`assistant` drafts with 'ar_assistant' (got it with {names}). Leave it out, or add a curve."
-        )
+    check_drafters_used({"assistant": assistant, "draft_head": draft_head}, [curve.method for curve in curves])
 
     # 1. Encode the prompts, name every point, and refuse what `generate` would refuse
     chat = bool(tokenizer.chat_template) if chat is None else chat
@@ -122,7 +124,8 @@ def sweep(
         "chat": chat,
         "scored_by": task.scored_by,
     }
-    causal = CausalDecoder(model, tokenizer, task, assistant)
+    made |= {} if command is None else {"command": command}
+    causal = CausalDecoder(model, tokenizer, task, assistant, draft_head)
     wanted: list[Point] = []
     for curve in curves:
         for parameter, value, settings in curve.points(length):
@@ -260,6 +263,9 @@ def _measure(
         for name in CAUSAL_SAMPLES:
             if name in counted:
                 found[name] = found.get(name, []) + counted[name]
+        for name in CAUSAL_SUMS:
+            if name in counted and (name in found or start == 0):  # an earlier version's journal has none
+                found[name] = found.get(name, 0) + counted[name]
         journal.write(key, found)
         advance(1)
     return found
@@ -313,6 +319,8 @@ def _complete(point: Point, found: dict[str, Any]) -> Point:
     figures |= {name: round(found[name], 3) for name in ("seconds", "cpu_seconds")}
     if "draft_forwards" in samples:
         figures["draft_forwards_per_token"] = round(sum(samples["draft_forwards"]) / max(1, tokens), 3)
+    if "draft_positions" in found:
+        figures["draft_positions_per_token"] = round(found["draft_positions"] / max(1, tokens), 2)
     return about | figures | {"samples": samples, "provenance": point["provenance"]}
 
 

@@ -228,6 +228,7 @@ _CAUSAL: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: _DECODE[name] for name in ("tokens/s", "faster", "faster (CPU s)", "forwards", "tokens per forward")},
     "draft forwards": lambda row: f"{row['draft_forwards']}",
     "positions per token": _BLOCKS["positions per token"],
+    "draft positions per token": lambda row: f"{row['draft_positions_per_token']:.1f}",
     "answers as plain greedy's": lambda row: (
         "drawn" if row["equal_answers"] is None else f"{row['equal_answers']:.1f} %"
     ),

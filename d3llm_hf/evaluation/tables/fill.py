@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ..suites import SUITES, Suite
-from ..sweep.points import read_points
 from . import ablation, bench, leaderboard, sweep
 
 
@@ -101,10 +100,10 @@ def _rows(suite: Suite, rows: list[dict[str, Any]]) -> list[str]:
 def _loaded(source: Path) -> dict[str, Any]:
     """A results file; as its `cuda` the one that `d3llm bench all` has written beside it, where there is one.
 
-    Lines of `d3llm sweep` are the `points` of one.
+    One of JSON lines is that of a sweep.
     """
     if source.suffix == ".jsonl":
-        return {"suite": "sweep", "points": read_points(source)}
+        return sweep.points_of(source)
     results = json.loads(source.read_text(encoding="utf-8"))
     cuda = source.with_name(f"{source.stem}-cuda.json")
     return results | {"cuda": json.loads(cuda.read_text(encoding="utf-8"))} if cuda.is_file() else results

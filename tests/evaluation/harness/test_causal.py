@@ -6,6 +6,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from causal import causal_model, chain_model
+from eagle3 import HEAD, recorded_pair
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from official import tiny_tokenizer
@@ -68,6 +69,24 @@ def test_an_assistant_drafts_and_is_part_of_what_an_answer_is_kept_by(model):
     assert identity(model, TOKENIZER, {"assistant": lm.assistant_fingerprint}) != identity(model, TOKENIZER, {})
 
 
+def test_a_draft_head_drafts_and_is_part_of_what_an_answer_is_kept_by():
+    target, head = recorded_pair()
+    tree = {"decoding_method": "eagle3", "total_tokens": 9, "depth": 1, "draft_top_k": 3}
+    texts = {}
+    for name, arguments in (
+        ("ar", {}),
+        ("folder", tree | {"draft_head": str(HEAD)}),
+        ("head", tree | {"draft_head": head}),
+    ):
+        lm = lm_of(target, **arguments)
+        texts[name] = lm.generate_until(asked("one two", until=[]), disable_tqdm=True)
+    assert texts["ar"] == texts["folder"] == texts["head"]
+    record = lm.records[0]
+    assert record.draft_forwards == 2 * (record.forwards - 1) and record.draft_positions > record.draft_forwards
+    assert "draft_head_fingerprint" in lm.decisive and lm.draft_head_fingerprint
+    assert lm.get_model_info()["generation_stats"]["draft_positions"] == record.draft_positions
+
+
 def test_what_is_drawn_repeats_by_the_seed():
     lm = lm_of(causal_model(vocab_size=512), seed=3)
     texts = [lm.generate_until(asked("x", until=[], do_sample=True, temperature=3.0), True) for _ in range(2)]
@@ -85,6 +104,7 @@ def test_what_is_drawn_repeats_by_the_seed():
         ({"decoding_method": "ar_prompt_lookup", "batch_size": 2}, "`batch_size` must be 1 with ar_prompt_lookup"),
         ({"decoding_method": "ar_assistant"}, "`assistant_model` must be given for 'ar_assistant'"),
         ({"assistant": spelling(1)}, "`assistant_model` has no effect with 'ar'"),
+        ({"draft_head": str(HEAD)}, "`draft_head` has no effect with 'ar'"),
         ({"decoding_method": "llada"}, r"`method` must be one of \['ar'"),
     ],
 )

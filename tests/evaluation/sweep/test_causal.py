@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from causal import causal_model, chain_model
+from eagle3 import HEAD, recorded_pair
 from official import tiny_tokenizer
 from outcomes import outcome_of
 from sweeping import CAREFUL, sure_model, task_of, without_times
@@ -60,6 +61,8 @@ def test_figures_are_those_counted_by_hand(model, tmp_path):
     for point in (early, assisted):
         assert point["samples"]["forwards"] == [1] * 3 and point["samples"]["draft_forwards"] == [3] * 3
         assert (point["tpf"], point["draft_forwards_per_token"]) == (2.0, 1.5)
+        assert point["draft_positions_per_token"] == (3 + 1 + 1) / 2
+    assert plain["draft_positions_per_token"] == 0
     assert plain["samples"]["draft_forwards"] == [0] * 3 and "equal_to_plain" not in plain["samples"]
     assert all(point["samples"]["equal_to_plain"] == [1] * 3 for point in points[1:])
     assert [point["provenance"]["batch_size"] for point in points] == [2, 1, 1, 1]
@@ -76,7 +79,7 @@ def test_figures_are_those_counted_by_hand(model, tmp_path):
     assert [entry.method for entry in board.tasks[0].entries] == ["ar_assistant", "early", "ar", "ar_prompt_lookup"]
     text = markdown(document(board, ()))
     assert "| early (AR) | seven |" in text and "Rows marked AR are causal models" in text
-    assert "| 1.50 | 100.0 % |" in text and "Draft forwards per token" in text
+    assert "| 1.50 | 2.5 | 100.0 % |" in text and "Draft forwards per token | Draft positions per token" in text
     assert all(entry["autoregressive"] for entry in figures(board)["tasks"][0]["entries"])
 
 
@@ -94,6 +97,7 @@ def test_a_sweep_that_was_interrupted_goes_on(model, tmp_path):
         run(model, output, EARLY, task=task_of(3, scorer=judge))
     (point,) = run(model, output, EARLY, task=task_of(3, scorer=patient))
     assert point["samples"]["draft_forwards"] == [3] * 3 and point["samples"]["equal_to_plain"] == [1] * 3
+    assert point["draft_positions_per_token"] == (3 + 1 + 1) / 2
 
 
 def patient(text, reference):
@@ -145,12 +149,33 @@ def test_an_assistant_of_another_vocabulary(model, tmp_path):
         run(model, tmp_path / "other.jsonl", ASSISTED, assistant=(writer(1), renamed))
 
 
+def test_a_draft_head_drafts_and_is_part_of_what_a_point_is_known_by(tmp_path):
+    (target, head), tree = recorded_pair(), {"total_tokens": 14, "depth": 2, "draft_top_k": 3}
+    curve, output = Curve("eagle3", settings=tree), tmp_path / "results.jsonl"
+    plain, drafted = run(target, output, PLAIN, curve, draft_head=head, batch_size=2, max_new_tokens=12)
+    assert drafted["samples"]["equal_to_plain"] == [1] * 3
+    assert drafted["samples"]["tokens"] == plain["samples"]["tokens"]
+    forwards, drafts = (drafted["samples"][name] for name in ("forwards", "draft_forwards"))
+    assert drafts == [3 * (count - 1) for count in forwards]  # of each tree
+    tokens = sum(plain["samples"]["tokens"])
+    assert drafted["positions_per_token"] == round((3 * 3 + 14 * (sum(forwards) - 3)) / tokens, 2)
+    assert drafted["draft_positions_per_token"] > drafted["draft_forwards_per_token"] > 0
+    assert drafted["provenance"]["batch_size"] == 1
+    head = copy.deepcopy(head)
+    head.norm.weight.mul_(2)
+    (other,) = run(target, output, curve, draft_head=head, max_new_tokens=12)
+    assert key_of(other) != key_of(drafted)
+    with pytest.raises(ValueError, match="must have the same `draft_head_fingerprint`"):
+        curves([drafted, other])
+
+
 @pytest.mark.parametrize(
     ("curve", "expected"),
     [
         (CAREFUL, "llada: `model` must decode by diffusion for 'llada' .got LlamaForCausalLM"),
         (Curve("ar_mtp"), "ar_mtp: The method 'ar_mtp' needs a checkpoint with `num_mtp_layers`"),
         (ASSISTED, "ar_assistant: `assistant_model` must be given"),
+        (Curve("eagle3"), "eagle3: `model` must have at least 7 layers, of which EAGLE-3 reads three .got 2"),
         (Curve("ar", "x", {"block_length": 4}), "x: `block_length` must be a setting of ar"),
     ],
 )
@@ -163,8 +188,9 @@ def test_what_the_model_cannot_do_is_refused_before_anything_is_decoded(model, t
 def test_a_diffusion_model_and_an_idle_assistant_are_refused(model, tmp_path):
     with pytest.raises(TypeError, match=r"ar: `model` must be a causal model for the method 'ar' \(got ScriptedModel"):
         run(sure_model(), tmp_path / "results.jsonl", PLAIN)
-    with pytest.raises(ValueError, match=r"`assistant` drafts with .ar_assistant. \(got it with \[.ar.\]\)"):
-        run(model, tmp_path / "results.jsonl", PLAIN, assistant=(model, TOKENIZER))
+    for option, method in (("assistant", "ar_assistant"), ("draft_head", "eagle3")):
+        with pytest.raises(ValueError, match=rf"`{option}` drafts with '{method}' \(got it with \['ar'\]\)"):
+            run(model, tmp_path / "results.jsonl", PLAIN, **{option: (model, TOKENIZER)})
     with pytest.raises(ValueError, match=r"leave room for the longest prompt in the model's 512 positions"):
         run(model, tmp_path / "results.jsonl", PLAIN, max_new_tokens=512)
 
@@ -218,8 +244,25 @@ def test_one_command_measures_a_diffusion_model_and_a_causal_one(command, folder
     assert [(point["model"], point["method"]) for point in points] == [
         ("d3llm-llada", "d3llm"), ("seven", "ar"), ("seven", "early"), ("seven", "ar_assistant")
     ]  # fmt: skip
-    assert "draft forwards per token" in err.splitlines()[-1]
+    assert "draft forwards and " in err.splitlines()[-1]
     assert len({json.dumps(point["num_samples"]) for point in points}) == 1
+
+
+@pytest.mark.full
+def test_one_command_measures_a_diffusion_model_and_a_draft_head(command, tmp_path):
+    folder, output = tmp_path / "target", tmp_path / "results.jsonl"
+    recorded_pair()[0].save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    argv = ["d3llm-llada", f"llama={folder}", "--methods", "d3llm", "ar", "tree=eagle3:total_tokens=9,depth=2"]
+    argv += ["--draft-head", HEAD, "--grid", "entropy_threshold=0.3", "--grid", "draft_top_k=2,3", "--num-samples", 2]
+    code, _, err = command(*argv, "--max-new-tokens", 8, "--dtype", "float32", "--batch-size", 1, "-o", output)
+    assert code == 0, err
+    points = read_points(output)
+    assert [(point["model"], point["method"], point["value"]) for point in points] == [
+        ("d3llm-llada", "d3llm", 0.3), ("llama", "ar", None), ("llama", "tree", 2), ("llama", "tree", 3)
+    ]  # fmt: skip
+    assert all(point["positions_per_token"] > 0 and point["tokens_per_second"] > 0 for point in points)
+    assert err.splitlines()[-1].endswith("draft positions per token")
 
 
 @pytest.mark.parametrize(
@@ -232,7 +275,9 @@ def test_one_command_measures_a_diffusion_model_and_a_causal_one(command, folder
         (["d3llm-llada", "--methods", "ar", "d3llm"], "`--methods` must fit the models (got ['ar'] for causal models"),
         (["d3llm-llada", "--methods", "ar"], "got LLaDAModelLM, which decodes by diffusion"),
         (["FOLDER", "--methods", "d3llm"], "must be a LLaDA, Dream or d3LLM checkpoint (got LlamaModel"),
-        (["FOLDER", "--methods", "ar", "--assistant", "FOLDER"], "`--assistant` drafts with the method ar_assistant"),
+        (["FOLDER", "--methods", "ar", "--assistant", "FOLDER"], "`--assistant` drafts with 'ar_assistant' (got it"),
+        (["FOLDER", "--methods", "ar", "--draft-head", "FOLDER"], "`--draft-head` drafts with 'eagle3' (got it"),
+        (["FOLDER", "--methods", "eagle3", "--draft-head", "FOLDER"], "The config of a draft head must name"),
     ],
 )
 def test_models_and_methods_that_do_not_fit_are_refused(command, folder, tmp_path, argv, expected):

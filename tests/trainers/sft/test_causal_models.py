@@ -111,7 +111,9 @@ def test_unset_views_and_ratios_are_those_of_the_form(into, tmp_path):
 def test_arguments_without_effect_are_refused(arguments, message):
     script_args = run_sft.SFTScriptArguments(**arguments)
     with pytest.raises(ValueError, match=message):
-        run_sft.check_conversion(script_args, SimpleNamespace(fsdp=["full_shard"], deepspeed=None))
+        run_sft.check_conversion(
+            script_args, SimpleNamespace(objective="masked_diffusion", fsdp=["full_shard"], deepspeed=None)
+        )
 
 
 def test_a_gguf_is_named_beside_its_folder(tmp_path):
