@@ -45,12 +45,14 @@ leaderboard:  ## measure the embedded checkpoints with all methods (an hour of o
 	    --title "Embedded checkpoints: accuracy under parallelism"
 
 AGAINST = d3llm_hf/evaluation/results/autoregressive.jsonl
-MULTI_BLOCK = d3llm:block_length=16,entropy_threshold=0.3
-autoregressive:  ## measure the embedded checkpoints against their causal twin (minutes of one core; resumable)
+BLOCKS = block_length=16
+autoregressive:  ## measure the embedded checkpoints beside their causal twin (minutes of one core; resumable)
 	for batch in 1 8; do OMP_NUM_THREADS=1 $(PYTHON) -m d3llm_hf sweep d3llm-causal d3llm-llada d3llm-llada-teacher \
-	    --methods ar ar_prompt_lookup short=ar_prompt_lookup:prompt_lookup_num_tokens=3 $(MULTI_BLOCK) \
-	    cached=$(MULTI_BLOCK),kv_cache=delayed,cache_delay=1 --no-grid --num-samples 200 --batch-size $$batch \
-	    --dtype float32 --device cpu -o $(AGAINST) || exit 1; done
+	    --methods ar ar_prompt_lookup lookup-3=ar_prompt_lookup:prompt_lookup_num_tokens=3 \
+	    d3llm-0.1=d3llm:$(BLOCKS),entropy_threshold=0.1 d3llm-0.4=d3llm:$(BLOCKS),entropy_threshold=0.4 \
+	    d3llm-0.4-cached=d3llm:$(BLOCKS),entropy_threshold=0.4,kv_cache=delayed,cache_delay=1 \
+	    one-by-one=llada:$(BLOCKS),kv_cache=dual --no-grid --num-samples 300 --batch-size $$batch --dtype float32 \
+	    --device cpu -o $(AGAINST) || exit 1; done
 	$(PYTHON) -m d3llm_hf.evaluation.tables docs/measuring.md
 
 wheel:  ## build dist/*.whl

@@ -8,7 +8,7 @@ from ..hub.loading import load_causal
 
 
 def prepare(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[Any, Any, str, dict[str, Any]]:
-    """Model, tokenizer, one of `AR_METHODS` (`"ar"` where none is named), and its settings.
+    """Model, tokenizer, one of `AR_METHODS` that needs no other model (`"ar"` where none is named), and its settings.
 
     Args:
         args: the command's options.
@@ -20,14 +20,15 @@ def prepare(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[Any,
     from ..autoregressive.methods import AR_METHODS, complete_settings
 
     method = settings.get("decoding_method", "ar")
+    alone = [name for name, row in AR_METHODS.items() if row.needs is None]
     if args.watch:
         raise ValueError(
             f"`--watch` shows a canvas, and a causal model has none (got it with {args.model!r}). Leave it out."
         )
-    if method not in AR_METHODS:
+    if method not in alone:
         raise ValueError(
-            f"`--decoding-method` must be one of {list(AR_METHODS)} for a causal model (got {method!r} with "
-            f"{args.model!r}). Leave it out for plain decoding."
+            f"`--decoding-method` must be one of {alone} for a causal model (got {method!r} with {args.model!r}). "
+            "Leave it out for plain decoding; what drafts by another model is for `d3llm sweep` and Python."
         )
     complete_settings(method, _own(settings))  # before anything is loaded
     model, tokenizer = load_causal(args.model, device=args.device, dtype=args.dtype, revision=args.revision)

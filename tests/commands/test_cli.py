@@ -198,6 +198,7 @@ def test_a_causal_model_answers_from_left_to_right_by_the_methods_that_it_has(ru
     for argv, pattern in (
         (["--watch"], "`--watch` shows a canvas"),
         (["--decoding-method", "d3llm"], "`--decoding-method` must be one of .* for a causal model"),
+        (["--decoding-method", "ar_assistant"], "`--decoding-method` must be one of .*got 'ar_assistant'"),
         (["--block-length", 4], "`block_length` must be a setting of ar"),
         (["--seed", 3], "`seed` needs sampling"),
     ):
