@@ -32,6 +32,7 @@ _MODULE_OF = {
     "Eagle3Head": "autoregressive.eagle3.head",
     "Fast_dLLM_QwenConfig": "models.configuration_fast_dllm_v2",
     "Fast_dLLM_QwenForCausalLM": "models.modeling_fast_dllm_v2",
+    "Form": "forms.form",
     "LLaDA2MoeConfig": "models.configuration_llada2",
     "LLaDA2MoeModelLM": "models.modeling_llada2",
     "LLaDAConfig": "models.configuration_llada",
@@ -51,11 +52,15 @@ _MODULE_OF = {
     "aup_score": "metrics.aup.curve",
     "block_causal_lm": "conversion",
     "bootstrap_aup": "metrics.aup.curve",
+    "choose": "forms.choosing",
     "eagle3_generate": "autoregressive.eagle3.generate",
     "encode_chat": "text",
     "encode_infill": "text",
     "encode_text": "text",
     "export_checkpoint": "hub.checkpoints",
+    "fill": "forms.filling",
+    "fill_batch": "forms.filling",
+    "form_of_schema": "forms.schema",
     "init_checkpoint": "hub.checkpoints",
     "is_greedy": "likelihood",
     "log_likelihood": "likelihood",
@@ -76,6 +81,7 @@ __all__ = [
     "Eagle3Head",
     "Fast_dLLM_QwenConfig",
     "Fast_dLLM_QwenForCausalLM",
+    "Form",
     "LLaDA2MoeConfig",
     "LLaDA2MoeModelLM",
     "LLaDAConfig",
@@ -96,11 +102,15 @@ __all__ = [
     "aup_score",
     "block_causal_lm",
     "bootstrap_aup",
+    "choose",
     "eagle3_generate",
     "encode_chat",
     "encode_infill",
     "encode_text",
     "export_checkpoint",
+    "fill",
+    "fill_batch",
+    "form_of_schema",
     "init_checkpoint",
     "is_greedy",
     "log_likelihood",
@@ -129,6 +139,10 @@ if TYPE_CHECKING:
     from .autoregressive.eagle3.generate import eagle3_generate
     from .autoregressive.eagle3.head import Eagle3Head
     from .conversion import block_causal_lm
+    from .forms.choosing import choose
+    from .forms.filling import fill, fill_batch
+    from .forms.form import Form
+    from .forms.schema import form_of_schema
     from .hub.checkpoints import export_checkpoint, init_checkpoint
     from .hub.push import push_folder
     from .likelihood import LogLikelihood, is_greedy, log_likelihood

@@ -49,15 +49,17 @@ def block_causal_lm(
     A token of the result sees its block of `block_length` tokens and all earlier ones, over the same weights. Before
     it is trained so, what it writes is of no use: that is `trainers/run_sft.py`, or any trainer of yours.
 
-    | `into` | logits row i predicts | class, where the architecture is that of the family | blocks |
+    | `into` | logits row i predicts | Qwen2, Qwen3 and Llama become | blocks |
     |---|---|---|---|
-    | `"fast_dllm_v2"` | token i + 1, as in the causal model | [`Fast_dLLM_QwenForCausalLM`]: Qwen2, Llama | 32 |
-    | `"sdar"` | token i | [`SDARForCausalLM`]: Qwen3 | 4 |
+    | `"fast_dllm_v2"` | token i + 1, as in the causal model | [`Fast_dLLM_QwenForCausalLM`] | 32 |
+    | `"sdar"` | token i | [`SDARForCausalLM`] | 4 |
 
-    Llama is Qwen2 with biases of zero. These classes carry their code where they are saved, and the Auto classes,
-    `d3llm generate` and `d3llm export` know them. Any other pair keeps its stock class, as [`as_diffusion_lm`] makes
-    it block-causal: `d3llm generate` and the training scripts know it by its config, and `as_diffusion_lm(model)`
-    gives a loaded one its decoder.
+    Biases that the class has and the model lacks are zero, and `config.qk_norm` says whether there are norms of
+    queries and keys. These classes carry their code where they are saved, and the Auto classes, `d3llm generate` and
+    `d3llm export` know them. Any other architecture keeps its stock class, as does one with biases that the class
+    lacks (in the MLP, or for Fast-dLLM v2 behind the attention): [`as_diffusion_lm`] makes it block-causal,
+    `d3llm generate` and the training scripts know it by its config, and `as_diffusion_lm(model)` gives a loaded one
+    its decoder.
 
     A tokenizer without a mask token gets `"<|MASK|>"`. Rows of embedding and head that no token had before are the
     mean of the others. Of the generation config the special tokens stay, and how to sample does not: it was chosen
@@ -204,29 +206,38 @@ def _add_mask_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _family(model: Any, into: str) -> Any:
     """The class whose architecture a model has, or `None`."""
-    config = model.config
+    if type(model) not in (Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM):
+        return None
+    if type(model) is LlamaForCausalLM and model.config.mlp_bias:
+        return None
     if into == "sdar":
-        return SDARForCausalLM if type(model) is Qwen3ForCausalLM else None
-    biased = type(model) is LlamaForCausalLM and (config.attention_bias or config.mlp_bias)
-    return Fast_dLLM_QwenForCausalLM if type(model) in (Qwen2ForCausalLM, LlamaForCausalLM) and not biased else None
+        return SDARForCausalLM
+    biased = type(model) is not Qwen2ForCausalLM and model.config.attention_bias  # also behind the attention
+    return None if biased else Fast_dLLM_QwenForCausalLM
 
 
 def _of_family(family: Any, model: Any, blocks: dict[str, int]) -> Any:
     """A model of that class over the tensors of another, which has them under the same names."""
-    # 1. The config: what both have, and the width of a head where a config gives it
+    # 1. The config: what both have, the width of a head, and which biases and norms there are
     source, config_class = text_config(model.config), family.config_class
     own = {field.name for field in fields(config_class)} & {*config_class.__annotations__}
     keys = {name: getattr(source, name) for name in own - _OWN if hasattr(source, name)}
+    keys["qk_norm"] = isinstance(model, Qwen3ForCausalLM)
     if getattr(source, "head_dim", None) is not None:
         keys["head_dim"] = source.head_dim
+    elif "head_dim" in own:
+        keys["head_dim"] = source.hidden_size // source.num_attention_heads
+    biased = ["q_proj", "k_proj", "v_proj"]
+    if family is SDARForCausalLM:
+        keys["attention_bias"] = isinstance(model, Qwen2ForCausalLM) or source.attention_bias
+        biased = [*biased, "o_proj"] if keys["attention_bias"] else []
     config = config_class(**keys, **blocks)
     config._attn_implementation = source._attn_implementation
 
-    # 2. The tensors, with biases of zero where Llama has none
+    # 2. The tensors, with biases of zero where the model has none
     tensors = model.state_dict()
-    if isinstance(model, LlamaForCausalLM):
-        for name in [name for name in tensors if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]:
-            tensors[name.removesuffix("weight") + "bias"] = tensors[name].new_zeros(len(tensors[name]))
+    for name in [name for name in tensors if name.endswith(tuple(f"{projection}.weight" for projection in biased))]:
+        tensors.setdefault(name.removesuffix("weight") + "bias", tensors[name].new_zeros(len(tensors[name])))
     made = family.from_pretrained(None, config=config, state_dict=tensors, dtype=model.dtype).to(model.device)
     made.config.name_or_path = model.config.name_or_path  # what was it made from, for cards
     return made.eval()

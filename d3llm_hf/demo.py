@@ -1,9 +1,10 @@
-"""The page of `d3llm demo`: answers while they are decided, two methods side by side, and a slider over the steps.
+"""The page of `d3llm demo`: answers while they are decided, two methods side by side, a slider over the steps, forms.
 
 All state of a user lies in the session: traces in a `gr.State`, the generation at work in [`Sessions`] under the
 session's name, so that Stop and leaving the page reach it and nobody else's.
 """
 
+import json
 import re
 import threading
 import time
@@ -13,6 +14,8 @@ from html import escape
 from typing import Any
 
 from .evaluation.tasks.word_problems import generate_problems
+from .forms.filling import fill
+from .forms.schema import form_of_schema
 from .models.generation_config_d3llm import DEFAULT_METHOD
 from .models.methods import (
     ALLOWED_REMASKING,
@@ -20,6 +23,7 @@ from .models.methods import (
     CACHES,
     COMMON,
     DECODERS,
+    WINDOWS,
     caches_of,
     defaults_of,
     methods_of,
@@ -40,6 +44,13 @@ REDRAW = 0.05  # seconds between two pictures: a fast model decides faster than 
 NEW_TOKENS = 64
 # Settings that a method or a cache may have, in the order of the page; the seed is one for both methods.
 FIELDS = tuple(name for name in SETTINGS if name not in ("decoding_method", "kv_cache", "seed"))
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "steps": {"type": "array", "items": {"type": "string"}, "maxItems": 3},
+        "answer": {"type": "integer", "minimum": 0, "maximum": 999},
+    },
+}
 NO_CANVAS = '<div class="d3-trace"><p>The answer appears here.</p></div>'
 CSS = CANVAS_CSS + ".dark .d3-trace " + DARK_CSS + ".d3-trace { padding: .4rem .2rem; } footer { display: none; }"
 FONTS, MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # gradio's own would come from a server
@@ -162,6 +173,27 @@ class Handlers:
                 self.sessions.leave(session)
             yield list(done)
 
+    def fill(self, prompt: str, schema: str, method: str) -> tuple[str, str]:
+        """The filled form of a JSON schema, and what it took.
+
+        Raises:
+            gr.Error: for a schema, prompt or method that the library refuses, with its message.
+        """
+        try:
+            try:
+                read = json.loads(schema or "")
+            except ValueError as error:
+                raise ValueError(f"`schema` must be JSON (got {error}). Correct it there.") from None
+            form = form_of_schema(read)
+            asked: Any = prompt
+            if (prompt or "").strip() and getattr(self.tokenizer, "chat_template", None):
+                asked = [{"role": "user", "content": prompt}]
+            found = fill(self.model, self.tokenizer, form, prompt=asked, decoding_method=method)
+        except (ValueError, TypeError) as error:
+            text = escape(str(error), quote=False)
+            raise gr.Error(text, title="This cannot be filled in", print_exception=False) from error
+        return found.text, f"{found.num_tokens} tokens in {found.num_forwards} forwards"
+
     def _record(self, prompt: str, chat: bool, settings: dict[str, Any]) -> Recording:
         if not (prompt or "").strip():
             raise ValueError("`prompt` must not be empty (got nothing). Write one, or choose an example.")
@@ -229,97 +261,130 @@ def build(model, tokenizer, *, name: str, concurrency: int = 2) -> gr.Blocks:
     handlers = Handlers(model, tokenizer, name)
     own_method = getattr(model.generation_config, "decoding_method", None) or model.traits.method or DEFAULT_METHOD
     with gr.Blocks(title="d3llm: watch it think", analytics_enabled=False) as page:
-        traces = gr.State([])
         gr.Markdown(f"# Watch it think\n`{name}` decides several tokens at a time, in the order of its certainty.")
-        prompt = gr.Textbox(
-            label="Prompt", lines=2, elem_id="prompt", placeholder="Write a prompt, or choose one below"
-        )
-        examples = [[problem.question] for problem in generate_problems(3, split="test", seed=7, max_steps=3)]
-        gr.Examples(examples, inputs=[prompt], label="Word problems of the kind that d3llm-llada was trained on")
-        with gr.Row():
-            length = gr.Number(handlers.usual_length(), label="New tokens", precision=0, min_width=110)
-            temperature = gr.Number(0, label="Temperature (0: greedy)", min_width=110)
-            seed = gr.Number(0, label="Seed", precision=0, min_width=110)
-            has_template = bool(getattr(tokenizer, "chat_template", None))
-            chat = gr.Checkbox(has_template, label="Chat template", visible=has_template, min_width=110)
-        with gr.Row():
-            with gr.Column(min_width=300), gr.Group():
-                first = _method_box(handlers, "Method", own_method)
-            with gr.Column(min_width=300):
-                compare = gr.Checkbox(False, label="Compare with a second method", elem_id="compare")
-                with gr.Group(visible=False) as second_group:
-                    second = _method_box(handlers, "Second method", "llada" if own_method != "llada" else "d3llm")
-        with gr.Row():
-            run = gr.Button("Run", variant="primary", elem_id="run", min_width=110)
-            stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=110)
-        slider = gr.Slider(0, 1, 1, step=1, label="Forward", visible=False, elem_id="forward", buttons=[])
-        with gr.Row():
-            with gr.Column(min_width=300):
-                canvas = gr.HTML(NO_CANVAS, elem_id="canvas")
-            with gr.Column(min_width=300, visible=False) as second_column:
-                other = gr.HTML(NO_CANVAS, elem_id="second-canvas")
-
-        hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        quick: dict[str, Any] = {"queue": False} | hidden
-
-        def begin(compares: bool, request: gr.Request):
-            handlers.sessions.begin(request.session_hash)
-            shown = gr.update(visible=compares)
-            return (
-                gr.update(interactive=False),
-                gr.update(interactive=True),
-                gr.update(visible=False),
-                shown,
-                [],
-                "",
-                "",
-            )
-
-        def decode(request: gr.Request, prompt, chat, length, temperature, seed, compares, *values):
-            boxes = [values[: len(first.inputs)], values[len(first.inputs) :]][: 1 + bool(compares)]
-            shared = handlers.shared(length, temperature, seed)
-            runs = [shared | handlers.settings(m, c, dict(zip(FIELDS, v, strict=True))) for m, c, *v in boxes]
-            shown: list[tuple[Trace, bool]] = []
-            drawn: list[str] = []
-            try:
-                for shown in handlers.run(request.session_hash, prompt, chat, runs):
-                    drawn = [picture(trace, over) for trace, over in shown]
-                    yield [gr.skip(), gr.skip(), *[*drawn, NO_CANVAS][:2]]
-            except gr.Error as error:  # a warning, since the page must come to its end; it stays where the answer goes
-                gr.Warning(error.message, title=error.title)
-                drawn = [picture(trace, True) for trace, _ in shown]
-                yield [gr.skip(), gr.skip(), *[*drawn, refusal(error), NO_CANVAS][:2]]
-            found = [trace for trace, _ in shown if trace.forwards]
-            last = max((trace.forwards for trace in found), default=1)
-            yield [found, gr.update(maximum=last, value=last, visible=bool(found)), gr.skip(), gr.skip()]
-
-        def end():
-            return gr.update(interactive=True), gr.update(interactive=False)
-
-        def halt(request: gr.Request):
-            handlers.sessions.stop(request.session_hash)
-
-        def step(found: list[Trace], forward: float):
-            drawn = [trace_html(trace, min(int(forward), trace.forwards)) for trace in found]
-            return [*drawn, gr.skip(), gr.skip()][:2]
-
-        inputs = [prompt, chat, length, temperature, seed, compare, *first.inputs, *second.inputs]
-        started = gr.on(
-            [run.click, prompt.submit],
-            begin,
-            [compare],
-            [run, stop, slider, second_column, traces, canvas, other],
-            **quick,
-        )
-        decided = started.then(
-            decode, inputs, [traces, slider, canvas, other], concurrency_limit=concurrency, **hidden
-        )
-        decided.then(end, None, [run, stop], **quick)
-        stop.click(halt, None, None, **quick)
-        slider.input(step, [traces, slider], [canvas, other], trigger_mode="always_last", **quick)
-        compare.input(lambda shown: gr.update(visible=shown), [compare], [second_group], **quick)
-        page.unload(halt)
+        with gr.Tab("Answer"):
+            _answer_tab(page, handlers, own_method, concurrency)
+        with gr.Tab("Form"):
+            _form_tab(handlers, own_method, concurrency)
     return page
+
+
+def _answer_tab(page: gr.Blocks, handlers: Handlers, own_method: str, concurrency: int) -> None:
+    traces = gr.State([])
+    prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt", placeholder="Write a prompt, or choose one below")
+    examples = [[problem.question] for problem in generate_problems(3, split="test", seed=7, max_steps=3)]
+    gr.Examples(
+        examples, inputs=[prompt], label="Word problems of the kind that the embedded checkpoints were trained on"
+    )
+    with gr.Row():
+        length = gr.Number(handlers.usual_length(), label="New tokens", precision=0, min_width=110)
+        temperature = gr.Number(0, label="Temperature (0: greedy)", min_width=110)
+        seed = gr.Number(0, label="Seed", precision=0, min_width=110)
+        has_template = bool(getattr(handlers.tokenizer, "chat_template", None))
+        chat = gr.Checkbox(has_template, label="Chat template", visible=has_template, min_width=110)
+    with gr.Row():
+        with gr.Column(min_width=300), gr.Group():
+            first = _method_box(handlers, "Method", own_method)
+        with gr.Column(min_width=300):
+            compare = gr.Checkbox(False, label="Compare with a second method", elem_id="compare")
+            with gr.Group(visible=False) as second_group:
+                second = _method_box(handlers, "Second method", "llada" if own_method != "llada" else "d3llm")
+    with gr.Row():
+        run = gr.Button("Run", variant="primary", elem_id="run", min_width=110)
+        stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=110)
+    slider = gr.Slider(0, 1, 1, step=1, label="Forward", visible=False, elem_id="forward", buttons=[])
+    with gr.Row():
+        with gr.Column(min_width=300):
+            canvas = gr.HTML(NO_CANVAS, elem_id="canvas")
+        with gr.Column(min_width=300, visible=False) as second_column:
+            other = gr.HTML(NO_CANVAS, elem_id="second-canvas")
+
+    hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    quick: dict[str, Any] = {"queue": False} | hidden
+
+    def begin(compares: bool, request: gr.Request):
+        handlers.sessions.begin(request.session_hash)
+        shown = gr.update(visible=compares)
+        return (
+            gr.update(interactive=False),
+            gr.update(interactive=True),
+            gr.update(visible=False),
+            shown,
+            [],
+            "",
+            "",
+        )
+
+    def decode(request: gr.Request, prompt, chat, length, temperature, seed, compares, *values):
+        boxes = [values[: len(first.inputs)], values[len(first.inputs) :]][: 1 + bool(compares)]
+        shared = handlers.shared(length, temperature, seed)
+        runs = [shared | handlers.settings(m, c, dict(zip(FIELDS, v, strict=True))) for m, c, *v in boxes]
+        shown: list[tuple[Trace, bool]] = []
+        drawn: list[str] = []
+        try:
+            for shown in handlers.run(request.session_hash, prompt, chat, runs):
+                drawn = [picture(trace, over) for trace, over in shown]
+                yield [gr.skip(), gr.skip(), *[*drawn, NO_CANVAS][:2]]
+        except gr.Error as error:  # a warning, since the page must come to its end; it stays where the answer goes
+            gr.Warning(error.message, title=error.title)
+            drawn = [picture(trace, True) for trace, _ in shown]
+            yield [gr.skip(), gr.skip(), *[*drawn, refusal(error), NO_CANVAS][:2]]
+        found = [trace for trace, _ in shown if trace.forwards]
+        last = max((trace.forwards for trace in found), default=1)
+        yield [found, gr.update(maximum=last, value=last, visible=bool(found)), gr.skip(), gr.skip()]
+
+    def end():
+        return gr.update(interactive=True), gr.update(interactive=False)
+
+    def halt(request: gr.Request):
+        handlers.sessions.stop(request.session_hash)
+
+    def step(found: list[Trace], forward: float):
+        drawn = [trace_html(trace, min(int(forward), trace.forwards)) for trace in found]
+        return [*drawn, gr.skip(), gr.skip()][:2]
+
+    inputs = [prompt, chat, length, temperature, seed, compare, *first.inputs, *second.inputs]
+    started = gr.on(
+        [run.click, prompt.submit],
+        begin,
+        [compare],
+        [run, stop, slider, second_column, traces, canvas, other],
+        **quick,
+    )
+    decided = started.then(decode, inputs, [traces, slider, canvas, other], concurrency_limit=concurrency, **hidden)
+    decided.then(end, None, [run, stop], **quick)
+    stop.click(halt, None, None, **quick)
+    slider.input(step, [traces, slider], [canvas, other], trigger_mode="always_last", **quick)
+    compare.input(lambda shown: gr.update(visible=shown), [compare], [second_group], **quick)
+    page.unload(halt)
+
+
+def _form_tab(handlers: Handlers, own_method: str, concurrency: int) -> None:
+    """A JSON schema that is filled in: valid whatever the model, for what is fixed stands there from the start."""
+    prompt = gr.Textbox(label="Prompt", lines=2, elem_id="form-prompt", placeholder="What the form is about")
+    gr.Examples([[generate_problems(1, split="test", seed=7, max_steps=3)[0].question]], inputs=[prompt])
+    schema = gr.Textbox(json.dumps(SCHEMA, indent=2), label="JSON schema", lines=8, elem_id="form-schema")
+    method = gr.Dropdown(
+        methods_of(handlers.model.traits), value=own_method, label="Method", filterable=False, elem_id="form-method"
+    )
+    button = gr.Button("Fill in", variant="primary", elem_id="fill")
+    filled = gr.Textbox(label="Filled form", lines=4, interactive=False, elem_id="filled")
+    counts = gr.Markdown(elem_id="form-counts")
+
+    def on_fill(prompt: str, schema: str, method: str):
+        try:
+            return handlers.fill(prompt, schema, method)
+        except gr.Error as error:
+            gr.Warning(error.message, title=error.title)
+            return gr.skip(), error.message
+
+    button.click(
+        on_fill,
+        [prompt, schema, method],
+        [filled, counts],
+        concurrency_limit=concurrency,
+        api_visibility="private",
+    )
 
 
 def _method_box(handlers: Handlers, label: str, method: str) -> MethodBox:
@@ -367,7 +432,7 @@ def _field(name: str, usual: dict[str, Any], method: str) -> gr.components.Compo
     if kind is bool:
         return gr.Checkbox(**shown | {"value": bool(shown["value"])})
     if kind is str:
-        shown = {"choices": list(DECODERS)} | shown | {"min_width": 200}
+        shown = {"choices": list(WINDOWS if name == "window" else DECODERS)} | shown | {"min_width": 200}
         return gr.Dropdown(**shown, filterable=False)
     return gr.Number(**shown)
 

@@ -1,6 +1,9 @@
 """`block_causal_lm`: causal models as Fast-dLLM v2 or SDAR, with the forward they had, in folders that are known."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from d3llm_hf import Fast_dLLM_QwenForCausalLM, SDARForCausalLM, as_diffusion_lm
 from d3llm_hf.conversion import MASK_TOKEN
 from d3llm_hf.evaluation.harness.loading import load_checkpoint
 from d3llm_hf.hub.loading import load
+from d3llm_hf.hub.push import checked_files
 
 
 CAUSAL = QWEN | {"is_causal": None}
@@ -19,14 +23,18 @@ QWEN2 = Other("Qwen2ForCausalLM", 1, CAUSAL)
 QWEN3 = Other("Qwen3ForCausalLM", 1, CAUSAL | {"head_dim": 8})
 LLAMA = Other("LlamaForCausalLM", 1, CAUSAL)
 CASES = {
+    "Qwen2 as SDAR": (QWEN2, "sdar", SDARForCausalLM, {}),
     "Qwen2 as Fast-dLLM v2": (QWEN2, "fast_dllm_v2", Fast_dLLM_QwenForCausalLM, {}),
     "tied Qwen2 as Fast-dLLM v2": (QWEN2, "fast_dllm_v2", Fast_dLLM_QwenForCausalLM, {"tie_word_embeddings": True}),
+    "Qwen3 as Fast-dLLM v2": (QWEN3, "fast_dllm_v2", Fast_dLLM_QwenForCausalLM, {"tie_word_embeddings": True}),
+    "Qwen3 as SDAR": (QWEN3, "sdar", SDARForCausalLM, {}),
     "Llama as Fast-dLLM v2": (LLAMA, "fast_dllm_v2", Fast_dLLM_QwenForCausalLM, {"head_dim": 8}),
     "Llama with biases as Fast-dLLM v2": (LLAMA, "fast_dllm_v2", None, {"attention_bias": True}),
-    "Qwen3 as Fast-dLLM v2": (QWEN3, "fast_dllm_v2", None, {"tie_word_embeddings": True}),
-    "Qwen3 as SDAR": (QWEN3, "sdar", SDARForCausalLM, {}),
-    "Qwen2 as SDAR": (QWEN2, "sdar", None, {}),
-    "Llama as SDAR": (LLAMA, "sdar", None, {}),
+    "Llama as SDAR": (LLAMA, "sdar", SDARForCausalLM, {}),
+    "Llama with biases as SDAR": (LLAMA, "sdar", SDARForCausalLM, {"attention_bias": True}),
+    "Qwen3 with biases as SDAR": (QWEN3, "sdar", SDARForCausalLM, {"attention_bias": True}),
+    "Qwen3 with biases as Fast-dLLM v2": (QWEN3, "fast_dllm_v2", None, {"attention_bias": True}),
+    "Llama with biases in its MLP as SDAR": (LLAMA, "sdar", None, {"mlp_bias": True}),
 }
 OF_A_FAMILY = [name for name, case in CASES.items() if case[2] is not None]
 STOCK = [name for name, case in CASES.items() if case[2] is None]
@@ -39,12 +47,13 @@ def tokenizer_without_mask():
 
 
 def causal(other, rows=512, **config):
-    """A stock model whose table has a row for each token of the tokenizer, and biases that matter."""
+    """A stock model whose table has a row for each token of the tokenizer, and biases and norms that matter."""
     model = other.tiny(**({"vocab_size": rows, "eos_token_id": 510, "pad_token_id": 510} | config))
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith("bias"):
-                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
+            if weight.ndim == 1:
+                drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
+                weight.copy_(drawn if name.endswith("bias") else 1 + drawn / 4)
     return model
 
 
@@ -83,7 +92,7 @@ def test_the_forward_over_a_mask_of_blocks_is_the_stock_models(case):
     assert (after[..., :512] - before).abs().max() <= 1e-5 * before.abs().max()
 
 
-@pytest.mark.parametrize("case", ["tied Qwen2 as Fast-dLLM v2", "Qwen3 as SDAR", "Qwen3 as Fast-dLLM v2"])
+@pytest.mark.parametrize("case", ["tied Qwen2 as Fast-dLLM v2", "Qwen3 as SDAR", "Llama with biases as Fast-dLLM v2"])
 @pytest.mark.parametrize("rows", [512, 520])
 def test_a_new_row_is_the_mean_of_those_that_had_a_token(case, rows):
     other, into, _, config = CASES[case]
@@ -153,8 +162,58 @@ def test_a_folder_of_a_stock_class_is_known_by_its_config(case, tmp_path):
     loaded = [load(str(tmp_path), device="cpu")[0], load_checkpoint(str(tmp_path), device="cpu")[0]]
     for again in [*loaded, as_diffusion_lm(AutoModelForCausalLM.from_pretrained(tmp_path))]:
         assert again.traits == model.traits and torch.equal(decode(again), written)
-    with pytest.raises(ValueError, match=r"a class of transformers that `as_diffusion_lm` saved.* share the folder"):
+    with pytest.raises(
+        ValueError, match=r"a class of transformers that `as_diffusion_lm` saved.* share the folder.*`block_causal_lm`"
+    ):
         export_checkpoint(tmp_path, tmp_path / "exported")
+    with pytest.raises(ValueError, match=r"needs: code of its own, .*`block_causal_lm` makes .*`model.push_to_hub`"):
+        checked_files(tmp_path)
+
+
+@pytest.mark.full
+def test_a_folder_of_a_stock_class_becomes_one_of_a_family(tmp_path):
+    """As earlier versions made them of a Qwen3 in the form of Fast-dLLM v2."""
+    tokenizer, stock = tiny_tokenizer(), causal(QWEN3)
+    model = as_diffusion_lm(stock, mask_token_id=tokenizer.mask_token_id, logit_shift=1, block_length=4)
+    written = decode(model, decoding_method="fast_dllm_v2", sub_block_length=4)
+    model.save_pretrained(tmp_path)
+    again = block_causal_lm(AutoModelForCausalLM.from_pretrained(tmp_path), tokenizer, block_length=4)
+    assert type(again) is Fast_dLLM_QwenForCausalLM
+    assert torch.equal(decode(again, sub_block_length=4), written)
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = torch.tensor([[65, 66, 67, 68, 69]])
+written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=7, early_stop=False)
+assert "d3llm_hf" not in sys.modules
+print(type(model).__module__.split(".")[0], written.tolist())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["Qwen3 as Fast-dLLM v2", "Llama as SDAR"])
+def test_an_exported_folder_needs_no_package(case, tmp_path):
+    tokenizer = tokenizer_without_mask()
+    model = converted(case, tokenizer)
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    exported = export_checkpoint(tmp_path / "saved", tmp_path / "exported")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_THE_PACKAGE, str(exported)],
+        cwd=tmp_path,
+        env=environment | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == f"transformers_modules {decode(model).tolist()}"
 
 
 def quantised():

@@ -1,6 +1,7 @@
 """The page of `d3llm demo`: its handlers in this process, and (slow) the page itself in a browser."""
 
 import importlib.util
+import json
 import shutil
 import sys
 import threading
@@ -157,7 +158,7 @@ def test_the_page_shows_the_settings_of_its_method_and_a_change_of_method_shows_
     cache, *updates = functions["on_method"][0]("dkv")
     shown = {name for name, update in zip(demo.FIELDS, updates, strict=True) if update["visible"]}
     assert cache["value"] == "dkv" and "exact" not in cache["choices"]
-    common = {"early_stop", "cfg_scale", "suffix_length"}
+    common = {"early_stop", "cfg_scale", "suffix_length", "lookahead", "lookahead_threshold"}
     assert shown == {"block_length", "steps", "remasking", "cache_delay", "cache_refresh_interval"} | common
     updates = functions["on_cache"][0]("d3llm", "vicinity")
     assert [update["visible"] for update in updates] == [False, True, True, True]
@@ -321,3 +322,14 @@ def test_two_users_at_once_do_not_mix_and_who_leaves_or_stops_ends_only_his_own(
     answer_of(pages[1])
     assert "stopped" in pages[1].inner_text("#canvas .d3-stats")
     pages[1].context.close()
+
+
+def test_the_form_tab_fills_a_schema_and_says_what_is_wrong_with_one(handlers):
+    schema = '{"type": "object", "properties": {"a": {"type": "integer", "minimum": 3, "maximum": 12}}}'
+    for prompt in ("one", ""):
+        text, counts = handlers.fill(prompt, schema, "d3llm")
+        assert 3 <= json.loads(text)["a"] <= 12
+        assert counts.endswith(" forwards")
+    for wrong, message in ((schema[:-1], "`schema` must be JSON"), ("{}", "`schema.type` must be one of")):
+        with pytest.raises(gr.Error, match=message):
+            handlers.fill("one", wrong, "d3llm")

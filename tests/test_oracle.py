@@ -55,6 +55,17 @@ def test_what_a_forward_commits(choose, chosen, expected):
     assert choose(seen(P), rules(**chosen)) == expected
 
 
+def test_what_klass_commits():
+    calm = {5: 2, 6: 1, 7: 3, 9: 2, 10: 0, 14: 5}
+    chosen = rules("klass", confidence_threshold=0.55, kl_history=2)
+    assert choices.klass(seen(P), chosen, calm, 2) == {5, 7}
+    assert choices.klass(seen(P), chosen, calm, 1) == {6}  # nothing is calm in the first forward of a block
+    assert choices.klass(seen(P), rules("klass", confidence_threshold=0.55, kl_history=4), calm, 9) == {6}
+    half, sure = torch.tensor([0.5, 0.5]).double(), torch.tensor([0.75, 0.25]).double()
+    assert choices.divergence(sure, half) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert choices.divergence(half, half) == 0
+
+
 def test_equals_are_taken_from_the_left_and_nearly_equals_together():
     assert choices.fast_dllm(seen({4: 0.5, 3: 0.5}), rules(confidence_threshold=0.9)) == {3}
     assert choices.dinfer_threshold(seen({4: 0.5, 3: 0.5 - 9e-6, 2: 0.5 - 2e-5}), rules(confidence_threshold=0.9)) == {

@@ -111,10 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=_peft_config(script_args, model),
     )
     trainer.train(resume_from_checkpoint=resumption(args.resume_from_checkpoint))
-    if script_args.use_peft and script_args.merge_adapter:
-        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-    if save_dtype is not None:
-        trainer.model.to(save_dtype)
+    trainer.finish(merge_adapter=script_args.use_peft and script_args.merge_adapter, dtype=save_dtype)
     card = {"finetuned_from": _hub_id(script_args.model_name_or_path), "dataset": _hub_id(script_args.dataset_name)}
     if args.push_to_hub:
         trainer.push_to_hub(**card)  # saves before it pushes

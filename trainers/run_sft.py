@@ -25,6 +25,10 @@ A block-causal model, with several texts in each row:
     accelerate launch trainers/run_sft.py --model_name_or_path JetLM/SDAR-4B-Chat --dataset_name train.jsonl \
         --output_dir sdar-sft --bf16 --gradient_checkpointing --packing --use_peft --learning_rate 1e-4
 
+LLaDA made block-causal, blocks beginning behind the prompt:
+
+    OMP_NUM_THREADS=1 python trainers/run_sft.py --config trainers/recipes/sft_llada_block_tiny.yaml
+
 A causal model that becomes a block-causal one: Fast-dLLM v2 (rows of logits as they were) or SDAR (unshifted); its
 tokenizer gets a mask token where it has none:
 
@@ -98,6 +102,13 @@ class SFTScriptArguments:
             "of 32) or `sdar` (token i, blocks of 4); `block_length` sets others."
         },
     )
+    block_alignment: str | None = field(
+        default=None,
+        metadata={
+            "help": "Make a checkpoint of LLaDA block-causal: blocks of `block_length` tokens begin behind the "
+            "`prompt` or with the `text`."
+        },
+    )
     bidirectional: bool = field(
         default=False,
         metadata={
@@ -165,10 +176,8 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=_peft_config(script_args),
     )
     trainer.train(resume_from_checkpoint=resumption(args.resume_from_checkpoint))
-    if script_args.into is not None and script_args.use_peft:  # what the adapter is for is saved nowhere else
-        trainer.model = trainer.model.merge_and_unload()
-    if save_dtype is not None:
-        trainer.model.to(save_dtype)
+    # What an adapter of a converted model is for is saved nowhere else.
+    trainer.finish(merge_adapter=script_args.into is not None and script_args.use_peft, dtype=save_dtype)
     trainer.save_model()
 
 
@@ -187,13 +196,15 @@ def check_conversion(script_args: SFTScriptArguments, args) -> None:
             f"`model_name_or_path` must be a folder (got the file {name!r}). Pass `--model_name_or_path {folder} "
             f"--gguf_file {file}`."
         )
-    for argument in ("gguf_file", "into"):
+    for argument in ("gguf_file", "into", "block_alignment"):
         value = getattr(script_args, argument)
         if name is None and value is not None:
             raise ValueError(
                 f"`{argument}` must be unset without `model_name_or_path` (got {value!r}): a new model has its own "
                 "architecture. Name a checkpoint, or leave it out."
             )
+    if script_args.block_alignment is not None:
+        _check_alignment(script_args, args.block_length)
     for argument in ("into", "bidirectional"):
         value = getattr(script_args, argument)
         if value and args.objective == CAUSAL:
@@ -212,6 +223,19 @@ def check_conversion(script_args: SFTScriptArguments, args) -> None:
         raise ValueError(
             f"`use_peft` must be unset beside `into` where weights are sharded (got {script_args.into!r}): the "
             "adapter is merged in the end. Save what `d3llm_hf.block_causal_lm` makes, and train that folder."
+        )
+
+
+def _check_alignment(script_args: SFTScriptArguments, block_length: int | None) -> None:
+    if script_args.into is not None:
+        raise ValueError(
+            f"`block_alignment` must be unset beside `into` (got {script_args.block_alignment!r} and "
+            f"{script_args.into!r}), whose forms have blocks of their own. Unset one of them."
+        )
+    if block_length is None:
+        raise ValueError(
+            f"`block_length` must be set beside `block_alignment` (got None and {script_args.block_alignment!r}). Set "
+            "it, for example to 16."
         )
 
 
@@ -259,9 +283,11 @@ def load_model(script_args: SFTScriptArguments, tokenizer, block_length: int | N
     dtype = float_dtype("torch_dtype", script_args.torch_dtype)
     _check_one_source(script_args)
     if script_args.model_name_or_path is not None:
-        more: dict[str, Any] = (
-            {} if script_args.into is None else {"into": script_args.into, "block_length": block_length}
-        )
+        more: dict[str, Any] = {}
+        if script_args.into is not None:
+            more = {"into": script_args.into, "block_length": block_length}
+        elif script_args.block_alignment is not None:
+            more = {"blocks": {"block_length": block_length, "block_alignment": script_args.block_alignment}}
         if script_args.gguf_file is not None:
             more["gguf_file"] = script_args.gguf_file
         return load_checkpoint(

@@ -106,29 +106,38 @@ def _attention(work: Work, name: str) -> Iterator[None]:
         vars(work.model).pop("block_alignment", None)
 
 
+def sdar_config(bench: Any, length: int) -> SDARConfig:
+    """Of a random SDAR: heads 64 wide, the MLP three times as wide as the model, no stop token.
+
+    Args:
+        bench: has the sizes `vocab_size`, `d_model`, `layers` and `block_length`. Mask and pad are the last tokens.
+        length: of the longest sequence, in tokens.
+    """
+    last, heads = bench.vocab_size - 1, max(1, bench.d_model // HEAD_WIDTH)
+    return SDARConfig(
+        vocab_size=bench.vocab_size,
+        hidden_size=bench.d_model,
+        num_hidden_layers=bench.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=bench.d_model // heads,
+        intermediate_size=3 * bench.d_model,
+        max_position_embeddings=length,
+        block_size=bench.block_length,
+        mask_token_id=last,
+        pad_token_id=last - 1,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
 @contextmanager
 def _prepared(bench: DecodingBench) -> Iterator[Work]:
     """A random SDAR of the shape, with prompts."""
-    last = bench.vocab_size - 1
-    heads = max(1, bench.d_model // HEAD_WIDTH)
     with threads(bench.threads), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(bench.seed)
-        config = SDARConfig(
-            vocab_size=bench.vocab_size,
-            hidden_size=bench.d_model,
-            num_hidden_layers=bench.layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            head_dim=bench.d_model // heads,
-            intermediate_size=3 * bench.d_model,
-            max_position_embeddings=bench.prompt_length + bench.new_tokens,
-            block_size=bench.block_length,
-            mask_token_id=last,
-            pad_token_id=last - 1,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        yield random_work(SDARForCausalLM(config), bench)
+        model = SDARForCausalLM(sdar_config(bench, bench.prompt_length + bench.new_tokens))
+        yield random_work(model, bench)
 
 
 def _check(bench: DecodingBench, turns: dict[str, Turn]) -> None:

@@ -43,7 +43,9 @@ _run = subprocess.run
 COMMITTED: dict[str, str] = {
     "bench_train": "train --shape wide-vocab --batch-size 4 --repeats 2",
     "bench_decode_8b_like": "decode --shape 8b-like --kv-cache delayed --cache-delay 1 --threads 2",
-    "bench_decode_8b_like_bf16": "decode --shape 8b-like --dtype bfloat16 --threads 2 --repeats 1",
+    "bench_decode_8b_like_bf16": (
+        "decode --shape 8b-like --dtype bfloat16 --max-new-tokens 64 --threads 2 --repeats 1"
+    ),
     "bench_decode_wide_vocab": "decode --shape wide-vocab --threads 2",
     "bench_decode_wide_vocab_bf16": (
         "decode --shape wide-vocab --dtype bfloat16 --max-new-tokens 64 --threads 2 --repeats 1"
@@ -66,9 +68,9 @@ COMMITTED: dict[str, str] = {
     ),
     "bench_growth": (
         "growth --layers 2 --max-new-tokens 64 --prompt-lengths 128 512 2048 --answer-lengths 64 128 256 512 "
-        "--batch-sizes 1 2 4 8 --repeats 2"
+        "--batch-sizes 1 2 4 8 --repeats 1"
     ),
-    "bench_blocks": "blocks --layers 2 --prompt-length 1024 --prompt-lengths 128 512 2048 --threads 2 --repeats 1",
+    "bench_blocks": "blocks --prompt-length 1024 --prompt-lengths 128 512 2048 --threads 2 --repeats 1",
     "bench_quantised": "quantised",
 }
 

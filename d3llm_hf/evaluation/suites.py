@@ -1,11 +1,12 @@
 """What is measured: named lists of decoding settings, and how the tables show them.
 
-card      what the model card of an embedded checkpoint compares
-methods   every decoding method
-caches    every kind of cache against none, also on a larger random model
-lossless  one token a forward against the same tokens in fewer forwards
-suffix    the whole canvas against a shortened suffix
-causal    what the model card of an embedded causal checkpoint compares
+card        what the model card of an embedded checkpoint compares
+methods     every decoding method
+caches      every kind of cache against none, also on a larger random model
+lossless    one token a forward against the same tokens in fewer forwards
+suffix      the whole canvas against a shortened suffix
+windows     blocks against windows that slide, relaxed thresholds and lookahead
+causal      what the model card of an embedded causal checkpoint compares
 """
 
 from dataclasses import dataclass, field
@@ -103,6 +104,8 @@ METHODS = Suite(
         "EB-Sampler, stricter": ENTROPY_BOUND | {"entropy_bound": 0.01},
         "dKV-Cache": {"decoding_method": "dkv", "block_length": 16},
         "LocalLeap": {"decoding_method": "local_leap", "block_length": 16},
+        "KLASS": {"decoding_method": "klass", "block_length": 16},
+        "WINO": {"decoding_method": "wino", "block_length": 16},
     },
     columns=("name", "settings", "accuracy", "tpf", "positions_per_token", "cpu_seconds"),
     notes=(
@@ -201,6 +204,37 @@ SUFFIX = Suite(
     ),
 )
 
+_SLIDING: Settings = {"window": "slide_span"}
+_RELAXED: Settings = {"threshold_relaxation": 0.3}
+_BOLDER: dict[str, Settings] = {
+    "window": {"window": "slide"},
+    "span": _SLIDING,
+    "relaxed": _RELAXED,
+    "span, relaxed": _SLIDING | _RELAXED,
+    "span, ahead": _SLIDING | {"lookahead": 1},
+    "span, relaxed, ahead": _SLIDING | _RELAXED | {"lookahead": 1},
+    "span, relaxed, 2 ahead": _SLIDING | _RELAXED | {"lookahead": 2, "lookahead_threshold": 0.6},
+}
+
+WINDOWS = Suite(
+    **_joined(
+        with_variants(
+            "by confidence",
+            FAST_DLLM,
+            _BOLDER | {"ahead": {"lookahead": 1}, "span, cached": _SLIDING | {"kv_cache": "sliding"}},
+        ),
+        with_variants("multi-block", MULTI_BLOCK, _BOLDER | {"ahead": {"lookahead": 1}}),
+    ),
+    columns=("name", "added", "accuracy", "tpf", "positions_per_token", "cpu_seconds"),
+    notes=(
+        "The first row of each group decides in blocks; the others add what they show. At most 64 new tokens, greedy, "
+        "in batches of 25. CPU s: processor seconds in `generate` of one thread, the settings taking turns batch by "
+        "batch. Positions per token count every canvas that is looked ahead with; on a CPU, where several canvases "
+        "cost as much as they are, time follows them, and not the forwards."
+    ),
+)
+
 SUITES: dict[str, Suite] = {
-    "card": CARD, "methods": METHODS, "caches": CACHES, "lossless": LOSSLESS, "suffix": SUFFIX, "causal": CAUSAL,
+    "card": CARD, "methods": METHODS, "caches": CACHES, "lossless": LOSSLESS, "suffix": SUFFIX,
+    "windows": WINDOWS, "causal": CAUSAL,
 }  # fmt: skip

@@ -125,7 +125,8 @@ def export_checkpoint(
         raise ValueError(
             f"`source` must be a checkpoint whose code is of this package (got {config.get('model_type')!r} in "
             f"{str(source)!r}, a class of transformers that `as_diffusion_lm` saved). There is no code to add: share "
-            "the folder as it is; `d3llm generate` and `as_diffusion_lm` know it by its config."
+            "the folder as it is, which `d3llm generate` and `as_diffusion_lm` know by its config; or let "
+            "`block_causal_lm` make a Qwen2, Qwen3 or Llama in blocks one of our classes, and export that."
         )
     if config.get("model_type") not in FAMILIES:
         raise ValueError(

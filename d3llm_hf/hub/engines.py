@@ -56,7 +56,7 @@ def check_for_engine(engine: str, family: str, folder: Path) -> None:
         folder (`Path`): its weights.
 
     Raises:
-        ValueError: for an engine that is not known, and for tensors that it does not have.
+        ValueError: for an engine that is not known, for block-causal attention, and for tensors that it does not have.
     """
     if engine not in ENGINES:
         raise ValueError(
@@ -67,6 +67,12 @@ def check_for_engine(engine: str, family: str, folder: Path) -> None:
         raise ValueError(
             f"`engine` must have code for the family (got {engine!r} for model_type {family!r}); its pull request has "
             f"{list(_SGLANG_TENSORS)}. Export without `engine`; docs/engines.md says what loads which family."
+        )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("block_alignment") is not None:
+        raise ValueError(
+            f"`engine` must decode in blocks for a block-causal checkpoint (got {engine!r}, whose code lets every "
+            "position see all others). Export without `engine`."
         )
     _check_tensors(family, folder)
 

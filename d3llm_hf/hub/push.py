@@ -202,6 +202,11 @@ def _is_lost_connection(error: BaseException | None) -> bool:
 
 def _code(folder: Path, config: dict[str, Any]) -> tuple[list[Path], list[str]]:
     """The code files that `auto_map` names, with what they import from one another; and what is wrong."""
+    if config.get("model_type") not in FAMILIES and "logit_shift" in config and "auto_map" not in config:
+        way_out = (
+            "`block_causal_lm` makes a Qwen2, Qwen3 or Llama in blocks one of our classes; or `model.push_to_hub`"
+        )
+        return [], [f"code of its own, which a class of transformers that `as_diffusion_lm` saved has not ({way_out})"]
     auto_map = config.get("auto_map") or {}
     missing = [name for name in ("AutoConfig", "AutoModel") if name not in auto_map]
     if missing:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from .canvas import Canvas
-from .decoding import UNSTAMPED, Rules, State
+from .decoding import UNSTAMPED, Rules, State, first_true
 from .scoring import Sampler
 from .selection import choose
 
@@ -30,6 +30,9 @@ class Plan:
         self.slot = torch.arange(length, device=slots.device)  # (L,)
         self.left = state.per_block(state.pending, rules)  # (B, K)
         self.is_open = torch.arange(self.left.shape[1], device=slots.device) < state.open_count[:, None]
+        if rules.window_length:  # in place of a block's end: as much was decided as a block has
+            since = (state.step_map > state.refreshed[:, None]).sum(1)
+            state.refreshed = torch.where(since >= rules.window_length, state.step, state.refreshed)
 
     def edge(self, block: torch.Tensor, *, end: bool) -> torch.Tensor:
         """First slot of a block `(B,)`, or with `end` the slot behind it."""
@@ -38,19 +41,29 @@ class Plan:
         column = torch.minimum(column, self.state.length - 1).clamp_min(0)
         return self.slots.gather(1, column[:, None])[:, 0] + (1 if end else before)
 
+    def slot_of(self, column: torch.Tensor) -> torch.Tensor:
+        """The slot `(B,)` of a column, at most of the row's last one."""
+        return self.slots.gather(1, torch.minimum(column, self.state.length - 1)[:, None])[:, 0]
+
     @property
     def start(self) -> torch.Tensor:
-        """First slot `(B,)` of the first open block that is not finished."""
+        """First slot `(B,)` of the first open block that is not finished, or of the window."""
+        if self.rules.window_length:
+            return self.slot_of(first_true(self.state.undecided))
         return self.edge(((self.left > 0) & self.is_open).long().argmax(1), end=False)
 
     @property
     def end(self) -> torch.Tensor:
-        """Slot `(B,)` behind the last open block."""
+        """Slot `(B,)` behind the last open block, or the window."""
+        if self.rules.window_length:
+            return self.slot_of(self.state.reach(self.rules) - 1) + 1
         return self.edge(self.state.open_count - 1, end=True)
 
     @property
     def opened(self) -> torch.Tensor:
-        """Forwards `(B,)` that had been made when the last block was opened."""
+        """Forwards `(B,)` that had been made when the last block was opened, or a window's worth had been decided."""
+        if self.rules.window_length:
+            return self.state.refreshed
         return self.state.opened_step.masked_fill(~self.is_open, 0).amax(1)
 
     @property
@@ -102,6 +115,13 @@ def vicinity(plan: Plan) -> torch.Tensor:
     width = plan.rules.cache_window
     warm = (plan.state.step < plan.rules.cache_warmup)[:, None]
     return plan.window(plan.start - width, plan.end + width) | plan.changed | plan.fresh | warm
+
+
+def sliding(plan: Plan) -> torch.Tensor:
+    """DSB's cache (arXiv:2602.05992): the dual cache with a margin before it, at least as far as the start moved."""
+    moved = first_true(plan.changed)  # where anything was decided, the first of it began the window or lies behind it
+    start = torch.minimum(plan.start - plan.rules.cache_window, moved)
+    return plan.window(start, plan.end) | plan.changed | plan.fresh
 
 
 def dkv(plan: Plan) -> torch.Tensor:
@@ -213,6 +233,7 @@ PLANS: dict[str, Callable[[Plan], torch.Tensor]] = {
     "dkv": dkv,
     "dkv_greedy": dkv_greedy,
     "vicinity": vicinity,
+    "sliding": sliding,
     "exact": exact,
     "exact_dual": exact_dual,
 }
@@ -228,7 +249,7 @@ def spent_by_reference(state: State, rules: Rules, canvas: Canvas) -> torch.Tens
         left, changed = state.per_block(state.pending, rules), state.per_block(state.changed, rules)
         stored = ((left == 0) & (changed > 0)).sum(1) - canvas.only_stores(state).long()
         return stored + canvas.has_earlier_blocks.long() if state.forward == 1 else stored
-    by_threshold = rules.select == "threshold" and rules.block_add_threshold >= 1
+    by_threshold = rules.select == "threshold" and rules.block_add_threshold >= 1 and not rules.window_length
     if rules.kv_cache not in ("prefix", "dual") or rules.early_stop or not by_threshold:
         return torch.zeros_like(state.rows)
     last = (state.open_count - 1)[:, None]

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from .asides import Aside
 from .cache import SlotCache
 from .cache_name import CACHE_NAMES
 from .decoding import Rules, State
@@ -244,10 +245,11 @@ class Canvas:
         Args:
             cache: the keys of the slots that are not recomputed; without one the whole canvas is.
             recompute (`(B, L)` bool, *optional*): slots whose keys and values are computed anew.
-            where: rows and columns `(n,)` of the candidates.
+            where: rows and columns `(n,)` of the candidates, and of decided positions that are asked about.
 
         Returns:
-            `(n, V)` logits, those of the slot that predicts each candidate, and `(B,)` positions computed.
+            `(n, V)` logits, those of the slot that predicts each candidate (with a shadow block those of decided
+            positions come from there), and `(B,)` positions computed.
         """
         # 1. The slot that predicts a candidate.
         row, column = where
@@ -265,20 +267,30 @@ class Canvas:
             computed = recompute.sum(1)
             cache.at(slots, seen)
 
-        # 3. The forward, and the head only where a candidate is decided.
+        # 3. The shadow block, which answers for what is decided.
+        aside = None
+        if rules.shadow_block:
+            aside = Aside.of_open_block(state, rules, seen)
+            index = torch.where(state.unsettled[row, column], width + aside.index(column, row), index)
+            width, computed = width + aside.size, computed + aside.real.sum(1) * (2 if rules.cfg_scale else 1)
+
+        # 4. The forward, and the head only where a candidate is decided.
         mask = self._not_of_later_blocks(mask, slots, end, seen)
         wanted = torch.zeros(self.batch, width, dtype=torch.bool, device=slot.device)
         wanted[row, index] = True
         inputs = self._inputs(model, state, slots) | {"attention_mask": mask}
         if rules.cfg_scale:
             inputs, wanted = self._with_unprompted(model, state, inputs), torch.cat([wanted, wanted])
+        if aside is not None:
+            embed = model.get_input_embeddings()
+            inputs = aside.joined(inputs, self.positions, self.token_types, self.mask_token_id, embed)
         logits = model.canvas_logits(inputs, wanted, cache, **self.model_kwargs)
         if rules.cfg_scale:
             prompted, unprompted = logits.chunk(2)
             logits = unprompted + (rules.cfg_scale + 1) * (prompted - unprompted)
 
-        # 4. Two candidates may share a slot: the first two of an empty prompt under a shift.
-        if logits.shape[0] != row.shape[0]:
+        # 5. Two candidates may share a slot: the first two of an empty prompt under a shift. A shadow block is last.
+        if logits.shape[0] != row.shape[0] or aside is not None:
             wanted = wanted[: self.batch]
             logits = logits[wanted.flatten().cumsum(0)[row * wanted.shape[1] + index] - 1]
         return logits, computed

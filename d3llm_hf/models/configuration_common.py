@@ -11,6 +11,13 @@ else:
     PreTrainedConfig = object
 
 
+QK_NORM_PLAN = {
+    "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+}
+"""The part of a tensor-parallel plan for norms of queries and keys, where a model has them."""
+
+
 class DerivingConfigMixin(PreTrainedConfig):
     """What the configs of all families share: plans by the names of our modules, and fields that follow from others.
 
@@ -67,4 +74,4 @@ class DerivingConfigMixin(PreTrainedConfig):
         return super().from_dict(kept | given, **kwargs)
 
 
-__all__ = ["DerivingConfigMixin"]
+__all__ = ["QK_NORM_PLAN", "DerivingConfigMixin"]

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from .architecture import refuse_another_architecture, refusing
-from .configuration_common import DerivingConfigMixin
+from .configuration_common import QK_NORM_PLAN, DerivingConfigMixin
 
 
 # Keys of Qwen2's relatives, with the value that is implemented.
@@ -26,6 +26,8 @@ class Fast_dLLM_QwenConfig(DerivingConfigMixin, PreTrainedConfig):
         intermediate_size (`int`): width of the gated MLP.
         num_hidden_layers (`int`): number of layers.
         num_attention_heads (`int`), num_key_value_heads (`int`, *optional*): attention heads, key/value heads.
+        qk_norm (`bool`): norms of queries and keys. Published models have none; a Qwen3 that [`block_causal_lm`] made
+            a Fast-dLLM v2 has them.
         max_position_embeddings (`int`): longest sequence (prompt and answer).
         rope_theta (`float`): base of the rotary frequencies; follows `rope_parameters` where that is given.
         bd_size (`int`): tokens of a block, which sees itself and all earlier ones; also known as `block_length`.
@@ -47,6 +49,7 @@ class Fast_dLLM_QwenConfig(DerivingConfigMixin, PreTrainedConfig):
     num_attention_heads: int = 32
     num_key_value_heads: int | None = 32
     hidden_act: str = "silu"
+    qk_norm: bool = False
     attention_dropout: float | int = 0.0
     max_position_embeddings: int = 32768
     rope_theta: float | int = 10000.0
@@ -72,6 +75,9 @@ class Fast_dLLM_QwenConfig(DerivingConfigMixin, PreTrainedConfig):
             self.validate_architecture()
         self.layer_types = ["full_attention"] * self.num_hidden_layers
         self.rope_theta = self.rope_parameters["rope_theta"]  # the key that engines of the official code read
+        if self.qk_norm:  # of this model alone
+            own = type(self).base_model_tp_plan | QK_NORM_PLAN
+            self.base_model_tp_plan = own  # type: ignore[misc]  # read of the config, not of its class
 
     def validate_architecture(self):
         """Part of `@strict`'s validation: refuses what Fast-dLLM v2 is not."""
@@ -90,7 +96,8 @@ class Fast_dLLM_QwenConfig(DerivingConfigMixin, PreTrainedConfig):
                     f"`{name}` must be {implemented!r} (got {value!r}): Fast-dLLM v2's biases are those of its "
                     "queries, keys and values. Correct config.json."
                 )
-        refuse_another_architecture("Fast-dLLM v2", vars(self))
+        keys = {name: value for name, value in vars(self).items() if name != "qk_norm"}
+        refuse_another_architecture("Fast-dLLM v2", keys)
 
 
 __all__ = ["Fast_dLLM_QwenConfig"]

@@ -30,6 +30,7 @@ _ONLY_VARIANT = {
     "rope": True,
     "scale_logits": False,
 }
+_ALIGNMENTS = ("text", "prompt")  # as in topology.py, which needs torch
 
 
 @strict
@@ -55,6 +56,9 @@ class LLaDAConfig(DerivingConfigMixin, PreTrainedConfig):
         weight_tying (`bool`): whether the head shares the embedding's weight.
         include_qkv_bias (`bool`): biases on the q, k, v projections.
         mask_token_id (`int`): the token that stands for an undecided position.
+        block_length (`int`, *optional*), block_alignment (`str`, *optional*): of a checkpoint that was trained so,
+            tokens of a block, which sees itself and all earlier ones, and where blocks begin: `"text"` or `"prompt"`,
+            as in [`Topology`]. With neither, as in the official checkpoints, every position sees all others.
 
     Raises:
         ArchitectureError: (a `ValueError`) for a variant of the architecture that is not implemented, or sizes that
@@ -109,6 +113,8 @@ class LLaDAConfig(DerivingConfigMixin, PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 126081
     pad_token_id: int | None = 126081
+    block_length: int | None = None
+    block_alignment: str | None = None
 
     def __post_init__(self, **kwargs):
         kwargs = self.take_aliases(kwargs)
@@ -150,6 +156,22 @@ class LLaDAConfig(DerivingConfigMixin, PreTrainedConfig):
                 f"(got d_model={self.d_model}, n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}). "
                 "Correct config.json."
             )
+        self._validate_blocks()
+
+    def _validate_blocks(self):
+        length, alignment = self.block_length, self.block_alignment
+        if alignment not in (None, *_ALIGNMENTS):
+            raise ValueError(
+                f"`block_alignment` must be one of {list(_ALIGNMENTS)} (got {alignment!r}). Correct it, or leave it "
+                "unset where every position sees all others."
+            )
+        if (length is None) != (alignment is None):
+            raise ValueError(
+                "`block_length` and `block_alignment` must be given together (got "
+                f"{length} and {alignment!r}). Give both for a block-causal model, else neither."
+            )
+        if length is not None and length < 1:
+            raise ValueError(f"`block_length` must be a positive integer (got {length}). Correct it.")
 
 
 __all__ = ["LLaDAConfig"]

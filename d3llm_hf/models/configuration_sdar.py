@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from .architecture import refuse_another_architecture, refusing
-from .configuration_common import DerivingConfigMixin
+from .configuration_common import QK_NORM_PLAN, DerivingConfigMixin
 
 
 @strict
@@ -24,6 +24,8 @@ class SDARConfig(DerivingConfigMixin, PreTrainedConfig):
         num_attention_heads (`int`), num_key_value_heads (`int`, *optional*): attention heads, key/value heads.
         head_dim (`int`): width of a head; the heads together need not be as wide as the residual stream.
         attention_bias (`bool`): biases on the four projections of the attention.
+        qk_norm (`bool`): norms of queries and keys. Published models have them; a Qwen2 or a Llama that
+            [`block_causal_lm`] made an SDAR has none.
         max_position_embeddings (`int`): longest sequence (prompt and answer).
         rope_theta (`float`): base of the rotary frequencies; follows `rope_parameters` where that is given.
         block_size (`int`): tokens of a block, which sees itself and all earlier ones; also known as `block_length`.
@@ -37,11 +39,8 @@ class SDARConfig(DerivingConfigMixin, PreTrainedConfig):
     model_type = "sdar"
     attribute_map: ClassVar[dict[str, str]] = {"block_length": "block_size"}
     # Keys that would describe another architecture elsewhere.
-    own_keys: ClassVar[frozenset[str]] = frozenset({"block_size"})
-    base_model_tp_plan: ClassVar[dict[str, str]] = DerivingConfigMixin.base_model_tp_plan | {
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-    }
+    own_keys: ClassVar[frozenset[str]] = frozenset({"block_size", "qk_norm"})
+    base_model_tp_plan: ClassVar[dict[str, str]] = DerivingConfigMixin.base_model_tp_plan | QK_NORM_PLAN
 
     vocab_size: int = 151936
     hidden_size: int = 2560
@@ -52,6 +51,7 @@ class SDARConfig(DerivingConfigMixin, PreTrainedConfig):
     head_dim: int = 128
     hidden_act: str = "silu"
     attention_bias: bool = False
+    qk_norm: bool = True
     attention_dropout: float | int = 0.0
     max_position_embeddings: int = 32768
     rope_theta: float | int = 1000000.0
@@ -79,6 +79,10 @@ class SDARConfig(DerivingConfigMixin, PreTrainedConfig):
             self.validate_architecture()
         self.layer_types = ["full_attention"] * self.num_hidden_layers
         self.rope_theta = self.rope_parameters["rope_theta"]  # the key that engines of the official code read
+        if not self.qk_norm:  # of this model alone
+            plan = type(self).base_model_tp_plan.items()
+            own = {name: rule for name, rule in plan if name not in QK_NORM_PLAN}
+            self.base_model_tp_plan = own  # type: ignore[misc]  # read of the config, not of its class
 
     def validate_architecture(self):
         """Part of `@strict`'s validation: refuses what SDAR is not."""

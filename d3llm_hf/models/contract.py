@@ -102,17 +102,18 @@ class CanvasContract(Module):
 
         * every slot attends to every slot of its row that `attention_mask` leaves in, later ones included;
           with block-causal attention L is what the row's open blocks reach, and a mask for each slot says what it
-          sees where not all see the same;
+          sees where not all see the same; with `"wino"` Q and L count the slots of a shadow block as well, which lie
+          behind the canvas, have positions of slots of the canvas, and are seen by one another alone;
         * an undecided slot holds the mask token, `config.mask_token_id` unless the call names another one;
         * the logits are finite, and row i is about slot i + `logit_shift`;
         * nothing is kept between calls but what lies in `cache`.
 
         Args:
             inputs: `input_ids` `(B, Q)` or `inputs_embeds` `(B, Q, D)`; `position_ids` `(B, Q)`, counted from the
-                first unpadded slot on, `position_offset` being the first; `attention_mask` `(B, L)` bool, or
-                `(B, 1, Q, L)` of block-causal attention, `None` where nothing is to be left out (padding, what a row
-                does not see yet, later blocks); `token_type_ids` `(B, Q)` where the caller passed them. What the
-                signature of `forward` does not take is left out.
+                first unpadded slot on, `position_offset` being the first; `attention_mask` `(B, L)` bool, or `(B, 1,
+                Q, L)` of block-causal attention and shadow blocks, `None` where nothing is to be left out (padding,
+                what a row does not see yet, later blocks); `token_type_ids` `(B, Q)` where the caller passed them.
+                What the signature of `forward` does not take is left out.
             wanted (`(B, Q)` bool): the n slots whose logits are wanted.
             cache: holds a key and a value of all L slots: those of the Q slots are overwritten by this forward, and
                 the attention is over all of them. `None` without a cache.
@@ -153,7 +154,12 @@ class CanvasContract(Module):
         return _parameters(type(self).forward) if replaced is None else _parameters.__wrapped__(replaced)
 
     def check_contract(
-        self, attention_mask: torch.Tensor | None, cached: bool, ragged: bool = False, in_blocks: bool = False
+        self,
+        attention_mask: torch.Tensor | None,
+        cached: bool,
+        ragged: bool = False,
+        in_blocks: bool = False,
+        shadowed: bool = False,
     ) -> None:
         """What can be known of the contract without a forward, before the first one.
 
@@ -162,11 +168,12 @@ class CanvasContract(Module):
             cached: whether the decoder wants to keep keys and values.
             ragged: whether rows or drafts of one forward may see different numbers of slots, as a mask has to say.
             in_blocks: whether a mask has to say what each slot sees.
+            shadowed: whether slots of a shadow block lie behind the canvas.
 
         Raises:
             ValueError: for causal attention, for a cache that the model cannot use, for padded rows where `forward`
                 takes no `position_ids`, does not read the mask, or flash-attention would read them together with a
-                cache, and for ragged ones or blocks where a mask cannot say so.
+                cache, and for ragged ones, blocks or shadow blocks where a mask cannot say so.
         """
         name = type(self).__name__
         implementation = text_config(self.config)._attn_implementation
@@ -185,6 +192,8 @@ class CanvasContract(Module):
                 f"Attention must not be causal: every position of a canvas sees all others (got {name}, whose config "
                 "describes a decoder). Set `model.config.is_causal = False`, and train the model so."
             )
+        if shadowed:
+            self._check_shadowed(name, implementation)
         limit = limited_reach(self) if cached and type(self).canvas_logits is CanvasContract.canvas_logits else None
         if limit is not None:
             raise ValueError(
@@ -236,6 +245,26 @@ class CanvasContract(Module):
             f"`attention_mask` must not hold zeros for {name}: its forward takes no {lacks}. Generate prompts of one "
             "length together."
         )
+
+    def _check_shadowed(self, name: str, implementation: str) -> None:
+        """Slots that lie elsewhere than in their places need positions, and a mask for each slot."""
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                "A shadow block needs a mask for each position (got attention implementation "
+                f'{implementation!r}). Load the model with `attn_implementation="sdpa"` or "eager".'
+            )
+        lacking = [taken for taken in ("position_ids", "attention_mask") if not self.accepted({taken: None})]
+        if lacking:
+            raise ValueError(
+                f"A shadow block needs `position_ids` and an `attention_mask` (got {name}, whose forward takes no "
+                f'`{lacking[0]}`). Choose another `decoding_method` than "wino".'
+            )
+        limit = limited_reach(self) if type(self).canvas_logits is CanvasContract.canvas_logits else None
+        if limit is not None:
+            raise ValueError(
+                f"A shadow block needs layers that attend to all positions (got {name}, of whose layers {limit} says "
+                'that some do not). Choose another `decoding_method` than "wino".'
+            )
 
     def _reads_padding(self) -> bool:
         """What the class says, or a probe finds; granted where other processes would wait for its forward."""

@@ -2,7 +2,7 @@
 
 The answer region of a batch is one table `(B, N)`: rows x positions to decide, in the order of the text. A step is
 
-    open_blocks  ->  candidates  ->  choose (selection.py)  ->  commit  ->  revise  ->  fill_after_stop  ->  finished
+    open_blocks -> candidates -> choose (selection.py) -> commit -> undecide -> revise -> fill_after_stop -> finished
 
 and `caching.py` says which slots of the canvas the step's forward recomputes. A decoding method is a `Rules` object.
 """
@@ -21,10 +21,15 @@ class Rules:
     """A decoding method as a row of settings (see the tables of docs/methods.md).
 
     Attributes:
-        block_length: positions of a block; the last one may be shorter.
+        block_length: positions of a block; the last one may be shorter. Where a window slides, all are one block.
+        window_length: undecided positions of a window that slides with the first of them, in place of blocks (DSB); 0
+            where there are blocks.
+        window_span: positions that the window reaches over, decided ones included; 0 is all.
         score: what ranks a position, a key of `scoring.SCORES`; the lowest cost is committed first.
         select: which candidates are committed, a key of `selection.SELECTORS`.
         threshold: cost (nats of entropy, or negative log-probability) under which a candidate is committed.
+        threshold_relaxation: fraction of itself by which the threshold has grown bolder where a block, or the window,
+            is full (Streaming-dLLM); 0 leaves it as it is.
         inclusive: whether a cost equal to the threshold is committed.
         force_score: what ranks the position that a standing block is helped with, a key of `scoring.SCORES`; `None`
             is `score`, or the entropy where that is noise.
@@ -64,9 +69,21 @@ class Rules:
         first_alone: a block's first position is decided by itself, in a forward that ends with the block before
             (Fast-dLLM v2).
         draft_length: canvases that are drafted beyond the decided one and verified in the same forward; 0 is none.
+        lookahead: canvases beside the decided one, of one more token each, of which the row goes on with the surest
+            (LoPA); 0 is none.
+        lookahead_threshold: cost, as a negative log-probability, up to which a token may be that one.
         edit_threshold: cost under which another token takes the place of a decided one while its block is open
             (LLaDA2.1), `None` where what is decided stays.
         max_post_steps: forwards, after the last position of a block was decided, in which its tokens may be replaced.
+        revoke: which decided positions are taken back, a key of `selection.REVOKERS`; `None` where none are.
+        shadow_block: each forward also asks what the model would write at the open block's positions did it not see
+            them (`asides.py`), whose answers stand for the decided ones (WINO).
+        revoke_threshold: cost of a decided token over which it is taken back.
+        scores_ahead: also score the block behind the open ones: for drafts, and so that a history begins before a
+            block is opened.
+        kl_threshold: divergence in nats under which a distribution counts as that of the forward before (KLASS);
+            `None` where nobody remembers it.
+        kl_history: forwards in a row for which a position must have been calm (KLASS).
         slot_size: positions of a slot, which is drafted and verified as a whole (ReFusion; see `slots.py`, which takes
             the place of this file then); 0 is none.
         serial_num_blocks: parts of the answer that are decided one after the other, of whole slots.
@@ -78,6 +95,9 @@ class Rules:
     score: str
     select: str
     threshold: float = float("inf")
+    window_length: int = 0
+    window_span: int = 0
+    threshold_relaxation: float = 0.0
     inclusive: bool = True
     force_score: str | None = None
     force_best: bool = False
@@ -112,8 +132,16 @@ class Rules:
     sub_block_length: int = 0
     first_alone: bool = False
     draft_length: int = 0
+    lookahead: int = 0
+    lookahead_threshold: float = float("inf")
     edit_threshold: float | None = None
     max_post_steps: int = 0
+    revoke: str | None = None
+    revoke_threshold: float = float("inf")
+    shadow_block: bool = False
+    scores_ahead: bool = False
+    kl_threshold: float | None = None
+    kl_history: int = 1
     slot_size: int = 0
     serial_num_blocks: int = 1
     slot_threshold: float = 1.0
@@ -122,7 +150,14 @@ class Rules:
     @property
     def left_to_right(self) -> bool:
         """Whether every position is decided after all before it: blocks of one, opened when the last is decided."""
+        if self.window_length:
+            return 1 in (self.window_length, self.window_span)
         return self.block_length == 1 and self.block_add_threshold > 0
+
+    @property
+    def canvases(self) -> int:
+        """Canvases of a row in one forward, at most: the decided one, drafts and lookaheads."""
+        return 1 + self.draft_length + self.lookahead
 
 
 @dataclass
@@ -132,9 +167,11 @@ class State:
     Attributes:
         tokens (`(B, N)` long): the answer region of the canvas; the mask token where undecided.
         undecided (`(B, N)` bool): by position, never by token id.
-        unsettled (`(B, N)` bool): decided, but may still change; nowhere unless the rules edit.
-        changed (`(B, N)` bool): decided or replaced since the last forward, whose keys are still of what was there.
-        step_map (`(B, N)` long): the forward (from 1) that committed the position, -1 where none did.
+        unsettled (`(B, N)` bool): decided, but may still change; nowhere unless the rules edit or take back.
+        changed (`(B, N)` bool): decided, replaced or taken back since the last forward, whose keys are still of what
+            was there.
+        step_map (`(B, N)` long): the forward (from 1) that committed the position, -1 where none did; the last one
+            where it was taken back in between.
         rows (`(B,)` long): index of the row in the batch that `generate` was given.
         length (`(B,)` long): positions that the row has to decide; the columns behind them are nobody's.
         slots (`(B, N)` long): where in the text a position lies; neighbours are neighbours there.
@@ -146,8 +183,13 @@ class State:
         alone (`(B,)` bool): the next forward decides only the first position of the last open block, and sees nothing
             of that block.
         cached (`(B,)` long): leading blocks (prompt included) whose keys and values are kept.
+        refreshed (`(B,)` long): steps made before the last forward that recomputed everything because a window's worth
+            had been decided; 0 where blocks say when.
         completed_step (`(B, K + 1)` long): the forward from which a finished block's caching delay counts.
         reviews (`(B, K)` long): forwards that looked at a block in which nothing was undecided, and might replace.
+        revoked (`(B,)` long): how often a position was taken back.
+        calm (`(B, N)` long): forwards in a row, up to the last, that left a position's distribution nearly as it was;
+            0 where nobody remembers it.
         forward (`int`): forwards made; every row in the state took part in all of them.
     """
 
@@ -167,8 +209,11 @@ class State:
     opened_size: torch.Tensor
     alone: torch.Tensor
     cached: torch.Tensor
+    refreshed: torch.Tensor
     completed_step: torch.Tensor
     reviews: torch.Tensor
+    revoked: torch.Tensor
+    calm: torch.Tensor
     forward: int = 0
 
     @classmethod
@@ -211,8 +256,11 @@ class State:
             opened_size=full(batch, blocks),
             alone=full(batch, value=False, dtype=torch.bool),
             cached=full(batch),
+            refreshed=full(batch),
             completed_step=full(batch, blocks + 1, value=UNSTAMPED),
             reviews=full(batch, blocks),
+            revoked=full(batch),
+            calm=full(batch, length),
         )
         state.active[:, 0] = rules.block_activation_threshold <= 1
         state.opened_size[:, 0] = state.per_block(undecided, rules)[:, 0]
@@ -246,7 +294,12 @@ class State:
         return (table.gather(1, place.clamp(0, length - 1)) & inside).view(batch, blocks, -1).sum(-1)
 
     def reach(self, rules: Rules, ahead: int = 0) -> torch.Tensor:
-        """Positions `(B,)` up to the end of the last open block, or of `ahead` more; to one that is decided alone."""
+        """Positions `(B,)` up to the end of the last open block, or of `ahead` more; to one that is decided alone.
+
+        Where a window slides, up to its end; decided positions that lie in it count only for its span.
+        """
+        if rules.window_length:
+            return window_end(self.undecided, rules.window_length, rules.window_span, ahead)
         end = (self.open_count + ahead) * rules.block_length - self.offset
         return torch.where(self.alone, end - rules.block_length + 1, end)
 
@@ -268,6 +321,20 @@ class State:
 def first_true(table: torch.Tensor) -> torch.Tensor:
     """Column of the first True of each row, the row's length where there is none: `(B,)`."""
     return torch.where(table.any(1), table.long().argmax(1), table.shape[1])
+
+
+def window_end(undecided: torch.Tensor, length: int, span: int, ahead: int = 0) -> torch.Tensor:
+    """The column `(B,)` behind a window that begins with the first undecided position (DSB, arXiv:2602.05992).
+
+    Args:
+        undecided (`(B, N)` bool): which positions are.
+        length: undecided positions of the window; it goes to N where fewer are left.
+        span: positions that it reaches over at most; 0 is all.
+        ahead: windows behind it that count as well.
+    """
+    last = undecided.long().cumsum(1) >= length * (1 + ahead)
+    end = (first_true(last) + 1).clamp_max(undecided.shape[1])
+    return torch.minimum(end, first_true(undecided) + span * (1 + ahead)) if span else end
 
 
 def stop_position(tokens: torch.Tensor, decided: torch.Tensor, stop_ids: torch.Tensor | None) -> torch.Tensor:
@@ -316,8 +383,22 @@ def open_blocks(state: State, rules: Rules, stop: torch.Tensor) -> None:
         state.alone = untouched & (last[:, 0] * rules.block_length >= state.offset)
 
 
+def decided_share(state: State, rules: Rules) -> torch.Tensor:
+    """The decided fraction `(B, N)` of the block of each position; where a window slides, of the window `(B, 1)`."""
+    if not rules.window_length:
+        column = torch.arange(state.tokens.shape[1], device=state.tokens.device)
+        left = state.per_block(state.undecided, rules)
+        size = state.per_block(column < state.length[:, None], rules).clamp_min(1)
+        return (1 - left.double() / size).gather(1, state.block_of(rules))
+    end = torch.minimum(state.reach(rules), state.length)
+    size = (end - first_true(state.undecided)).clamp_min(1)
+    return (1 - candidates(state, rules).sum(1).double() / size)[:, None]
+
+
 def candidates(state: State, rules: Rules, ahead: int = 0) -> torch.Tensor:
-    """Undecided positions of open blocks and of `ahead` more: `(B, N)` bool, some in every unfinished row.
+    """Undecided positions of open blocks and of `ahead` more, or of the window that slides in place of blocks.
+
+    `(B, N)` bool, some in every unfinished row.
 
     Of those ahead, only what a forward sees.
     """
@@ -341,20 +422,34 @@ def commit(state: State, commits: torch.Tensor, tokens: torch.Tensor) -> None:
     state.step = state.step + 1
 
 
+def undecide(state: State, revoked: torch.Tensor | None, mask_token_id: int) -> None:
+    """Takes back decided positions `(B, N)` in the step whose commits were just written; `None` is nothing."""
+    if revoked is None:
+        return
+    state.tokens = state.tokens.masked_fill(revoked, mask_token_id)
+    state.step_map = state.step_map.masked_fill(revoked, -1)
+    state.undecided = state.undecided | revoked
+    state.unsettled = state.unsettled & ~revoked
+    state.changed = state.changed | revoked
+    state.revoked = state.revoked + revoked.sum(1)
+
+
 def revise(state: State, rules: Rules, commits: torch.Tensor, tokens: torch.Tensor, cost: torch.Tensor) -> None:
     """Replaces decided tokens by what the same forward is surer of, and settles the blocks that are through with it.
 
     A block is through with a forward that began with all of it decided and replaced nothing, or with the last of
-    `max_post_steps` such forwards, or, where there are none, once all of it is decided.
+    `max_post_steps` such forwards, or, where there are none, once all of it is decided. So is one whose positions may
+    be taken back: nobody looks at it again.
 
     Args:
-        state: after the `commits` `(B, N)` of the forward.
+        state: after the `commits` `(B, N)` of the forward, and what it took back.
         tokens, cost (`(B, N)`): what the forward would have at each unsettled position, and at what cost.
     """
-    if rules.edit_threshold is None:
+    if rules.edit_threshold is None and rules.revoke is None:
         return
     looked_at, hidden = state.unsettled, state.per_block(state.undecided | commits, rules)
-    edits = looked_at & (tokens != state.tokens) & (cost < rules.edit_threshold)
+    surer = float("-inf") if rules.edit_threshold is None else rules.edit_threshold
+    edits = looked_at & (tokens != state.tokens) & (cost < surer)
     state.tokens = torch.where(edits, tokens, state.tokens)
     state.changed = state.changed | edits
     reviewed = (hidden == 0) & (state.per_block(looked_at, rules) > 0)
@@ -379,8 +474,8 @@ def finished(state: State, rules: Rules, stop: torch.Tensor) -> torch.Tensor:
     if rules.whole_blocks:
         last = (stop + state.offset) // rules.block_length
         needed = needed & (state.block_of(rules) <= last[:, None])
-    elif rules.early_stop:
-        needed = needed & (torch.arange(needed.shape[1], device=stop.device) <= stop[:, None])
+    elif rules.early_stop:  # what may still change does not once the row has ended
+        needed = state.undecided & (torch.arange(needed.shape[1], device=stop.device) <= stop[:, None])
     elif rules.stop_closes:  # what will never open is nobody's
         needed = torch.where((stop < needed.shape[1])[:, None], candidates(state, rules), needed)
     return ~needed.any(1)

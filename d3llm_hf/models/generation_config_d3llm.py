@@ -15,15 +15,20 @@ from .methods import (
     ALIGNMENT_OF,
     ALLOWED_REMASKING,
     CACHE_FIELDS,
+    CACHE_OF_SHADOWS,
     CACHES,
     COMMON,
     DECODERS,
     DEFAULT_METHOD,
+    IN_SHADOWS,
     IN_SLOTS,
     INSIDE_BLOCKS,
     METHODS,
+    OPENING,
     REMASKING,
+    WINDOWS,
     caches_of,
+    casts_shadows,
     decides_slots,
     defaults_of,
     methods_of,
@@ -43,13 +48,19 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "decoding_method": ((str,), "one of {methods}", lambda v: v in METHODS),
     "block_length": ((int,), "a positive integer", lambda v: v > 0),
     "sub_block_length": ((int,), "a positive integer (positions)", lambda v: v > 0),
+    "window": ((str,), "one of {windows}", lambda v: v in WINDOWS),
+    "window_span": ((int,), "a positive integer (positions)", lambda v: v > 0),
     "steps": ((int,), "a positive integer", lambda v: v > 0),
     "min_commits": ((int,), "a positive integer (positions)", lambda v: v > 0),
     "remasking": ((str,), "one of {remasking}", lambda v: v in REMASKING),
     "entropy_threshold": (NUMBER, "a number (nats), inf to commit everything", lambda v: not math.isnan(v)),
     "entropy_bound": (NUMBER, "a non-negative number (nats)", lambda v: v >= 0),
     "confidence_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
+    "threshold_relaxation": (NUMBER, "a fraction in [0, 1]", lambda v: 0 <= v <= 1),
     "edit_threshold": (NUMBER, "a probability in [0, 1]", lambda v: 0 <= v <= 1),
+    "threshold_back": (NUMBER, "a probability in [0, 1]", lambda v: 0 <= v <= 1),
+    "kl_threshold": (NUMBER, "a positive number (nats)", lambda v: v > 0),
+    "kl_history": ((int,), "a positive integer (forwards)", lambda v: v > 0),
     "max_post_steps": ((int,), "a non-negative integer (forwards)", lambda v: v >= 0),
     "relaxed_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
     "low_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
@@ -76,6 +87,8 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "alg_temp": (NUMBER, "a non-negative number", lambda v: v >= 0 and math.isfinite(v)),
     "lossless": ((bool,), "True or False", lambda v: True),
     "draft_length": ((int,), "a positive integer (canvases)", lambda v: v > 0),
+    "lookahead": ((int,), "a non-negative integer (canvases)", lambda v: v >= 0),
+    "lookahead_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
     "infill": ((bool,), "True or False", lambda v: True),
     "seed": ((int, list, tuple), "a non-negative integer, or a list of one for each row", lambda v: _are_seeds(v)),
     "mask_token_id": ((int,), "a token id", lambda v: v >= 0),
@@ -99,6 +112,7 @@ TAKES_PLACE = (
     ("steps", "min_commits"),
     ("min_commits", "steps"),
     ("edit_threshold", "steps"),
+    ("factor", "threshold_relaxation"),
 )
 CALL_FIELDS = ("decoding_method", "infill", "seed", "mask_token_id")
 
@@ -113,16 +127,22 @@ class D3LLMGenerationConfig(GenerationConfig):
         decoding_method (`str`): `"d3llm"` (several blocks at once, by entropy), `"dparallel"` (block by block, by
             entropy), `"fast_dllm"` (by confidence or factor), `"dinfer"` (its threshold, hierarchy and credit
             decoders), `"dkv"` (a fixed quota over a cache by token), `"entropy_bound"` (EB-Sampler), `"local_leap"`
-            (LocalLeap), `"llada"` (a fixed quota), `"dream"` (a schedule), `"sdar"` (a quota of each block, or what
-            is surer), `"llada2"` (the same, with edits), `"fast_dllm_v2"` (by confidence, in parts of a block),
-            `"d2f"` (several blocks at once, by confidence, none of which sees a later one: for LLaDA or Dream with an
-            adapter of D2F), or `"refusion"` (whole slots in any order, verified from left to right). The model's own
-            when unset: `"d3llm"`, or that of the same name for SDAR, LLaDA2, Fast-dLLM v2 and ReFusion, which has no
-            other.
+            (LocalLeap), `"klass"` (by confidence, and by how little changes from forward to forward), `"wino"`
+            (boldly, taking back what the model would not write again), `"llada"` (a fixed quota), `"dream"` (a
+            schedule), `"sdar"` (a quota of each block, or what is surer), `"llada2"` (the same, with edits),
+            `"fast_dllm_v2"` (by confidence, in parts of a block), `"d2f"` (several blocks at once, by confidence, none
+            of which sees a later one: for LLaDA or Dream with an adapter of D2F), or `"refusion"` (whole slots in any
+            order, verified from left to right). The model's own when unset: `"d3llm"`, or that of the same name for
+            SDAR, LLaDA2, Fast-dLLM v2 and ReFusion, which has no other.
         block_length (`int`): positions of a block; when unset the whole answer with `"dream"`, and a block-causal
             model's own.
         sub_block_length (`int`): positions of the parts of a block that are decided one after the other
             (`"fast_dllm_v2"`); it divides `block_length`.
+        window (`str`): where decided positions may lie: in `"blocks"`, which open one after the other, or in a window
+            that slides with the first undecided position (DSB): `"slide"`, the leftmost undecided ones, as many as
+            `block_length`; `"slide_span"`, those of them within `window_span` positions. Then a quota's `steps` are
+            those of the whole answer, and what says when blocks open has no meaning.
+        window_span (`int`): positions that a window reaches over with `"slide_span"`, `block_length` when unset.
         steps (`int`): forwards that a quota or schedule spreads the answer over, with `"sdar"` and `"llada2"` each
             block; one a token when unset.
         min_commits (`int`): with `"llada2"`, in place of `steps`: positions that every forward commits at least.
@@ -134,10 +154,18 @@ class D3LLMGenerationConfig(GenerationConfig):
             `"sdar"` they sum to less, and it stands in place of the quota.
         confidence_threshold (`float`): probability from which a position is committed; with `"sdar"` and `"llada2"` a
             higher one, where as many as the quota reach it, and with `"fast_dllm_v2"` and `"d2f"` a higher one.
+        threshold_relaxation (`float`): fraction of the threshold that is given up as a block, or the window, fills
+            (Streaming-dLLM): a probability `p` becomes `p * (1 - threshold_relaxation * decided share)`, an entropy
+            `h` becomes `h * (1 + threshold_relaxation * decided share)`. 0 leaves it as it is.
         edit_threshold (`float`): of LLaDA2.1: while a block is decoded, a higher probability of another token replaces
             a decided one. Nothing is replaced when unset, as in LLaDA2.0.
         max_post_steps (`int`): with `edit_threshold`, forwards that look once more at a block that is decided, as long
             as they replace something; 0 is none.
+        threshold_back (`float`): probability under which a decided token is taken back: the one that the model would
+            give it, did it not see it (`"wino"`).
+        kl_threshold (`float`): nats of Kullback-Leibler divergence from the forward before under which a position is
+            calm (`"klass"`).
+        kl_history (`int`): forwards in a row for which a position must have been calm to be committed (`"klass"`).
         factor (`float`): Fast-dLLM's factor in place of its threshold: the n surest positions are committed while the
             n-th has a probability of at least `1 - factor / (n + 1)`.
         decoder (`str`): of `"dinfer"`: `"threshold"`, `"hierarchy"` or `"credit"`.
@@ -161,9 +189,9 @@ class D3LLMGenerationConfig(GenerationConfig):
             ends with the block of its stop token if told False, and with `edit_threshold` that is what True means.
         kv_cache (`str`): which keys and values are kept between forwards: `"none"`, `"prefix"`, `"dual"` (Fast-dLLM),
             `"delayed"` (d3LLM), `"dkv"`, `"dkv_greedy"` (dKV-Cache; the latter with `remasking="random"`),
-            `"vicinity"` (dInfer). Block-causal models keep finished blocks, whose keys are `"exact"`, unless told
-            `"none"`; they have no other, but for `"exact_dual"` with `"fast_dllm_v2"`, which also keeps, as an
-            approximation, the rest of the block while a part of it is being decided.
+            `"vicinity"` (dInfer), `"sliding"` (DSB). Block-causal models keep finished blocks, whose keys are
+            `"exact"`, unless told `"none"`; they have no other, but for `"exact_dual"` with `"fast_dllm_v2"`, which
+            also keeps, as an approximation, the rest of the block while a part of it is being decided.
         cache_delay (`int`): forwards between the end of a block (`"delayed"`) or a commit (`"dkv"`) and its caching.
         cache_refresh_interval (`int`): recompute everything every so many forwards; never when unset.
         cache_window (`int`): positions around the decoded ones that are recomputed with them.
@@ -176,6 +204,10 @@ class D3LLMGenerationConfig(GenerationConfig):
             verified together. With `"llada"` (which it stands for where no method is named) and `"dream"`.
         draft_length (`int`): canvases drafted for each forward of `lossless`, which then holds up to
             `draft_length + 1` canvases a row, in memory as in computation.
+        lookahead (`int`): canvases that each forward runs over beside the decided one, each with one more token, the
+            surest one first (LoPA); a row goes on with the canvas that looks surest. Not lossless: fewer forwards, so
+            many times the positions, and another text. 0 is none.
+        lookahead_threshold (`float`): probability from which a token may be looked ahead with; any when unset.
         infill (`bool`): also decide the mask tokens between the text of `input_ids`; `infill_mask` marks positions
             instead. Nothing is appended unless `max_new_tokens` is given as well.
         seed (`int` or list of `int`): makes sampling a function of this call alone; drawn from torch's global
@@ -190,14 +222,20 @@ class D3LLMGenerationConfig(GenerationConfig):
     decoding_method: str | None
     block_length: int | None
     sub_block_length: int | None
+    window: str | None
+    window_span: int | None
     steps: int | None
     min_commits: int | None
     remasking: str | None
     entropy_threshold: float | None
     entropy_bound: float | None
     confidence_threshold: float | None
+    threshold_relaxation: float | None
     edit_threshold: float | None
     max_post_steps: int | None
+    threshold_back: float | None
+    kl_threshold: float | None
+    kl_history: int | None
     relaxed_threshold: float | None
     low_threshold: float | None
     leap_radius: int | None
@@ -223,6 +261,8 @@ class D3LLMGenerationConfig(GenerationConfig):
     alg_temp: float | None
     lossless: bool | None
     draft_length: int | None
+    lookahead: int | None
+    lookahead_threshold: float | None
     infill: bool | None
     seed: int | Sequence[int] | None
     mask_token_id: int | None
@@ -288,8 +328,9 @@ class D3LLMGenerationConfig(GenerationConfig):
                 continue
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or not holds(value):
                 rule = rule.format(
-                    methods=list(METHODS), remasking=list(REMASKING), caches=list(CACHES), decoders=list(DECODERS)
-                )
+                    methods=list(METHODS), remasking=list(REMASKING), caches=list(CACHES), decoders=list(DECODERS),
+                    windows=list(WINDOWS),
+                )  # fmt: skip
                 kind = ValueError if isinstance(value, types) else TypeError
                 raise kind(f"`{name}` must be {rule} (got {value!r}). {WAY_OUT}")
         super().validate(*args, **kwargs)
@@ -327,6 +368,8 @@ class D3LLMGenerationConfig(GenerationConfig):
         for one, other in TAKES_PLACE:
             if chosen.get(one, getattr(self, one)) is not None:
                 inherited.pop(other, None)
+        for name in self._displaced(own, chosen):
+            inherited.pop(name, None)
         inherited.pop("use_cache", None)  # official configs say False of a cache that is not ours; a call may say so
         asked = next((v for v in (chosen.get("infill"), self.infill, own.infill) if v is not None), False)
         infills = asked or chosen.get("infill_mask") is not None
@@ -344,6 +387,13 @@ class D3LLMGenerationConfig(GenerationConfig):
         if self.eos_token_id in ([], ()):  # no token stops, whatever the checkpoint says
             self.eos_token_id = None
         return unused
+
+    def _displaced(self, own: "D3LLMGenerationConfig", chosen: dict[str, Any]) -> list[str]:
+        """Settings of a checkpoint's config `own` that say something of another window, or of no lookahead."""
+        window, lookahead = (plain(chosen.get(name, getattr(self, name))) for name in ("window", "lookahead"))
+        displaced = ["window_span"] if window not in (None, own.window) else []
+        displaced += OPENING if window not in (None, "blocks") else []
+        return displaced + (["lookahead_threshold"] if lookahead == 0 else [])
 
     def named(self, name: str) -> tuple[str, str]:
         """What a message calls a setting, and the way out of a wrong value, by where it came from."""
@@ -453,6 +503,8 @@ class D3LLMGenerationConfig(GenerationConfig):
         if method in IN_SLOTS or decides_slots(traits):
             self._check_slots(method, cache, traits)
             return
+        if method in IN_SHADOWS:
+            self._check_shadows(method, cache, traits)
         if topology is not None:
             self._check_block_causal(method, values, topology, traits)
         elif cache in ("exact", *INSIDE_BLOCKS.values()):
@@ -466,6 +518,8 @@ class D3LLMGenerationConfig(GenerationConfig):
                 f"{self.named('sub_block_length')[0]} must divide `block_length` (got {part} and "
                 f"{values['block_length']}). Pass a divisor, or `block_length` itself for blocks without parts."
             )
+        self._check_window(values)
+        self._check_lookahead(values)
         remasking = values.get("remasking")
         if remasking is not None and remasking not in ALLOWED_REMASKING[method]:
             raise ValueError(
@@ -510,6 +564,63 @@ class D3LLMGenerationConfig(GenerationConfig):
                 f"{self.confidence_threshold}). Set one of them."
             )
 
+    def _check_window(self, values: dict[str, Any]) -> None:
+        """What has no meaning where a window slides, or does not; and what a threshold that is not there relaxes."""
+        window = values.get("window", "blocks")
+        if values.get("window_span") is not None and window != "slide_span":
+            raise ValueError(
+                f'{self.named("window_span")[0]} is not used by window="{window}" (got {values["window_span"]}). '
+                'Leave it unset, or choose window="slide_span".'
+            )
+        for name in OPENING:
+            if window != "blocks" and getattr(self, name) is not None:
+                raise ValueError(
+                    f'{self.named(name)[0]} is not used by window="{window}", which opens no blocks (got '
+                    f'{getattr(self, name)}). Leave it unset, or choose window="blocks".'
+                )
+        if window != "blocks" and values["kv_cache"] == "delayed":
+            raise ValueError(
+                f'{self.named("kv_cache")[0]} must not be "delayed" with window="{window}" (got it): it keeps blocks, '
+                'of which a window has none. Choose kv_cache="sliding".'
+            )
+        if window != "blocks" and values["suffix_length"] is not None and values["kv_cache"] not in ("none", "prefix"):
+            raise ValueError(
+                f'{self.named("suffix_length")[0]} with window="{window}" needs kv_cache="none" or "prefix" (got '
+                f'"{values["kv_cache"]}"): in every forward other positions come into sight, of which no keys are '
+                "kept. Unset one of them."
+            )
+        if values.get("threshold_relaxation") and values.get("factor") is not None:
+            raise ValueError(
+                f"{self.named('threshold_relaxation')[0]} is not used with `factor`, which takes the threshold's "
+                f"place (got {values['threshold_relaxation']} and {values['factor']}). Unset one of them."
+            )
+
+    def _check_lookahead(self, values: dict[str, Any]) -> None:
+        """What cannot be shared by several canvases of a row, and what says something of none."""
+        if values["lookahead_threshold"] is not None and not values["lookahead"]:
+            raise ValueError(
+                f"{self.named('lookahead_threshold')[0]} needs `lookahead`, without which no token is looked ahead "
+                f"with (got {values['lookahead_threshold']}). Set both, or leave it unset."
+            )
+        if not values["lookahead"]:
+            return
+        for name, met, reason in (
+            (
+                "kv_cache",
+                values["kv_cache"] != "none",
+                "kept keys are approximations, which all would share",
+            ),
+            ("lossless", bool(values.get("lossless")), "what is looked ahead with changes the text"),
+            ("decoder", values.get("decoder") == "credit", "credit is of what one canvas predicted"),
+            ("kl_threshold", "kl_threshold" in values, "a history is of what one canvas predicted"),
+            ("threshold_back", "threshold_back" in values, "what is taken back was not looked ahead with"),
+        ):
+            if met:
+                raise ValueError(
+                    f"`lookahead` does not go together with {name}={values[name]!r} (got {values['lookahead']}): "
+                    f"{reason}. Unset one of them."
+                )
+
     def _check_slots(self, method: str, cache: str, traits: Traits) -> None:
         """Slots are decided by models that were trained for it, in no other way, and over what was decided."""
         known = methods_of(traits)
@@ -523,6 +634,21 @@ class D3LLMGenerationConfig(GenerationConfig):
                 f"{self.named('kv_cache')[0]} must be one of {caches_of(method, traits)} with decoding_method="
                 f'"{method}" (got {cache!r}): tokens see those that were decided before them, whose keys are kept. '
                 "Leave it and `use_cache` unset."
+            )
+
+    def _check_shadows(self, method: str, cache: str, traits: Traits) -> None:
+        """A shadow block asks slots about their own tokens, beside the whole canvas."""
+        if not casts_shadows(traits):
+            kind = "shifted logits" if traits.logit_shift else "block-causal attention"
+            raise ValueError(
+                f'{self.named("decoding_method")[0]} must not be "{method}" for a model with {kind} (got it): its '
+                "shadow block asks every slot about its own token, beside a canvas that sees all of itself. Choose "
+                f"one of {[name for name in methods_of(traits) if name != method]}."
+            )
+        if cache != CACHE_OF_SHADOWS:
+            raise ValueError(
+                f'{self.named("kv_cache")[0]} must be "{CACHE_OF_SHADOWS}" with decoding_method="{method}" (got '
+                f'"{cache}"): no cache has slots for its shadow block. Leave it unset.'
             )
 
     def _check_llada2(self, values: dict[str, Any]) -> None:
@@ -561,8 +687,10 @@ class D3LLMGenerationConfig(GenerationConfig):
         for name, reason in (
             ("suffix_length", "no forward sees anything behind the open blocks"),
             ("lossless", "a draft of a later block would have no forward of its own"),
+            ("window", "what a position sees ends with its block"),
+            ("lookahead", "a canvas of a later block would have no forward of its own"),
         ):
-            if values.get(name) not in (None, False):
+            if values.get(name) not in (None, False, "blocks"):
                 raise ValueError(
                     f"{self.named(name)[0]} does not apply to block-causal attention: {reason} (got "
                     f"{values[name]!r}). Leave it unset."

@@ -23,15 +23,17 @@ from .decoding import (
     finished,
     open_blocks,
     revise,
+    undecide,
 )
 from .generation_config_d3llm import WAY_OUT, D3LLMGenerationConfig, unknown_field
 from .half_precision import fast_products
 from .input_shapes import check_shapes
 from .ledger import Ledger
+from .lookahead import Lookahead
 from .processors import Processors
 from .prompt_checks import check_positions
 from .scoring import Sampler, Scorer
-from .selection import choose
+from .selection import choose, take_back
 from .slots import decode_in_slots
 from .speculation import Speculation
 from .static_shapes import is_compiled, static_shapes
@@ -58,12 +60,15 @@ class D3LLMGenerationOutput(GenerateDecoderOnlyOutput):
         num_store_forwards (`(B,)` long): forwards among `num_forwards` that only stored finished blocks, and read the
             first token of the next one behind them; 0 with other methods than `"fast_dllm_v2"`.
         step_map (`(B, N)` long): the forward, from 1, that committed each new token, the first one where it was
-            replaced; -1 where none did. With infilling `(B, P + N)`, and -1 on the given text as well.
+            replaced, the last one where it was taken back; -1 where none did. With infilling `(B, P + N)`, and -1 on
+            the given text as well.
         tokens_per_forward_reference (`(B,)` float, *optional*): with `"refusion"` what its code reports: the mean over
             rounds of slots times their size over forwards, in which a slot that ends a row, and those that it takes
             away, count as whole ones; `None` with other methods.
         positions_computed (`(B,)` long): positions pushed through the model, summed over the row's forwards (twice
-            with guidance, and over all drafted canvases): the cost that tokens per forward hide.
+            with guidance, and over all drafted canvases; those of a shadow block as well): the cost that tokens per
+            forward hide.
+        num_revoked (`(B,)` long): how often a decided position was taken back; 0 with methods that never do.
 
     The cache that transformers' output has is always `None`, as its scores and states are: cached keys hold
     approximations that only this decoding may read.
@@ -76,6 +81,7 @@ class D3LLMGenerationOutput(GenerateDecoderOnlyOutput):
     step_map: torch.Tensor | None = None
     tokens_per_forward_reference: torch.Tensor | None = None
     positions_computed: torch.Tensor | None = None
+    num_revoked: torch.Tensor | None = None
 
 
 class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
@@ -243,11 +249,11 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         r"""Decodes a batch of canvases, each until its own end.
 
         1. Settings become rules, the prompt becomes a canvas (of static shapes where `compile_config` asks for them).
-        2. Draft canvases beyond the decided ones, where the rules ask for it.
+        2. Draft canvases beside the decided ones, where the rules ask for it.
         3. Open blocks and plan which slots the next forward recomputes.
         4. Forward them; logits of the candidates only, and of decided positions that may still change.
         5. Score the candidates: a token and a cost each.
-        6. Commit what the rules choose, replace, keep the drafts that came true; fill after a stop token.
+        6. Commit what the rules choose, take back, replace, settle which canvases stay; fill after a stop.
         7. Rows that are finished, or that a criterion stops, leave the batch.
         8. Pad behind the stop tokens and count (`_result`).
 
@@ -258,9 +264,10 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         topology = generation_config.topology(self.traits)
         canvas = Canvas.of_prompt(self, input_ids, generation_config, model_kwargs, topology)
         rules = generation_config.rules(canvas.slots.shape[1], self.traits)
-        ragged = rules.suffix_length is not None and canvas.batch + rules.draft_length > 1
+        ragged = rules.suffix_length is not None and canvas.batch * rules.canvases > 1
         in_blocks = topology is not None
-        self.check_contract(canvas.mask, cached=rules.kv_cache != "none", ragged=ragged, in_blocks=in_blocks)
+        cached, shadowed = rules.kv_cache != "none", rules.shadow_block
+        self.check_contract(canvas.mask, cached=cached, ragged=ragged, in_blocks=in_blocks, shadowed=shadowed)
         check_wrapping(self, canvas, rules, is_compiled(generation_config))
         state = canvas.start(rules)
         stop_ids = generation_config._eos_token_tensor
@@ -291,7 +298,9 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 vocab_size=vocabulary_of(self.config),
             ),
         )
-        speculation = Speculation(rules, stop_ids, sampler)
+        speculation: Speculation | Lookahead = Speculation(rules, stop_ids, sampler)
+        if rules.lookahead:
+            speculation = Lookahead(rules, stop_ids, scorer.processors)
         cache = None
         if rules.kv_cache != "none":
             cache = SlotCache(text_setting(self.config, "num_hidden_layers"), canvas.length)
@@ -303,7 +312,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                     self(**self.accepted(canvas.idle_inputs()))
                     continue
 
-                # 2. Draft canvases beyond the decided ones, where the rules ask for it
+                # 2. Draft canvases beside the decided ones, where the rules ask for it
                 trial, drawn = speculation.extend(state, canvas)
 
                 # 3. Open blocks and plan which slots the next forward recomputes
@@ -315,7 +324,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
 
                 # 4. Forward them; logits of the candidates only, and of decided positions that may still change
                 asked = among | trial.unsettled
-                scored = candidates(trial, rules, ahead=1) if rules.draft_length else asked
+                scored = asked | candidates(trial, rules, ahead=1) if rules.scores_ahead else asked
                 row, column = scored.nonzero(as_tuple=True)  # (n,) each
                 where = row, column
                 logits, computed = drawn.forward(self, trial, rules, cache, recompute, where)
@@ -324,14 +333,16 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
 
                 # 5. Score the candidates: a token and a cost each
                 scores = scorer(self.text_logits(logits), trial, drawn, where)
-                scores.broken *= asked  # of what is looked at for drafts alone nothing is asked
+                scores.broken *= asked  # of what is looked at for drafts or a history alone nothing is asked
 
-                # 6. Commit what the rules choose, replace, keep the drafts that came true; fill after a stop token
+                # 6. Commit what the rules choose, take back, replace, settle which canvases stay; fill after a stop
                 commits, forced = choose(scores.cost, scores.force_cost, among, trial, rules)
                 tokens = torch.where(forced, scores.best_tokens, scores.tokens)
                 commits = scorer.processors.compatible(commits, tokens, scores.cost, trial, drawn)
+                revoked = take_back(scores.cost, commits, trial, rules)
                 trial.forward += 1
                 commit(trial, commits, tokens)
+                undecide(trial, revoked, drawn.mask_token_id)
                 revise(trial, rules, commits, tokens, scores.cost)
                 state, scores = speculation.settle(trial, scores)
                 stop = state.stop(stop_ids, canvas.may_stop)
@@ -373,6 +384,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
             step_map=step_map,
             tokens_per_forward_reference=official,
             positions_computed=ledger.computed,
+            num_revoked=ledger.revoked,
         )
 
 

@@ -63,7 +63,8 @@ class Ledger:
         # Columns of the answer: those to decide, without what lies behind the tokens that were asked for.
         self.width = self.tokens.shape[1] if canvas.blocks is None else canvas.new_length
         self.length = state.length.clamp_max(self.width)  # of the row, fewer where a criterion ends it
-        self.forwards, self.reference, self.computed, self.stored = (torch.zeros_like(state.rows) for _ in range(4))
+        counts = (torch.zeros_like(state.rows) for _ in range(5))
+        self.forwards, self.reference, self.computed, self.stored, self.revoked = counts
         self.prefix = [0] * canvas.batch
         self.awaited: StoppingCriteriaList | None = None
 
@@ -96,7 +97,8 @@ class Ledger:
                 batch and the forward.
         """
         self.tokens[state.rows], self.step_map[state.rows] = state.tokens, state.step_map
-        self.unsettled[state.rows] = state.unsettled
+        self.unsettled[state.rows] = state.unsettled & ~done[:, None]  # nothing changes in a row that has ended
+        self.revoked[state.rows] = state.revoked
         flags, wrong, rows = torch.stack([done.long(), broken.long(), state.rows]).tolist()  # a host sync
         if NOT_FINITE in wrong:
             raise ValueError(

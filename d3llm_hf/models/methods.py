@@ -33,6 +33,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "dkv": {"cache_delay": 1, "cache_refresh_interval": 8},
     "dkv_greedy": {"cache_delay": 1, "cache_refresh_interval": 2, "cache_window": 4},
     "vicinity": {"cache_window": 16, "cache_warmup": 4, "cache_refresh_interval": None},
+    "sliding": {"cache_window": 24, "cache_refresh_interval": None},
     "exact": {},
     "exact_dual": {},
 }
@@ -43,7 +44,22 @@ INSIDE_BLOCKS = {"fast_dllm_v2": "exact_dual"}
 CACHE_FIELDS = {name for settings in CACHES.values() for name in settings}
 
 # What every method has: field -> value where nothing else is said.
-COMMON: dict[str, Any] = {"early_stop": True, "cfg_scale": 0.0, "kv_cache": "none", "suffix_length": None}
+COMMON: dict[str, Any] = {
+    "early_stop": True,
+    "cfg_scale": 0.0,
+    "kv_cache": "none",
+    "suffix_length": None,
+    "lookahead": 0,
+    "lookahead_threshold": None,
+}
+
+# Where candidates may lie: in blocks that open one after the other; among the leftmost undecided positions, as many as
+# a block has; or among these within a span of positions.
+WINDOWS = ("blocks", "slide", "slide_span")
+_WINDOW: dict[str, Any] = {"window": "blocks", "window_span": None}
+_RELAXED: dict[str, Any] = _WINDOW | {"threshold_relaxation": 0.0}
+# What says when blocks open, of which a sliding window has none.
+OPENING = ("block_add_threshold", "block_activation_threshold")
 
 DEFAULT_METHOD = "d3llm"
 
@@ -55,9 +71,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "entropy_threshold": 0.5,
         "block_add_threshold": 0.1,
         "block_activation_threshold": 0.95,
+        **_RELAXED,
     },
-    "dparallel": {"block_length": 32, "remasking": "entropy", "entropy_threshold": 0.5},
-    "fast_dllm": {"block_length": 32, "confidence_threshold": 0.9, "factor": None},
+    "dparallel": {"block_length": 32, "remasking": "entropy", "entropy_threshold": 0.5, **_RELAXED},
+    "fast_dllm": {"block_length": 32, "confidence_threshold": 0.9, "factor": None, **_RELAXED},
     "dinfer": {
         "block_length": 32,
         "decoder": "threshold",
@@ -66,21 +83,26 @@ METHODS: dict[str, dict[str, Any]] = {
         "credit_decay": 0.8,
         "credit_exponent": 0.2,
         "credit_weight": 0.7,
+        **_RELAXED,
     },
     "dkv": {"block_length": 32, "remasking": "low_confidence", "steps": None, "kv_cache": "dkv"},
-    "entropy_bound": {"block_length": 32, "entropy_bound": 0.1},
+    "entropy_bound": {"block_length": 32, "entropy_bound": 0.1, **_WINDOW},
     "local_leap": {
         "block_length": 32,
         "confidence_threshold": 0.9,
         "relaxed_threshold": 0.75,
         "leap_radius": 4,
+        **_RELAXED,
     },
+    "klass": {"block_length": 32, "confidence_threshold": 0.9, "kl_threshold": 0.01, "kl_history": 2},
+    "wino": {"block_length": 128, "confidence_threshold": 0.6, "threshold_back": 0.9},
     "llada": {
         "block_length": 32,
         "remasking": "low_confidence",
         "steps": None,
         "lossless": False,
         "draft_length": 4,
+        **_WINDOW,
     },
     "dream": {
         "block_length": None,
@@ -120,6 +142,9 @@ METHODS: dict[str, dict[str, Any]] = {
 # Methods that decide whole slots (`slots.py`), of models that were trained for it and know no other; and their cache.
 IN_SLOTS = {"refusion"}
 CACHE_OF_SLOTS = "exact"
+# Methods with a shadow block, which asks a slot about its own token; and their cache, which has no slots for it.
+IN_SHADOWS = {"wino"}
+CACHE_OF_SHADOWS = "none"
 # Method -> where its blocks begin, of one that brings block-causal attention whatever the model's class says: an
 # adapter of LLaDA or Dream was trained with it.
 ALIGNMENT_OF = {"d2f": "prompt"}
@@ -152,6 +177,8 @@ def caches_of(method: str, traits: Traits) -> list[str]:
     """The caches that a method can have on a model."""
     if method in IN_SLOTS:
         return [CACHE_OF_SLOTS]
+    if method in IN_SHADOWS:
+        return [CACHE_OF_SHADOWS]
     if topology_of(method, traits) is not None:
         return [*EXACT, INSIDE_BLOCKS[method]] if method in INSIDE_BLOCKS else [*EXACT]
     return [name for name in CACHES if name == "none" or name not in (*EXACT, *INSIDE_BLOCKS.values())]
@@ -160,12 +187,18 @@ def caches_of(method: str, traits: Traits) -> list[str]:
 def methods_of(traits: Traits) -> list[str]:
     """The methods that a model can be decoded with; one may have a cache of its own."""
     known = [name for name in METHODS if (name in IN_SLOTS) == decides_slots(traits)]
+    known = [name for name in known if name not in IN_SHADOWS or casts_shadows(traits)]
     return [name for name in known if defaults_of(name, traits)["kv_cache"] in caches_of(name, traits)]
 
 
 def decides_slots(traits: Traits) -> bool:
     """Whether a model decides whole slots, which no canvas has."""
     return traits.method in IN_SLOTS
+
+
+def casts_shadows(traits: Traits) -> bool:
+    """Whether a slot can be asked about its own token beside the canvas, with all of which it goes together."""
+    return not traits.logit_shift and traits.topology is None
 
 
 def _cost(probability: float | None) -> float:
@@ -183,10 +216,14 @@ RULE_OF: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "low_threshold": ("relaxed_threshold", _cost),
     "leap_radius": ("radius", int),
     "sub_block_length": ("sub_block_length", int),
+    "threshold_relaxation": ("threshold_relaxation", float),
     "steps": ("steps", lambda steps: steps or 0),
     "min_commits": ("min_commits", int),
     "edit_threshold": ("edit_threshold", lambda probability: None if probability is None else _cost(probability)),
     "max_post_steps": ("max_post_steps", int),
+    "threshold_back": ("revoke_threshold", _cost),
+    "kl_threshold": ("kl_threshold", float),
+    "kl_history": ("kl_history", int),
     "alg_temp": ("alg_temp", float),
     "block_add_threshold": ("block_add_threshold", float),
     "block_activation_threshold": ("block_activation_threshold", float),
@@ -201,6 +238,8 @@ RULES: dict[str, dict[str, Any]] = {
     "dkv": {"select": "quota"},
     "entropy_bound": {"score": "entropy", "select": "entropy_bound"},
     "local_leap": {"score": "confidence", "select": "neighbourhood"},
+    "klass": {"score": "confidence", "select": "stability"},
+    "wino": {"score": "confidence", "select": "wide_in", "revoke": "narrow_out", "shadow_block": True},
     "llada": {"select": "quota"},
     "dream": {"select": "schedule", "score_processed": True},
     "sdar": {"select": "quota_or_threshold", "stores_apart": True},
@@ -242,6 +281,11 @@ def _factor(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
 def _decoder(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
     credit = tuple(values[f"credit_{name}"] for name in ("decay", "exponent", "weight"))
     return {"select": DECODERS[values["decoder"]], "credit": credit if values["decoder"] == "credit" else None}
+
+
+def _klass(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
+    """The published rules of the two families differ: Dream's also commits what is exactly at the threshold."""
+    return {"inclusive": shifted}
 
 
 def _schedule(values: dict[str, Any], shifted: bool) -> dict[str, Any]:
@@ -291,6 +335,7 @@ _FURTHER: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     "dparallel": _entropy_threshold,
     "fast_dllm": _factor,
     "dinfer": _decoder,
+    "klass": _klass,
     "dream": _schedule,
     "sdar": _sdar,
     "d2f": _forced,
@@ -335,6 +380,13 @@ def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -
     rules |= {name: values[name] or 0 for name in CACHES[values["kv_cache"]]}
     if values.get("lossless"):
         rules["draft_length"] = values["draft_length"]
+    remembers = "kl_threshold" in values and topology_of(method, traits) is None  # what nobody sees has no history
+    rules["scores_ahead"] = remembers or bool(values.get("lossless") or values.get("lookahead"))
+    if values.get("lookahead"):
+        rules |= {"lookahead": values["lookahead"], "lookahead_threshold": _cost(values["lookahead_threshold"])}
+    if values.get("window", "blocks") != "blocks":  # it slides over the whole answer, which is one block
+        rules |= {"block_length": length, "window_length": min(block_length, length)}
+        rules["window_span"] = (values["window_span"] or block_length) if values["window"] == "slide_span" else 0
     rules |= RULES[method]
     if method in _FURTHER:
         rules |= _FURTHER[method](values, bool(logit_shift))

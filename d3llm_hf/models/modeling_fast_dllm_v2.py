@@ -24,10 +24,13 @@ class Fast_dLLM_QwenRotaryEmbedding(Float32RotaryMixin, Qwen2RotaryEmbedding):
 
 
 class Fast_dLLM_QwenAttention(BidirectionalAttentionMixin, Qwen2Attention):
-    """Qwen2's projections in an attention that sees what its mask leaves in."""
+    """Qwen2's projections, and norms of queries and keys where the config has them, under a mask alone."""
 
     def __init__(self, config: Fast_dLLM_QwenConfig, layer_idx: int):
         super().__init__(config, layer_idx)
+        if config.qk_norm:
+            self.q_norm = Qwen2RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = Qwen2RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.is_causal = False
 
 

@@ -143,7 +143,10 @@ class LLaDAModel(BidirectionalBackboneMixin, LLaDAPreTrainedModel):
 
 
 class LLaDAModelLM(MaskedDiffusionLMMixin, LLaDAPreTrainedModel, D3LLMGenerationMixin):
-    """LLaDA (8B, 1.5, d3LLM-LLaDA and every checkpoint of that format): logits row i predicts token i."""
+    """LLaDA (8B, 1.5, d3LLM-LLaDA and every checkpoint of that format): logits row i predicts token i.
+
+    A checkpoint whose config has a `block_alignment` is block-causal: it is decoded and trained so.
+    """
 
     model: LLaDAModel
     logit_shift = 0
@@ -153,6 +156,8 @@ class LLaDAModelLM(MaskedDiffusionLMMixin, LLaDAPreTrainedModel, D3LLMGeneration
         self.model = LLaDAModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.loss_type = "ForMaskedLM"  # unshifted; transformers would guess a shifted loss from the class name
+        if config.block_alignment is not None:
+            self.block_alignment = config.block_alignment
         self.post_init()
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:

@@ -33,12 +33,14 @@ class SDARRotaryEmbedding(Float32RotaryMixin, Qwen3RotaryEmbedding):
 
 
 class SDARAttention(BidirectionalAttentionMixin, Qwen3Attention):
-    """Qwen3's projections, and norms of queries and keys, in an attention that sees what its mask leaves in."""
+    """Qwen3's projections, and norms of queries and keys unless the config has none, under a mask alone."""
 
     def __init__(self, config: SDARConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.q_norm = SDARRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = SDARRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        del self.q_norm, self.k_norm  # Qwen3's
+        if config.qk_norm:
+            self.q_norm = SDARRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = SDARRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.is_causal = False
 
 

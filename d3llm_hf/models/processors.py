@@ -11,6 +11,7 @@ from transformers.generation import logits_process as lp
 from .canvas import Canvas
 from .constraints import UNKNOWN, Constraints, Sequences, visible_text
 from .decoding import Rules, State
+from .lattices import HoleLanguages
 from .stock_settings import MOST
 
 
@@ -194,7 +195,7 @@ class Processors:
 
     Raises:
         ValueError: for a processor that needs left-to-right decoding where `rules` decode otherwise, and for a
-            sequence of tokens that the model does not know.
+            sequence of tokens that the model does not know, and for languages of holes without holes.
     """
 
     def __init__(
@@ -215,6 +216,7 @@ class Processors:
         seen = None if canvas.mask is None else canvas.mask[:, : self.prompt.shape[1]]
         self.known_prompt = self.prompt if seen is None else self.prompt.masked_fill(~seen, UNKNOWN)
         self.repairs = False
+        self.languages: HoleLanguages | None = None
         self.steps: list[Callable[[torch.Tensor, Places], torch.Tensor]] = []
         words: dict[tuple[int, ...], float] = {}
         ngram_size = 0
@@ -223,6 +225,8 @@ class Processors:
             kind = type(processor)
             if kind is lp.InfNanRemoveLogitsProcessor:
                 self.repairs = True
+            elif kind is HoleLanguages:
+                self.languages = self._fitting(processor)
             elif kind is lp.NoRepeatNGramLogitsProcessor:
                 # the smallest size implies the others
                 ngram_size = min(ngram_size or processor.ngram_size, processor.ngram_size)
@@ -268,8 +272,16 @@ class Processors:
                     f"and tokens that may change, would count against it (got {kind.__name__}). Unset one of them."
                 )
 
+    def _fitting(self, languages: HoleLanguages) -> HoleLanguages:
+        if not self.infilling:
+            raise ValueError(
+                "`logits_processor` must fit the call (got HoleLanguages without `infill_mask` or `infill`: there "
+                "are no holes whose languages they could be). Call `d3llm_hf.fill`, or pass the mask of the holes."
+            )
+        return languages
+
     def __bool__(self) -> bool:
-        return bool(self.steps) or bool(self.constraints) or self.repairs
+        return bool(self.steps) or bool(self.constraints) or self.repairs or self.languages is not None
 
     def repair(self, logits: torch.Tensor) -> torch.Tensor:
         """`remove_invalid_values`: of the model's logits, before any token is banned (it would be allowed again)."""
@@ -283,6 +295,8 @@ class Processors:
             given = torch.ones_like(canvas.base, dtype=torch.bool) if canvas.mask is None else canvas.mask
             self.decided = replace(canvas, base=given).fill(self.decided)
         self.text = visible_text(self.known_prompt[self.owners], self.tokens, self.decided, self.stop_ids)
+        if self.languages is not None:
+            self.languages.look(self.tokens, self.decided, self.owners)
 
     def _answers(self, tokens: torch.Tensor, canvas: Canvas) -> torch.Tensor:
         """`(B, N)` tokens of the positions to decide as the answer, which is the whole text where these lie in it."""
@@ -297,6 +311,11 @@ class Processors:
             banned = self.constraints.banned(
                 self.tokens, self.decided, rows, columns, scores.shape[1], owners=self.owners
             )
+        if self.languages is not None:
+            scores = self.languages.ended(scores, rows, columns)
+            outside = self.languages.banned(rows, columns, scores.shape[1])
+            banned = outside if banned is None else banned | outside
+        if banned is not None:
             scores = scores.masked_fill(banned, float("-inf"))
         at = Places(
             rows,
@@ -336,7 +355,7 @@ class Processors:
         self, commits: torch.Tensor, tokens: torch.Tensor, cost: torch.Tensor, state: State, canvas: Canvas
     ) -> torch.Tensor:
         """The commits `(B, N)` of one forward without those that break a promise together; see [`Constraints`]."""
-        if not self.constraints:
+        if not self.constraints and self.languages is None:
             return commits
         if not self.infilling:
             return self.constraints.compatible(commits, tokens, cost, state)
@@ -348,7 +367,8 @@ class Processors:
         text = replace(
             state, tokens=canvas.fill(state.tokens), undecided=replace(canvas, base=known).fill(state.undecided)
         )
-        kept = self.constraints.compatible(
-            spread(commits, False), canvas.fill(tokens), spread(cost, float("inf")), text
-        )
+        wanted, costs, chosen = spread(commits, False), spread(cost, float("inf")), canvas.fill(tokens)
+        kept = self.constraints.compatible(wanted, chosen, costs, text)
+        if self.languages is not None:
+            kept = self.languages.compatible(kept, chosen, ~text.undecided, costs, state.rows)
         return torch.nn.functional.pad(kept, (0, 1)).gather(1, canvas.slots)

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from .canvas import Canvas
 from .credit import Credit
 from .decoding import Rules, State
+from .drift import Drift
 from .processors import Processors
 
 
@@ -31,10 +32,12 @@ class Scores:
     """One entry per position of the answer region, `(B, N)`; meaningful at the candidates.
 
     Attributes:
-        tokens: the token to commit (sampled when sampling).
+        tokens: the token to commit (sampled when sampling); the present one at what may be taken back.
         best_tokens: the token of a forced commit.
-        cost: rank of the position; lower is committed earlier, inf where nothing was scored.
+        cost: rank of the position with that token; lower is committed earlier, inf where nothing was scored.
         force_cost: rank for forced commits.
+        entropy, surprise: in nats, of the distribution, and minus the logarithm of the token's probability; with
+            `lookahead` only, `cost` otherwise.
         broken (long): `NOT_FINITE` where logits held NaN, +inf, or nothing but -inf, `NOTHING_LEFT` where processors
             left no token, 0 elsewhere.
     """
@@ -43,6 +46,8 @@ class Scores:
     best_tokens: torch.Tensor
     cost: torch.Tensor
     force_cost: torch.Tensor
+    entropy: torch.Tensor
+    surprise: torch.Tensor
     broken: torch.Tensor
 
     def select(self, index: torch.Tensor) -> "Scores":
@@ -261,30 +266,48 @@ class Scorer:
         self.rules, self.mask_token_id = rules, mask_token_id
         self.sampler, self.sampling, self.processors = sampler, sampling, processors
         self.credit = Credit(*rules.credit) if rules.credit else None
+        self.drift = None if rules.kl_threshold is None else Drift(rules.kl_threshold)
         self.force_score = rules.force_score or ("entropy" if rules.score == "noise" else None)
 
     def __call__(
         self, logits: torch.Tensor, state: State, canvas: Canvas, where: tuple[torch.Tensor, torch.Tensor]
     ) -> Scores:
-        """`(n, V)` logits (overwritten) of the candidates at rows and columns `where` of the canvases."""
+        """`(n, V)` logits (overwritten) of the candidates at rows and columns `where` of the canvases.
+
+        With a `kl_threshold` the state's `calm` counts this forward as well.
+        """
         if self.processors:
             self.processors.look(state, canvas)
         rows, steps, columns = state.rows[where[0]], state.step[where[0]], where[1]
-        untouched = not (self.processors or self.sampling or self.credit)
+        size = max(1, CHUNK_ELEMENTS // logits.shape[1])
+        if self.drift is not None:  # the model's own distributions, before anything is taken from them
+            state.calm = self.drift(logits, state, where, size)
+        held = None  # tokens that are asked about, -1 where one is looked for
+        if self.rules.revoke is not None:
+            held = state.tokens.masked_fill(~state.unsettled, -1)[where]
+        untouched = not (self.processors or self.sampling or self.credit) and held is None
         kernel = kernel_for(logits) if untouched else None
         if kernel is not None:
             stats, best, finite = kernel(logits, self.mask_token_id)
             cost = self._cost(stats, stats.top, rows, steps, columns)
-            force = self._force_cost(stats, stats.top, cost)
+            force, looks = self._force_cost(stats, stats.top, cost), self._looks(stats, stats.top, cost)
             tokens, fault = best, torch.where(finite, 0, NOT_FINITE)
         else:
-            size = max(1, CHUNK_ELEMENTS // logits.shape[1])
             chunks = [slice(start, start + size) for start in range(0, logits.shape[0], size)]
             parts = [
-                self._chunk(logits[chunk].float(), where[0][chunk], rows[chunk], steps[chunk], columns[chunk])
+                self._chunk(
+                    logits[chunk].float(),
+                    where[0][chunk],
+                    rows[chunk],
+                    steps[chunk],
+                    columns[chunk],
+                    None if held is None else held[chunk],
+                )
                 for chunk in chunks
             ]
-            tokens, best, cost, force, fault = (torch.cat(part) for part in zip(*parts, strict=True))
+            joined = (torch.cat(part) for part in zip(*parts, strict=True))
+            tokens, best, cost, force, entropies, surprises, fault = joined
+            looks = entropies, surprises
 
         rules = self.rules
         if rules.alg_temp:
@@ -292,11 +315,14 @@ class Scorer:
         table = torch.full(state.tokens.shape, float("inf"), dtype=torch.float32, device=logits.device)
         costs = table.index_put(where, cost)
         chosen = state.tokens.index_put(where, tokens)
+        entropy, surprise = (table.index_put(where, look) if rules.lookahead else costs for look in looks)
         return Scores(
             tokens=chosen,
             best_tokens=state.tokens.index_put(where, best) if rules.greedy_force else chosen,
             cost=costs,
             force_cost=costs if self.force_score is None else table.index_put(where, force),
+            entropy=entropy,
+            surprise=surprise,
             broken=torch.zeros_like(state.tokens).index_put(where, fault),
         )
 
@@ -307,11 +333,13 @@ class Scorer:
         rows: torch.Tensor,
         steps: torch.Tensor,
         columns: torch.Tensor,
+        held: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        """Tokens, best tokens, costs, those of forced commits, and faults of some candidates, `(m,)` each.
+        """Tokens, best tokens, costs, those of forced commits, looks ahead and faults of candidates, `(m,)` each.
 
         Args:
             index: rows of the state; `rows` are those of the batch that `generate` was given.
+            held (`(m,)` long, *optional*): the token of a position that is decided already, -1 of any other.
         """
         if self.credit is not None:
             raw = self.credit(raw, self.mask_token_id, rows, steps, columns)
@@ -320,7 +348,7 @@ class Scorer:
             raw = self.processors.repair(raw)
             valid = raw.amax(-1).isfinite()
             processed = self._processed(raw.masked_fill(~valid[:, None], 0.0), index, columns)
-            if self.rules.score_processed:
+            if self.rules.score_processed or self.processors.languages is not None:
                 raw = processed.clone()
         if self.rules.score_temperature != 1:
             raw = raw / self.rules.score_temperature
@@ -331,9 +359,13 @@ class Scorer:
             left = processed.amax(-1).isfinite()
             fault = torch.where(valid, torch.where(left, fault, NOTHING_LEFT), NOT_FINITE)
         tokens = self.sampler.tokens(processed, rows, steps, columns) if self.sampling else best
+        if held is not None:  # whatever processors leave of it
+            tokens = torch.where(held < 0, tokens, held)
+            fault = torch.where((held >= 0) & (fault == NOTHING_LEFT), 0, fault)
         chosen = raw.gather(1, tokens[:, None])[:, 0]
         cost = self._cost(stats, chosen, rows, steps, columns)
-        return tokens, best, cost, self._force_cost(stats, chosen, cost), fault
+        force, looks = self._force_cost(stats, chosen, cost), self._looks(stats, chosen, cost)
+        return tokens, best, cost, force, *looks, fault
 
     def _cost(
         self, stats: Statistics, chosen: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor, columns: torch.Tensor
@@ -345,6 +377,10 @@ class Scorer:
     def _force_cost(self, stats: Statistics, chosen: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
         """Ranks `(m,)` candidates for forced commits; by their `cost` unless said otherwise."""
         return cost if self.force_score is None else SCORES[self.force_score](stats, chosen, None)
+
+    def _looks(self, stats: Statistics, chosen: torch.Tensor, cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Entropies and surprises of `(m,)` candidates, what lookaheads are ranked by; their `cost` without any."""
+        return (stats.entropy, confidence_cost(stats, chosen, None)) if self.rules.lookahead else (cost, cost)
 
     def _processed(self, scores: torch.Tensor, index: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Processed `(m, V)` scores; the mask token takes no part in them, so that it is no rank of a top-k."""

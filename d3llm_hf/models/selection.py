@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from .decoding import Rules, State, first_true
+from .decoding import Rules, State, decided_share, first_true
 
 
 def marked_first(cost: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
@@ -49,9 +49,27 @@ def best_of_each(cost: torch.Tensor, among: torch.Tensor, group: torch.Tensor) -
     return equals & (column == leftmost.gather(1, group))
 
 
+def slack(state: State, rules: Rules) -> float | torch.Tensor:
+    """By what fraction the threshold is relaxed where so much is decided (Streaming-dLLM, arXiv:2601.17917, 3.2).
+
+    `(B, N)` or `(B, 1)`; the number 0 where nothing is relaxed.
+    """
+    return rules.threshold_relaxation * decided_share(state, rules) if rules.threshold_relaxation else 0.0
+
+
+def relaxed(state: State, rules: Rules) -> float | torch.Tensor:
+    """The threshold as a cost: of a probability `(1 - slack)` times it, of an entropy `(1 + slack)` times."""
+    loose = slack(state, rules)
+    if isinstance(loose, float):
+        return rules.threshold
+    by_probability = rules.score == "confidence"
+    return (rules.threshold - torch.log1p(-loose) if by_probability else rules.threshold * (1 + loose)).float()
+
+
 def by_threshold(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
     """Every candidate whose cost is under the threshold; with `force_best` the cheapest of the row in any case."""
-    under = cost <= rules.threshold if rules.inclusive else cost < rules.threshold
+    threshold = relaxed(state, rules)
+    under = cost <= threshold if rules.inclusive else cost < threshold
     commits = among & under
     return commits | best(cost, among) if rules.force_best else commits
 
@@ -59,7 +77,8 @@ def by_threshold(cost: torch.Tensor, among: torch.Tensor, state: State, rules: R
 def by_near_best(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
     """dInfer's threshold: lowered to just under the best candidate's probability, whose equals then pass as well."""
     probability = torch.exp(-cost.double()).masked_fill(~among, -1.0)
-    level = (probability.amax(1, keepdim=True) - 1e-5).clamp_max(math.exp(-rules.threshold))
+    threshold = math.exp(-rules.threshold) * (1 - slack(state, rules))
+    level = (probability.amax(1, keepdim=True) - 1e-5).clamp_max(threshold)
     return among & (probability >= level) | best(cost, among)
 
 
@@ -90,13 +109,13 @@ def by_hierarchy(cost: torch.Tensor, among: torch.Tensor, state: State, rules: R
     run = (starts.long().cumsum(1) - 1).clamp_min(0)  # (B, N): which run of neighbours a candidate belongs to
     of_run = best_of_each(cost, among, run) & (cost < rules.relaxed_threshold)
     surest = cost.masked_fill(~among, float("inf")).amin(1, keepdim=True)
-    spread = (of_run | (cost < rules.threshold)) & (surest <= rules.relaxed_threshold)
+    spread = (of_run | (cost < relaxed(state, rules))) & (surest <= rules.relaxed_threshold)
     return among & spread | best(cost, among)
 
 
 def by_neighbourhood(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
     """LocalLeap (arXiv:2510.07081): sure candidates are anchors, around which less certainty suffices."""
-    anchors = among & (cost <= rules.threshold)
+    anchors = among & (cost <= relaxed(state, rules))
     # Distances in the text, whose given parts count as well: to the last anchor before, and to the next one behind.
     far = rules.radius + 1
     before = state.slots.masked_fill(~anchors, -far).cummax(1).values
@@ -193,6 +212,27 @@ def by_entropy_sum(cost: torch.Tensor, among: torch.Tensor, state: State, rules:
     return among & torch.zeros_like(among).scatter_(1, order, total < rules.threshold) | best(cost, among)
 
 
+def by_stability(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """KLASS (arXiv:2511.05664): sure candidates that have been calm for some forwards; where none is, the surest.
+
+    In the first `kl_history - 1` forwards of a block nothing counts as calm.
+    """
+    _, _, done = pace(among, state, rules)
+    under = cost <= rules.threshold if rules.inclusive else cost < rules.threshold
+    calm = (state.calm >= rules.kl_history) & (done >= rules.kl_history - 1)[:, None]
+    ready = among & under & calm
+    return ready | best(cost, among & ~ready.any(1, keepdim=True))
+
+
+def by_wide_in(cost: torch.Tensor, among: torch.Tensor, state: State, rules: Rules) -> torch.Tensor:
+    """WINO's wide-in (arXiv:2507.18578): what is surer than a threshold, the surest 7 of 10, but 5 to 20; or the best.
+
+    A boldness that `narrow_out` makes good.
+    """
+    most = (0.7 * among.sum(1).double()).long().clamp(5, 20)
+    return cheapest(cost, among & (cost < rules.threshold), most) | best(cost, among)
+
+
 SELECTORS: dict[str, Callable[[torch.Tensor, torch.Tensor, State, Rules], torch.Tensor]] = {
     "threshold": by_threshold,
     "near_best": by_near_best,
@@ -207,7 +247,45 @@ SELECTORS: dict[str, Callable[[torch.Tensor, torch.Tensor, State, Rules], torch.
     "quota_or_threshold": by_quota_or_threshold,
     "leftmost": by_leftmost,
     "entropy_sum": by_entropy_sum,
+    "stability": by_stability,
+    "wide_in": by_wide_in,
 }
+
+
+def narrow_out(
+    doubt: torch.Tensor, watched: torch.Tensor, commits: torch.Tensor, state: State, rules: Rules
+) -> torch.Tensor:
+    """WINO's narrow-out: where more than one is committed, those that the model would not write again.
+
+    It ends: fewer are taken back than the forward before committed, so after n forwards of a block at least n of its
+    positions are decided.
+    """
+    gained = (state.step_map == state.forward).sum(1)  # what the last forward committed; it is all still there
+    doubtful = watched & (doubt > rules.revoke_threshold) & (commits.sum(1, keepdim=True) > 1)
+    return cheapest(-doubt, doubtful, gained - 1)
+
+
+# Decided positions `(B, N)` that a step takes back: of the doubt about each present token (lower is surer), which may
+# be taken back at all, the commits of the same step, the state before it and the rules. Each says why decoding ends.
+REVOKERS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, State, Rules], torch.Tensor]] = {
+    "narrow_out": narrow_out,
+}
+
+
+def take_back(doubt: torch.Tensor, commits: torch.Tensor, state: State, rules: Rules) -> torch.Tensor | None:
+    """Which decided positions this step takes back.
+
+    Args:
+        doubt (`(B, N)` float): cost of the present token at each unsettled position.
+        commits (`(B, N)` bool): of the same step.
+        state: before the step.
+
+    Returns:
+        `(B, N)` bool, `None` where the rules take nothing back.
+    """
+    if rules.revoke is None:
+        return None
+    return REVOKERS[rules.revoke](doubt, state.unsettled, commits, state, rules)
 
 
 def choose(

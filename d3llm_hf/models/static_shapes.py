@@ -59,12 +59,17 @@ class Shapes:
     @classmethod
     def of(cls, canvas: Canvas, rules: Rules) -> "Shapes":
         """Those that a canvas of this length needs under these rules, whatever its prompt is."""
-        length, block = bucket(canvas.length), rules.block_length
+        length, block = bucket(canvas.length), rules.window_length or rules.block_length
         narrow = min(rounded(2 * (block + rules.cache_window), 16), length)
         widths = {narrow, length // 4, length // 2, length} if rules.kv_cache != "none" else {length}
-        # One open block has at most its own positions to decide; where several may be open, four will mostly do.
+        # One open block has at most its own positions to decide (and the next one's to score, for a history); where
+        # several may be open, four will mostly do.
         positions = rounded(canvas.slots.shape[1], block)
-        places = {block} if rules.block_add_threshold >= 1 else {min(4 * block, positions), positions}
+        places = (
+            {min(block << rules.scores_ahead, positions)}
+            if rules.block_add_threshold >= 1
+            else {min(4 * block, positions), positions}
+        )
         return cls(canvas.batch, length, tuple(sorted(widths)), tuple(sorted(places)))
 
     def fitting(self, recompute: torch.Tensor | None, wanted: torch.Tensor) -> tuple[int, int]:
@@ -272,8 +277,10 @@ def refuse(model: CanvasContract, canvas: Canvas, rules: Rules, config: CompileC
     own = type(model).canvas_logits is CanvasContract.canvas_logits
     reasons = {
         "`lossless`, whose drafts make batches of any size (unset one of them)": rules.draft_length > 0,
+        "`lookahead`, whose canvases make batches of any size (unset one of them)": rules.lookahead > 0,
         "`cfg_scale`, which doubles the batch (unset one of them)": rules.cfg_scale > 0,
         "block-causal attention, whose canvas grows (leave `compile_config` unset)": canvas.blocks is not None,
+        'decoding_method="wino", whose shadow block moves (leave `compile_config` unset)': rules.shadow_block,
         "`suffix_length`, with which the canvas grows (unset one of them)": rules.suffix_length is not None,
         "`dynamic=True`: every forward has one of few static shapes (leave `dynamic` unset)": config.dynamic is True,
         'flash-attention, which takes padding out (load the model with `attn_implementation="sdpa"`)': (

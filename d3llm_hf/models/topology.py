@@ -63,10 +63,11 @@ class Traits:
 
     @classmethod
     def of(cls, model: Any, config: Any) -> "Traits":
-        """Those of a model, or of a model class, with a config."""
+        """Those of a model, or of a model class, with a config; where blocks begin, either may say."""
         topology = None
-        if model.block_alignment is not None:
-            topology = Topology(text_setting(config, "block_length"), model.block_alignment)
+        alignment = model.block_alignment or text_setting(config, "block_alignment")
+        if alignment is not None:
+            topology = Topology(text_setting(config, "block_length"), alignment)
         return cls(model.logit_shift, topology, model.default_method)
 
 

@@ -117,8 +117,9 @@ def check_wrapping(model: Any, canvas: Any, rules: Any, compiled: bool) -> None:
         compiled (`bool`): whether forwards are compiled.
 
     Raises:
-        ValueError: with a learnt prompt for a cache, compiled forwards, a text that does not fit behind it or padding
-            that would move the text; for adapters that belong to rows where the batch changes; for an activated LoRA.
+        ValueError: with a learnt prompt for a cache, compiled forwards, a shadow block, a text that does not fit
+            behind it or padding that would move the text; for adapters that belong to rows where the batch changes;
+            for an activated LoRA.
     """
     wrapper = wrapper_of(model)
     if wrapper is not None:
@@ -129,7 +130,7 @@ def check_wrapping(model: Any, canvas: Any, rules: Any, compiled: bool) -> None:
             "`alora_invocation_tokens` has no meaning in `generate`: PEFT counts from the end of the prompt what an "
             "activated LoRA is for, and a canvas goes on behind it. Train a plain LoRA."
         )
-    changes = canvas.batch > 1 or bool(rules.cfg_scale) or rules.draft_length > 0
+    changes = canvas.batch > 1 or bool(rules.cfg_scale) or rules.canvases > 1
     for name in sorted(found & {"adapter_names", "task_ids"}):
         if changes:
             raise ValueError(
@@ -165,6 +166,11 @@ def _check_learnt_prompt(model: Any, wrapper: Any, canvas: Any, rules: Any, comp
         raise ValueError(
             f"`compile_config` does not go together with a {kind} adapter, which changes the forward's inputs. Leave "
             "it unset."
+        )
+    if rules.shadow_block:
+        raise ValueError(
+            f"A shadow block does not go together with a {kind} adapter, whose virtual tokens its mask does not know. "
+            'Choose another `decoding_method` than "wino".'
         )
     longest = model.max_positions
     if longest is not None and canvas.length + size > longest:

@@ -8,6 +8,7 @@ from typing import Any
 from ..models.generation_config_d3llm import FIELDS, D3LLMGenerationConfig
 from ..text import encode_chat, encode_text
 from .errors import ApiError
+from .formats import layout_of, schema_of
 from .jobs import Event, Job
 from .schemas import OPTIONS, ChatRequest, CompletionRequest
 
@@ -57,7 +58,11 @@ class Admission:
             ApiError: 400 or 404, naming the parameter at fault.
         """
         self.check_model(request.model)
-        length = request.max_completion_tokens or request.max_tokens or self._default_length()
+        asked = request.max_completion_tokens or request.max_tokens
+        schema = schema_of(request.response_format, request.stop, request.d3llm)
+        layout = layout_of(schema, asked, self.model, self.tokenizer, self.max_tokens)
+        length = asked or self._default_length()
+        length = length if layout is None else len(layout.ids)
         if length > self.max_tokens:
             raise ApiError(
                 400, f"`max_tokens` must be at most {self.max_tokens} on this server (got {length}).",
@@ -71,7 +76,7 @@ class Admission:
                 f"{settings['steps']}). Leave it out for one a token.",
                 param="d3llm.steps", code="invalid_value",
             )  # fmt: skip
-        self._check_settings(settings, length)
+        self._check_settings(settings, length, fills=layout is not None)
         prompt = self._encode(request, length)
         return Job(
             prompt=prompt,
@@ -82,6 +87,7 @@ class Admission:
             tell=tell,
             streamed=request.stream,
             drafts=request.d3llm.get("drafts", False),
+            layout=layout,
         )
 
     def _default_length(self) -> int:
@@ -111,13 +117,22 @@ class Admission:
             )  # fmt: skip
         return settings
 
-    def _check_settings(self, settings: dict[str, Any], length: int) -> None:
+    def _check_settings(self, settings: dict[str, Any], length: int, fills: bool) -> None:
         """Asks the configuration, as `generate` will."""
         try:
-            self.model.check_settings(**settings, max_new_tokens=length)
+            config = self.model.check_settings(**settings, max_new_tokens=length)
         except (ValueError, TypeError) as error:
             named = [name for name in ("temperature", "top_p") if str(error).startswith(f"`{name}`")]
             raise ApiError(400, str(error), param=(named or ["d3llm"])[0], code="invalid_value") from None
+        rules = config.rules(length, self.model.traits)
+        in_parts = config.topology(self.model.traits) is not None or rules.slot_size or rules.suffix_length is not None
+        if fills and in_parts:
+            raise ApiError(
+                400,
+                "`response_format` needs decoding that sees the whole text, which this model, method or "
+                "`suffix_length` does not. Ask for the format in a message and check the answer yourself.",
+                param="response_format", code="invalid_value",
+            )  # fmt: skip
 
     def _encode(self, request: ChatRequest | CompletionRequest, length: int) -> list[int]:
         """Token ids that leave room for the answer; what a user writes never becomes a control token."""

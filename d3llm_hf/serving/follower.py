@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..forms.filling import Filled
 from ..stops import before_stop, tokens_of
 from ..watch.row_text import RowText
 from ..watch.terminal import MASK_SIGN
@@ -120,6 +121,51 @@ class Follower:
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+class FormFollower:
+    """A streamer for the filling of forms, whose rows are answered together: a hole's text is known when all of it is.
+
+    Args:
+        jobs: one for each row.
+        is_stopping: whether the server stops.
+    """
+
+    supports_batch = True
+
+    def __init__(self, jobs: Sequence[Job], is_stopping: Callable[[], bool]):
+        self.jobs, self.is_stopping = jobs, is_stopping
+        self.answered: set[int] = set()
+
+    def put(self, value: torch.Tensor, row: int | None = None) -> None:
+        """Takes tokens that are told at the end."""
+
+    def end_step(self) -> None:
+        """Ends a filling that nobody waits for.
+
+        Raises:
+            Abandoned: when it is nobody's, or the server stops.
+        """
+        if self.is_stopping() or all(job.has_left for job in self.jobs):
+            raise Abandoned
+
+    def end(self) -> None:
+        """Nothing is told before the fillings are read."""
+
+    def answer(self, found: Sequence[Filled]) -> None:
+        """Tells every reader its form."""
+        for row, (job, filled) in enumerate(zip(self.jobs, found, strict=True)):
+            job.tell(
+                Answer(
+                    text=filled.text,
+                    rest=filled.text,
+                    finish_reason="stop",
+                    prompt_tokens=filled.prompt_tokens,
+                    completion_tokens=filled.num_tokens,
+                    forwards=filled.num_forwards,
+                )
+            )
+            self.answered.add(row)
 
 
 def free_of_stops(text: str, stops: Sequence[str]) -> int:

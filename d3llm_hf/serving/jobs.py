@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..forms.form import LaidOut
 from .errors import ApiError
 
 
@@ -51,6 +52,7 @@ class Job:
         seed: of this row.
         streamed: tell pieces before the answer.
         drafts: with the canvas as it looks.
+        layout: the form that the answer is, in place of text of any kind.
         tell: takes events in the worker's thread; must not block.
     """
 
@@ -62,13 +64,15 @@ class Job:
     tell: Callable[[Event], None]
     streamed: bool = False
     drafts: bool = False
+    layout: LaidOut | None = None
     given: int = 0  # characters that pieces have held, so that a second try does not repeat them
     _left: threading.Event = field(default_factory=threading.Event)
 
     @property
     def key(self) -> Hashable:
         """Jobs of one key can be rows of one batch: `generate` takes these settings for all rows alike."""
-        return self.max_new_tokens, self.stops, repr(sorted(self.settings.items()))
+        length = self.max_new_tokens if self.layout is None else None  # forms of all lengths are one batch
+        return length, self.stops, repr(sorted(self.settings.items()))
 
     @property
     def has_left(self) -> bool:

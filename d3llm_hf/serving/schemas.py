@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, Va
 from ..models.generation_config_d3llm import FIELDS
 from .bodies import read_object
 from .errors import ApiError
+from .formats import schema_of
 from .unsupported import IN_MESSAGE, IN_STREAM_OPTIONS, PARAMETERS, Table, without_unsupported
 from .wording import in_our_words, shown
 
@@ -24,7 +25,7 @@ OPTIONS: dict[str, tuple[tuple[type, ...], str, Callable[[Any], bool]]] = {
 SETTINGS = (frozenset(FIELDS) - {"seed", "infill", "mask_token_id"}) | OPTIONS.keys()
 """Arguments of `generate` that a request may set under `d3llm`."""
 
-LARGEST = {"draft_length": 16}
+LARGEST = {"draft_length": 16, "lookahead": 16}
 """Bounds of settings that multiply the memory of a request."""
 
 
@@ -85,6 +86,7 @@ class GenerationRequest(_Strict):
         temperature: 0 does not sample.
         seed: a request with a seed gets the same answer again.
         stop: strings that end the answer and are not part of it.
+        response_format: a JSON schema that the answer holds; see `formats.py`.
         user, safety_identifier, prompt_cache_key: taken and forgotten.
         d3llm: settings of `generate` (see `SETTINGS`), and `drafts: true` for draft events in a stream.
     """
@@ -103,6 +105,7 @@ class GenerationRequest(_Strict):
     ] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -190,6 +193,7 @@ def _check_together(request: GenerationRequest) -> None:
         raise ApiError(
             400, "`stream_options` needs `stream: true`. Leave it out.", param="stream_options", code="invalid_value"
         )
+    schema_of(request.response_format, request.stop, request.d3llm)
     for name, value in request.d3llm.items():
         param = f"d3llm.{name}"
         if name == "drafts":

@@ -26,7 +26,6 @@ PARAMETERS: Table = {
     "parallel_tool_calls": ((True, False), "Leave it out."),
     "functions": (([],), "Describe the functions in a message and read the answer yourself."),
     "function_call": (("none", "auto"), "Leave it out."),
-    "response_format": (({"type": "text"},), "Ask for the format in a message and check the answer yourself."),
     "modalities": ((["text"],), "Answers are text."),
     "audio": ((), "Answers are text."),
     "prediction": ((), "Leave it out."),

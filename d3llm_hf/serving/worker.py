@@ -10,10 +10,11 @@ from functools import partial
 
 import torch
 
+from ..forms.filling import Filled, fill_laid_out
 from ..models.text_config import text_setting
 from ..stops import StopInAnswer
 from .errors import ApiError, stopped
-from .follower import Abandoned, Follower
+from .follower import Abandoned, Follower, FormFollower
 from .jobs import Job
 from .metrics import Metrics
 
@@ -167,7 +168,9 @@ class Worker:
             if row not in follower.answered:
                 job.tell(stopped() if self._closing else ApiError(500, "Decoding failed, see the server's log."))
 
-    def _follower(self, jobs: Sequence[Job]) -> Follower:
+    def _follower(self, jobs: Sequence[Job]) -> Follower | FormFollower:
+        if jobs[0].layout is not None:
+            return FormFollower(jobs, lambda: self._closing)
         own = self.model.generation_config
         eos = own.eos_token_id
         return Follower(
@@ -182,8 +185,11 @@ class Worker:
         own = getattr(self.model.generation_config, "mask_token_id", None)
         return text_setting(self.model.config, "mask_token_id") if own is None else own
 
-    def _generate(self, jobs: Sequence[Job], follower: Follower) -> None:
-        """Calls `generate` on prompts that are padded on the left."""
+    def _generate(self, jobs: Sequence[Job], follower: Follower | FormFollower) -> None:
+        """Calls `generate` on prompts that are padded on the left, or fills the forms behind them."""
+        if isinstance(follower, FormFollower):
+            follower.answer(self._fill(jobs, follower))
+            return
         first, width = jobs[0], max(len(job.prompt) for job in jobs)
         pad = self.tokenizer.pad_token_id or 0  # any token: what is padded is not attended to
         ids = torch.tensor([[pad] * (width - len(job.prompt)) + job.prompt for job in jobs])
@@ -200,4 +206,16 @@ class Worker:
             streamer=follower,
             **first.settings,
             **more,
+        )
+
+    def _fill(self, jobs: Sequence[Job], follower: FormFollower) -> list[Filled]:
+        return fill_laid_out(
+            self.model,
+            [job.prompt for job in jobs],
+            [job.layout for job in jobs if job.layout is not None],
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            mask_token_id=self._mask_token_id(),
+            seed=[job.seed for job in jobs],
+            streamer=follower,
+            **jobs[0].settings,
         )

@@ -1,8 +1,9 @@
 """What happened in one call of `generate`: which token was decided in which forward, for people to look at.
 
-A forward only decides positions, it never takes one back, so that a canvas of any forward is known from the last one
-and the step map. Only what lies behind the first stop token goes away: a trace keeps it for the forwards before. Where
-a token was replaced (`edit_threshold`), a trace shows the last one from the forward that decided its position on.
+A forward decides positions, so that a canvas of any forward is known from the last one and the step map. Only what
+lies behind the first stop token goes away: a trace keeps it for the forwards before. Where a token was replaced
+(`edit_threshold`), a trace shows the last one from the forward that decided its position on; where it was taken back
+(`"wino"`), it shows it from the forward that decided it for good.
 """
 
 import dataclasses
@@ -171,7 +172,9 @@ class Recording(Iterator[int]):
         self._steps += [-1] * new
         forward = len(self._lengths) + 1
         for position, token in enumerate(canvas):
-            if token != self._mask:
+            if token == self._mask:
+                self._tokens[position] = self._steps[position] = -1
+            else:
                 self._tokens[position] = token
                 if self._steps[position] < 0:
                     self._steps[position] = forward

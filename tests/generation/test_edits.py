@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from listening import Listener
 from places import GOLDEN
 from recorded_blocks import checkpoint, of_llada2, recorded_cases
 from tiny import PAD, ScriptedModel, answer, left_padded, tiny_prompt, trained_like
@@ -32,34 +33,11 @@ def decode(rows, **more):
     return checkpoint("llada2-tiny-a").generate(**left_padded(rows), **chosen)
 
 
-class Listener:
-    """Keeps what a streamer is told, row by row."""
-
-    supports_batch = True
-
-    def __init__(self):
-        self.tokens, self.drafts, self.replaced = {}, {}, 0
-
-    def put(self, value, row=None):
-        if row is not None:
-            self.tokens.setdefault(row, []).extend(value.tolist())
-
-    def put_draft(self, value, row=None):
-        """Counts the tokens of earlier drafts that are other ones now."""
-        start, before = len(self.tokens.get(row, [])), self.drafts.get(row, {})
-        now = {start + index: token for index, token in enumerate(value.tolist()) if token != 511}
-        self.replaced += sum(now.get(place, token) != token for place, token in before.items())
-        self.drafts[row] = now
-
-    def end(self):
-        pass
-
-
 # ---- Nobody is shown a token that turns out to be another one ------------------------------------------------------
 
 
 def test_a_streamed_prefix_never_changes_though_tokens_are_replaced():
-    listener = Listener()
+    listener = Listener(511)
     rows = [list(case.prompt) for case in EDITING[:4]]
     output = decode(rows, streamer=listener)
     width = max(map(len, rows))

@@ -289,6 +289,7 @@ class Uncompilable:
     "chosen, attributes, message",
     [
         ({"lossless": True}, {}, r"`lossless`, .* \(unset one of them\)"),
+        ({"lookahead": 1}, {}, r"`lookahead`, .* \(unset one of them\)"),
         ({"cfg_scale": 1.0}, {}, r"`cfg_scale`, .* \(unset one of them\)"),
         ({"suffix_length": 2}, {}, r"`suffix_length`, .* \(unset one of them\)"),
         ({"compile_config": CompileConfig(dynamic=True)}, {}, r"`dynamic=True`: .* \(leave `dynamic` unset\)"),

@@ -105,6 +105,10 @@ def test_likelihoods_see_a_learnt_prompt(kind):
 REFUSED = {
     "a cache": ({"kv_cache": "dual"}, r'`kv_cache` must be "none" with a PROMPT_TUNING adapter .got "dual"'),
     "compiled forwards": ({"compile_config": CompileConfig()}, r"`compile_config` does not go together with a PROMPT"),
+    "a shadow block": (
+        {"decoding_method": "wino"},
+        r"A shadow block does not go together with a PROMPT_TUNING adapter",
+    ),
     "a text too long": ({"max_new_tokens": 2042}, r"2048 positions behind the 4 virtual tokens .* .got 2047"),
 }
 

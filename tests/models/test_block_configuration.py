@@ -5,7 +5,7 @@ import json
 import pytest
 from places import GOLDEN
 
-from d3llm_hf import SDARConfig
+from d3llm_hf import Fast_dLLM_QwenConfig, SDARConfig
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,17 @@ def test_official_keys_survive_a_round_trip(tmp_path):
 
 def test_the_block_has_two_names():
     assert SDARConfig(block_size=16).block_length == SDARConfig(block_length=16).block_size == 16
+
+
+@pytest.mark.parametrize("config_class", [SDARConfig, Fast_dLLM_QwenConfig])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_norms_of_queries_and_keys_are_in_the_tensor_parallel_plan_of_a_model_that_has_them(
+    config_class, qk_norm, tmp_path
+):
+    config_class(qk_norm=qk_norm).save_pretrained(tmp_path)
+    config = config_class.from_pretrained(tmp_path)
+    norms = {name.rpartition(".")[2] for name in config.base_model_tp_plan if name.endswith("norm")}
+    assert config.qk_norm is qk_norm and norms == ({"q_norm", "k_norm"} if qk_norm else set())
+    assert "base_model_tp_plan" not in config.to_dict()
+    usual = config_class is SDARConfig
+    assert ("layers.*.self_attn.q_norm" in config_class.base_model_tp_plan) is usual

@@ -52,6 +52,13 @@ METHODS = {
         "relaxed_threshold": 0.3,
         "leap_radius": 2,
     },
+    "klass": {
+        "decoding_method": "klass",
+        "block_length": 5,
+        "confidence_threshold": 0.4,
+        "kl_threshold": 0.3,
+        "kl_history": 2,
+    },
 }
 CACHES = {
     "none": {"kv_cache": "none"},
@@ -59,6 +66,7 @@ CACHES = {
     "prefix": {"kv_cache": "prefix"},
     "dual": {"kv_cache": "dual", "cache_refresh_interval": 3},
     "vicinity": {"kv_cache": "vicinity", "cache_warmup": 2, "cache_window": 2},
+    "sliding": {"kv_cache": "sliding", "cache_window": 2},
     "dkv": {"kv_cache": "dkv", "cache_delay": 1, "cache_refresh_interval": 4},
     "dkv_greedy": {"kv_cache": "dkv_greedy", "cache_delay": 2, "cache_refresh_interval": 3, "cache_window": 3},
 }
@@ -93,6 +101,8 @@ def drawn_method(rng: Random, method: str) -> dict:
     if method == "dinfer, credit":
         chosen |= {"credit_decay": draw([0.3, 0.8, 1.0]), "credit_exponent": draw([0.0, 0.2, 1.0])}
         chosen |= {"credit_weight": draw([0.0, 0.7, 2.0])}
+    if method == "klass":
+        chosen |= {"kl_threshold": draw([0.01, 0.1, 0.3, 1.0, 3.0]), "kl_history": rng.randint(1, 3)}
     if method == "d3llm":
         chosen["block_activation_threshold"] = draw([0.0, 0.1, 0.25, 0.5, 0.8, 0.95, 1.0])
     if method in ("llada", "dkv"):
@@ -112,5 +122,7 @@ def drawn_cache(rng: Random, cache: str) -> dict:
         "cache_window": rng.randint(0, 6),
     }
     return {name: drawn.get(name, value) for name, value in CACHES[cache].items()} | (
-        {"cache_refresh_interval": interval} if cache in ("prefix", "vicinity") and interval != NEVER else {}
+        {"cache_refresh_interval": interval}
+        if cache in ("prefix", "vicinity", "sliding") and interval != NEVER
+        else {}
     )

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import DeepSpeedPlugin, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from distillation import ARGUMENTS, student, trajectories
+from official import tiny_tokenizer
 
 from trainers import run_distill, run_sft
 from trainers.common.canvas_trainer import CanvasTrainer
@@ -64,6 +66,32 @@ def run_in_process(runs: list[dict[str, Any]]) -> None:
         raise RuntimeError(f"The runs ended with {process.exitcode}.")
 
 
+def write_teacher(folder: Path) -> None:
+    """A tiny `model` with its tokenizer and 16 trajectories, `rows.parquet`."""
+    tokenizer = tiny_tokenizer()
+    student(tokenizer, n_layers=2).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    trajectories(16).to_parquet(folder / "rows.parquet")
+
+
+def arguments(teacher: Path, output: Path, batch_size: int, **more: Any) -> list[str]:
+    """Of the distillation script: four steps with a checkpoint every two; `None` leaves an argument out."""
+    values = ARGUMENTS | {"model_name_or_path": teacher / "model", "dataset_name": teacher / "rows.parquet"}
+    values |= {"per_device_train_batch_size": batch_size, "output_dir": output, "loss_reduction": "sample"}
+    values |= {"save_strategy": "steps", "save_steps": 2} | more
+    return [
+        part
+        for name, value in values.items()
+        if value is not None
+        for part in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+    ]
+
+
+def logged(run: dict[str, Any], name: str = "loss") -> list[float]:
+    """A quantity of each step."""
+    return [entry[name] for entry in run["log"] if "loss" in entry]
+
+
 def _as_rank(rank: int, port: int, run: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     PartialState._reset_state()
@@ -71,14 +99,19 @@ def _as_rank(rank: int, port: int, run: dict[str, Any]) -> None:
         counts = {"WORLD_SIZE": run["processes"], "LOCAL_WORLD_SIZE": run["processes"]}
         launched = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | counts
         os.environ.update({name: str(value) for name, value in launched.items()})
-    os.environ.update(run.get("environment", {}) | {"ACCELERATE_USE_CPU": "true"})
-    _shard_on_cpu()
+    os.environ.update(run.get("environment", {}))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        _divide_small_weights()
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        _shard_on_cpu()
     train = CanvasTrainer.train
 
     def train_and_tell(trainer, *args, **kwargs):
         train(trainer, *args, **kwargs)
         told = {
-            "sharded": any(type(weight).__name__ == "DTensor" for weight in trainer.model.parameters()),
+            "sharded": any(map(_is_shard, trainer.model.parameters())),
             "log": trainer.state.log_history,
             "processes": trainer.args.world_size,
         }
@@ -87,6 +120,21 @@ def _as_rank(rank: int, port: int, run: dict[str, Any]) -> None:
 
     CanvasTrainer.train = train_and_tell
     SCRIPTS[run.get("script", "distillation")].main(run["arguments"])
+
+
+def _is_shard(weight: torch.Tensor) -> bool:
+    return type(weight).__name__ == "DTensor" or (hasattr(weight, "ds_tensor") and weight.numel() == 0)
+
+
+def _divide_small_weights() -> None:
+    """ZeRO-3 leaves tensors of less than 100,000 values whole in each process: all that a tiny model has."""
+    make = DeepSpeedPlugin.__post_init__
+
+    def make_dividing(self):
+        make(self)
+        self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    DeepSpeedPlugin.__post_init__ = make_dividing
 
 
 def _shard_on_cpu() -> None:

@@ -19,7 +19,7 @@ Beside it: `oracle_network.py` (running a model), `oracle_choices.py` (which can
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import oracle_choices as choices
 import torch
@@ -51,6 +51,11 @@ class Rules:
     entropy_bound: float = 0.1
     relaxed_threshold: float = 0.75
     leap_radius: int = 4
+    kl_threshold: float = 0.01
+    kl_history: int = 2
+    window: str = "blocks"  # or "slide", "slide_span"
+    window_span: int | None = None
+    threshold_relaxation: float = 0.0
     block_add_threshold: float = 0.1
     block_activation_threshold: float = 0.95
     early_stop: bool = False
@@ -115,6 +120,9 @@ class Oracle(Windows):
         self.positions_computed = self.extra_exit = 0
         self.seen: dict[int, list[tuple[int, Look]]] = {}  # of "credit": every look at a position, and its forward
         block_length = rules.block_length or (rules.max_new_tokens if rules.decoding_method == "dream" else 32)
+        self.window_length = min(block_length, rules.max_new_tokens)
+        if rules.window != "blocks":  # the answer is one block
+            block_length = rules.max_new_tokens
         self.blocks = [(0, self.prompt_length)] + [
             (start, min(start + block_length, self.length))
             for start in range(self.prompt_length, self.length, block_length)
@@ -134,6 +142,7 @@ class Oracle(Windows):
             "dinfer": self.dinfer,
             "entropy_bound": lambda: self.block_by_block(choices.entropy_bound),
             "local_leap": lambda: self.block_by_block(choices.local_leap),
+            "klass": self.klass,
         }[self.rules.decoding_method]()
         return self.result()
 
@@ -201,6 +210,7 @@ class Oracle(Windows):
             "dparallel": True,
             "fast_dllm": rules.factor is None,
         }.get(rules.decoding_method, False)
+        by_threshold = by_threshold and rules.window == "blocks"
         if rules.kv_cache not in ("prefix", "dual") or rules.early_stop or not by_threshold:
             return 0
         for start, end in self.blocks:
@@ -235,16 +245,44 @@ class Oracle(Windows):
 
     def works(self) -> bool:
         """Whether the current block needs another forward."""
+        if self.rules.window != "blocks":
+            return not self.answered()
         return bool(self.undecided(*self.current)) and not self.answered()
+
+    def inside(self) -> list[int]:
+        """The candidates of the next forward: what is undecided in the blocks at work, or in the window."""
+        rules = self.rules
+        if rules.window != "blocks":
+            left = self.undecided()
+            count = self.window_length
+            end = left[count - 1] + 1 if len(left) >= count else self.length
+            if rules.window == "slide_span":
+                end = min(end, left[0] + (rules.window_span or rules.block_length or 32))
+            self.current = left[0], end
+            if sum(forward > self.opened for forward in self.committed.values()) >= count:
+                self.opened = self.forwards
+        return self.undecided(*self.current)
+
+    def eased(self, position: int) -> Rules:
+        """The rules at a position, with thresholds as its block or the window leaves them."""
+        rules, (start, end) = self.rules, self.current
+        if not rules.threshold_relaxation:
+            return rules
+        if rules.window == "blocks":
+            start, end = next(block for block in self.blocks[1:] if block[0] <= position < block[1])
+        loose = rules.threshold_relaxation * (1 - len(self.undecided(start, end)) / (min(end, self.length) - start))
+        probability = rules.confidence_threshold and rules.confidence_threshold * (1 - loose)
+        return replace(
+            rules, confidence_threshold=probability, entropy_threshold=rules.entropy_threshold * (1 + loose)
+        )
 
     def block_by_block(self, choose, looks_of=None) -> None:
         """In every block, what `choose` picks from the looks at its undecided positions, until none are left."""
         for block in range(1, len(self.blocks)):
             self.open_block(block)
             while self.works():
-                rows = self.forward(self.undecided(*self.current))
-                looks = (looks_of or self.look)(rows)
-                self.commit(looks, sorted(choose(looks, self.rules)))
+                looks = (looks_of or self.look)(self.forward(self.inside()))
+                self.commit(looks, sorted(choose(looks, self.eased(min(looks)))))
 
     def dinfer(self) -> None:
         """One of dInfer's decoders."""
@@ -254,6 +292,27 @@ class Oracle(Windows):
             self.block_by_block(choices.dinfer_threshold, self.look_with_credit)
         else:
             self.block_by_block(choices.dinfer_threshold)
+
+    def klass(self) -> None:
+        """Sure positions that have been calm for long enough; the next block is looked at before it is its turn."""
+        last: dict[int, torch.Tensor] = {}
+        calm: dict[int, int] = {}
+        for block in range(1, len(self.blocks)):
+            self.open_block(block)
+            ahead = self.blocks[block + 1] if block + 1 < len(self.blocks) else (0, 0)
+            while self.works():
+                inside = self.undecided(*self.current)
+                rows = self.forward(inside + self.undecided(*ahead))
+                now = {p: row.double().softmax(-1) for p, row in rows.items()}
+                calm = {
+                    p: calm.get(p, 0) + 1
+                    if p in last and choices.divergence(now[p], last[p]) < self.rules.kl_threshold
+                    else 0
+                    for p in now
+                }
+                last = now
+                looks, made = self.look({p: rows[p] for p in inside}), self.forwards - self.opened
+                self.commit(looks, sorted(choices.klass(looks, self.rules, calm, made)))
 
     def look_with_credit(self, rows: dict[int, torch.Tensor]) -> dict[int, Look]:
         """Looks at rows in which tokens gain that were the best before, the more the more recently and surely."""
@@ -273,7 +332,7 @@ class Oracle(Windows):
 
     def commit_cheapest(self, count: int) -> None:
         """One forward that commits the best ranked positions of the current block."""
-        rules, candidates = self.rules, self.undecided(*self.current)
+        rules, candidates = self.rules, self.inside()
         noise = {p: rules.noise(self.forwards + 1, p) for p in candidates} if rules.remasking == "random" else {}
         if rules.kv_cache == "dkv_greedy":  # what will be committed is known before the forward
             candidates = sorted(ranked(noise)[:count])
@@ -293,9 +352,10 @@ class Oracle(Windows):
         for block, steps in enumerate(self.steps_per_block(), start=1):
             self.open_block(block)
             masks = self.masks(block)
-            for i in range(steps):
+            # A window may hold less than a quota; what it put off takes further forwards.
+            for i in range(steps if self.rules.window == "blocks" else masks):
                 if self.works():
-                    self.commit_cheapest(masks // steps + (i < masks % steps))
+                    self.commit_cheapest(max(masks // steps + (i < masks % steps), 1))
 
     def dream(self) -> None:
         """A share 1 - s/t of what is undecided per forward, from t = 1 down to `timestep_eps`."""
@@ -354,7 +414,7 @@ class Oracle(Windows):
             created = sorted(self.activated)[1:]
             first = min(block for block in created if self.masks(block))
             self.current = (self.blocks[first][0], self.blocks[created[-1]][1])
-            looks = self.look(self.forward(self.undecided(*self.current)))
+            looks = self.look(self.forward(self.inside()))
             self.commit(looks, sorted(self.chosen(looks)))
 
     def progress(self, block: int) -> float:
@@ -381,12 +441,12 @@ class Oracle(Windows):
     def chosen(self, looks: dict[int, Look]) -> set[int]:
         """The positions that this forward decides."""
         h = {p: looks[p].entropy for p in looks}
-        chosen = {p for p in h if choices.is_low(h[p], self.rules)}
+        chosen = {p for p in h if choices.is_low(h[p], self.eased(p))}
         if self.rules.always_lowest:
             chosen.add(ranked(h)[0])
         unfinished = [block for block in sorted(self.activated)[1:] if self.activated[block] and self.masks(block)]
         if unfinished:
-            inside = self.undecided(*self.blocks[unfinished[0]])
+            inside = [p for p in self.undecided(*self.blocks[unfinished[0]]) if p in h]
             if not chosen.intersection(inside):
                 chosen.add(ranked({p: h[p] for p in inside})[0])
         if not chosen:  # an activation threshold above 1 activates nothing

@@ -24,6 +24,7 @@ class Windows:
             "prefix": self.prefix,
             "dual": self.dual,
             "vicinity": self.vicinity,
+            "sliding": self.sliding,
             "dkv": self.dkv,
             "dkv_greedy": lambda: self.dkv_greedy(wanted),
         }[self.rules.kv_cache]()
@@ -71,6 +72,13 @@ class Windows:
         if self.is_first_or_refresh() or now <= self.rules.cache_warmup:
             return self.everything()
         return self.window(self.current[0] - around, self.current[1] + around)
+
+    def sliding(self) -> set[int]:
+        """DSB: what lies far before the window, or behind it, is kept; what the window slid over is not yet."""
+        if self.is_first_or_refresh():
+            return self.everything()
+        start = min(self.current[0] - self.rules.cache_window, min(self.changed(), default=self.length))
+        return self.window(start, self.current[1])
 
     def delayed(self) -> set[int]:
         """d3LLM: finished blocks are kept once their delay is over; stamps and caches them on the way."""

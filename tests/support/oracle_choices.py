@@ -3,6 +3,9 @@
 Each takes `{position: Look}` of the candidates and the rules, and returns a set of positions.
 """
 
+import math
+
+import torch
 from oracle_network import Look
 
 
@@ -90,6 +93,24 @@ def local_leap(looks: Looks, rules) -> set[int]:
         if near and looks[position].probability >= rules.relaxed_threshold:
             chosen.add(position)
     return chosen
+
+
+def divergence(now: torch.Tensor, before: torch.Tensor) -> float:
+    """Of two distributions, in nats, token by token."""
+    pairs = zip(now.tolist(), before.tolist(), strict=True)
+    return sum(p * (math.log(p + 1e-12) - math.log(q + 1e-12)) for p, q in pairs)
+
+
+def klass(looks: Looks, rules, calm: dict[int, int], forwards: int) -> set[int]:
+    """Sure positions that were calm in enough forwards in a row, none in the first of a block; or the surest."""
+    ready = {
+        position
+        for position in looks
+        if calm[position] >= rules.kl_history
+        and forwards >= rules.kl_history
+        and looks[position].probability > rules.confidence_threshold
+    }
+    return ready or {surest(looks)}
 
 
 def dparallel(looks: Looks, rules) -> set[int]:

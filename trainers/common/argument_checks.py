@@ -15,6 +15,7 @@ import torch
 from transformers import get_scheduler
 
 from .argument_table import REFUSED, REFUSED_PARAMETERS
+from .shards import under_deepspeed
 
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # of the same states and steps
@@ -140,6 +141,11 @@ def check_inherited(args: Any) -> None:
             )
     _check_optimizer_options(args)
     _check_schedule(args)
+    if args.use_cpu and (args.deepspeed or under_deepspeed()):
+        raise ValueError(
+            "`use_cpu` must be unset with DeepSpeed (got True): accelerate leaves DeepSpeed out then and trains whole "
+            "copies. Without a GPU set `ddp_backend='gloo'` and DS_ACCELERATOR=cpu in its place."
+        )
     if args.label_names not in (None, ["labels"]):
         raise ValueError(
             f"`label_names` must be ['labels'] or unset (got {args.label_names!r}): batches have no other. Unset it."

@@ -20,8 +20,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from d3llm_hf.hub.model_card import TAGS, complete_card
 from d3llm_hf.locks import only_writer
 from d3llm_hf.models.methods import IN_SLOTS
-from d3llm_hf.models.modeling_common import positions_of
-from d3llm_hf.models.text_config import text_setting
+from d3llm_hf.models.modeling_common import dense_mask, positions_of
+from d3llm_hf.models.text_config import text_config, text_setting
 from d3llm_hf.models.token_ids import check_inside, vocabulary_of
 from d3llm_hf.models.wrappers import base_of, lengthened_by, moves_padded, unfit_task
 
@@ -29,6 +29,7 @@ from .argument_checks import check_parameters
 from .best_metric import check_best_metric
 from .prepared_data import PreparedDataTrainer
 from .resumed_arguments import compare_arguments, set_again, settings_of, write_arguments
+from .shards import whole_weights, zero_stage
 from .weights import load_converted_weights
 from .whole_checkpoints import begin_checkpoint, checkpoint_to_resume, finish_checkpoint
 
@@ -67,11 +68,9 @@ class CanvasTrainer(PreparedDataTrainer):
     # What an evaluation reports beside the loss.
     metric_names: frozenset[str] = frozenset()
 
-    # Whether models are taken that see nothing of later blocks.
-    trains_blocks = False
-
     def __init__(self, *, args: Any, **kwargs: Any):
         self._metric_sums: dict[int, Any] = {}
+        self._finished: torch.dtype | None = None  # with DeepSpeed: in which type the model is saved from now on
         super().__init__(args=args, **kwargs)
         self.model_accepts_loss_kwargs = False
         check_best_metric(args, self.eval_dataset, self.metric_names)
@@ -99,12 +98,6 @@ class CanvasTrainer(PreparedDataTrainer):
         check_tokens(model, fill_tokens(tokenizer))
         self.label_shift = getattr(model, "logit_shift", 0) if label_shift is None else label_shift
         base = base_of(model)
-        if not self.trains_blocks and getattr(base, "block_alignment", None) is not None:
-            raise ValueError(
-                f"`model` must see the whole canvas (got {type(base).__name__}, whose positions see nothing of later "
-                "blocks): these canvases are seen as a whole. Train LLaDA, Dream or a model that `as_diffusion_lm` "
-                "takes, or fine-tune it with `MaskedDiffusionSFTTrainer`."
-            )
         self._in_slots = getattr(base, "default_method", None) in IN_SLOTS
         if self._in_slots and not self.trains_slots:
             raise ValueError(
@@ -195,6 +188,16 @@ class CanvasTrainer(PreparedDataTrainer):
             return outputs, outputs.logits[:, -kept:][:, :length][learnt]
         return outputs, outputs.logits
 
+    @property
+    def holds_shards(self) -> bool:
+        """Whether a process has a part of the weights (FSDP, ZeRO-3), so that all take part in each forward."""
+        return self.is_fsdp_enabled or zero_stage(self.accelerator) == 3
+
+    def _as_taken(self, sees: torch.Tensor) -> torch.Tensor:
+        """A bool mask for each position as the model's attention takes it."""
+        base = base_of(self.model)
+        return dense_mask(sees, base.dtype, text_config(base.config)._attn_implementation)
+
     def create_model_card(self, *args, **kwargs) -> None:
         """As transformers', with what the Hub shows of a text generation model in the card's metadata."""
         super().create_model_card(*args, **kwargs)
@@ -207,9 +210,30 @@ class CanvasTrainer(PreparedDataTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers'; before a push the pickled arguments are taken away again."""
-        super().save_model(output_dir, _internal_call)
+        if self._finished:  # the engine of DeepSpeed has the weights as they were trained, by the names of then
+            with whole_weights(self.model):
+                self.model.to(self._finished)
+                self._save(output_dir, state_dict=self.model.state_dict())
+        else:
+            super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is None and self.args.should_save:  # `push_to_hub` calls it like that
             (Path(self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def finish(self, *, merge_adapter: bool = False, dtype: torch.dtype | None = None) -> None:
+        """Make of the trained model what `save_model` is to save; no step of training can follow.
+
+        Args:
+            merge_adapter (`bool`, defaults to `False`): Merge the adapter into the weights.
+            dtype (`torch.dtype`, *optional*): Of the weights; as they were trained if unset.
+        """
+        if merge_adapter:
+            model = self.accelerator.unwrap_model(self.model)
+            with whole_weights(model):
+                self.model = model.merge_and_unload()
+        if self.is_deepspeed_enabled and (merge_adapter or dtype is not None):
+            self._finished = dtype or self.model.dtype
+        elif dtype is not None:
+            self.model.to(dtype)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluate the loss alone: logits under a random mask are of no use to a metric."""
@@ -244,10 +268,14 @@ class CanvasTrainer(PreparedDataTrainer):
         raise NotImplementedError
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """As the Trainer's, called before each optimizer step: one that would spoil the weights is not taken."""
+        """As the Trainer's, called before each optimizer step: one that would spoil the weights is not taken.
+
+        DeepSpeed takes its step with the backward pass. In float32 it skips one whose gradient is not finite, in
+        bfloat16 the run ends behind it; the checkpoints are of before in either case.
+        """
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        # A loss scaler (float16) skips such steps itself, on purpose.
-        if self.accelerator.scaler is None and not math.isfinite(grad_norm):
+        # A loss scaler (float16) skips such steps itself, on purpose. DeepSpeed may be told to compute no norm.
+        if self.accelerator.scaler is None and grad_norm is not None and not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"The gradient must be finite (its norm is {float(grad_norm)} at step {self.state.global_step}). "
                 "Lower `learning_rate`, train in bfloat16 or float32, or resume from an earlier checkpoint."
@@ -329,7 +357,8 @@ class CanvasTrainer(PreparedDataTrainer):
         self._finish(Path(checkpoint_folder))
         if self.is_world_process_zero():  # what is pushed while training goes on carries the code, too
             for code in Path(checkpoint_folder).glob("*.py"):
-                shutil.copy(code, self.args.output_dir)
+                if not code.name.startswith("zero_to_"):  # DeepSpeed's own, for shards that are not pushed
+                    shutil.copy(code, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _checkpoint_folder(self, trial: Any) -> Path:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .shards import under_deepspeed
+
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # of `datasets`, for files
 
@@ -22,6 +24,11 @@ def check_processes(world_size: int) -> None:
         ValueError: If the launcher started more processes than take part.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != world_size and under_deepspeed():
+        raise ValueError(
+            f"`ddp_backend` must be 'gloo' to train with DeepSpeed without a GPU (got {started} processes that would "
+            f"train {started} separate models). Add `--ddp_backend gloo`, and set DS_ACCELERATOR=cpu."
+        )
     if started != world_size:
         raise ValueError(
             f"`use_cpu` must be set to train in several processes without a GPU (got {started} processes that would "
@@ -117,6 +124,7 @@ def load_checkpoint(
     bidirectional: bool = False,
     into: str | None = None,
     block_length: int | None = None,
+    blocks: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     """A masked language model where the architecture has one, else its decoder; ours, or given our decoder.
@@ -128,14 +136,17 @@ def load_checkpoint(
         into (`str`, *optional*): Make a causal model block-causal, in this form (see [`block_causal_lm`]). The
             tokenizer gets a mask token where it has none.
         block_length (`int`, *optional*): Tokens of a block of that form.
+        blocks (`dict`, *optional*): `block_length` and `block_alignment` of a LLaDA that becomes block-causal, in
+            place of its config's.
         kwargs: Further arguments of `from_pretrained`, such as `dtype`.
 
     Raises:
-        ValueError: If the checkpoint cannot be decoded by diffusion (see [`as_diffusion_lm`]).
+        ValueError: If the checkpoint cannot be decoded by diffusion (see [`as_diffusion_lm`]), or is not LLaDA's where
+            `blocks` are given.
     """
     from d3llm_hf import D3LLMGenerationMixin, as_diffusion_lm, block_causal_lm
 
-    model = from_pretrained(name, **kwargs)
+    model = from_pretrained(name, blocks=blocks, **kwargs)
     if into is not None:
         return block_causal_lm(model, tokenizer, into, block_length=block_length)
     if isinstance(model, D3LLMGenerationMixin):
@@ -148,17 +159,19 @@ def load_checkpoint(
     )
 
 
-def from_pretrained(name: str, auto: Any = None, **kwargs: Any) -> Any:
+def from_pretrained(name: str, auto: Any = None, blocks: dict[str, Any] | None = None, **kwargs: Any) -> Any:
     """A checkpoint as an Auto class makes it, its weights plain ones.
 
     Args:
         name (`str`): Folder or id of the checkpoint.
         auto (class, *optional*): The Auto class. When unset that of masked language models where the architecture has
             one, else that of decoders.
+        blocks (`dict`, *optional*): Where blocks lie, of a model whose config has fields for it.
         kwargs: Of its `from_pretrained`.
 
     Raises:
         OSError: If there is no such checkpoint.
+        ValueError: For `blocks` of a model whose config has no such fields.
     """
     from transformers import AutoConfig
 
@@ -168,9 +181,15 @@ def from_pretrained(name: str, auto: Any = None, **kwargs: Any) -> Any:
     if kwargs.get("gguf_file") is not None:
         kwargs = _dequantised() | kwargs
     with loading(name, "model_name_or_path", kwargs.get("gguf_file")):
-        if auto is None:
-            auto = auto_class(AutoConfig.from_pretrained(name, **hub_arguments(kwargs)))
-        return auto.from_pretrained(name, **kwargs)
+        if auto is None or blocks is not None:
+            config = AutoConfig.from_pretrained(name, **hub_arguments(kwargs))
+            auto = auto_class(config) if auto is None else auto
+        if blocks is not None and not hasattr(config, "block_alignment"):
+            raise ValueError(
+                f"`block_alignment` must be unset for {config.model_type} (got {blocks['block_alignment']!r}): only "
+                "LLaDA's config says where blocks begin. A causal checkpoint becomes block-causal with `into`."
+            )
+        return auto.from_pretrained(name, **kwargs, **(blocks or {}))
 
 
 def _dequantised() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from d3llm_hf.models.token_ids import vocabulary_of
 from d3llm_hf.models.wrappers import base_of
 
 from ..common.loading import load_checkpoint
+from ..common.shards import loaded_whole
 
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def teacher_of(
         tokenizer, args: Of the trainer.
 
     Raises:
-        ValueError: For a teacher that nothing asks, two of them, none where one is needed, or one that reads another
-            canvas than the student.
+        ValueError: For a teacher that nothing asks, two of them, none where one is needed, one that reads another
+            canvas than the student, or one that is divided over processes.
     """
     name = args.teacher_model_name_or_path
     if "teacher" not in args.soft_targets:
@@ -65,7 +66,13 @@ def teacher_of(
             f"{type(teacher).__name__}). Pass one of them."
         )
     if teacher is None:
-        teacher = load_checkpoint(checkpoint_source(name), tokenizer, dtype=student.dtype)
+        with loaded_whole():
+            teacher = load_checkpoint(checkpoint_source(name), tokenizer, dtype=student.dtype)
+    if any(hasattr(weight, "ds_id") for weight in teacher.parameters()):
+        raise ValueError(
+            f"`teacher` must be whole in each process (got {type(teacher).__name__} divided by ZeRO-3). Name it by "
+            "`teacher_model_name_or_path`, or load it before the training arguments are made."
+        )
     _check_same_canvas(base_of(teacher), base_of(student))
     return teacher.eval().requires_grad_(False).to(args.device)
 

@@ -13,10 +13,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from d3llm_hf.models.probes import evaluating
 
+from ..common.block_masks import block_mask_of
 from ..common.canvas_trainer import EVAL, TRAIN, CanvasTrainer, fill_tokens
 from ..common.loading import load_checkpoint, with_end_of_text
 from ..common.rows import canvas_of
 from .batch import SFT, BatchViews, draw_batch, draw_rollouts
+from .blocks import blocks_to_distil, topology_of_model
 from .callbacks import NoiseCurriculumCallback, WindowCurriculumCallback
 from .card import render_distill_card
 from .collator import PseudoTrajectoryCollator
@@ -55,6 +57,10 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
     through; see [`rollout`]. There is no complementary view then: CE and H are means over the hidden positions of the
     open blocks and the next one, in all `rollout_states` of a sample. An evaluation takes the windows of
     `"trajectory"`, so that its cross-entropies compare with those of other runs.
+
+    A block-causal model whose row i predicts token i sees in each state what it sees when it decodes: its block and
+    all earlier ones. A teacher sees what it was trained to see, so that one that sees the whole canvas can teach a
+    block-causal student (D2F).
 
     All views of a batch go through the model in one forward. (Keys of the prompt cannot be shared between them: in a
     bidirectional model they depend on the answer.) The head runs at the hidden positions of the window alone, each of
@@ -133,7 +139,9 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         set_seed(args.seed)  # before an adapter is made: its initial weights are part of the run
         model, processing_class = _load(model, processing_class, args)
         model = self._adopt(model, processing_class, args.label_shift, peft_config)
+        self.topology = blocks_to_distil(model, args, self.label_shift)
         self.teacher = teacher_of(model, teacher, processing_class, args)
+        self.teacher_topology = None if self.teacher is None else topology_of_model(self.teacher)
         model.add_model_tags(self._tag_names)
         self.adapter_configs = list(getattr(model, "peft_config", {}).values())  # for the card, also once merged
         self.entropy_on_complement = (
@@ -184,7 +192,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         canvases = inputs["input_ids"].repeat(len(views.kinds), 1)  # (K B, L)
         canvases[:, -labels.shape[1] :].masked_fill_(views.hidden.flatten(0, 1), self.mask_token_id)
         attention_mask = inputs["attention_mask"].repeat(len(views.kinds), 1)
-        outputs, logits = self._learnt_logits(model, canvases, attention_mask, views.learnt.flatten(0, 1))  # (N, V)
+        outputs, logits = self._seen_logits(model, canvases, attention_mask, views.learnt.flatten(0, 1))  # (N, V)
 
         # 3. The terms of each learnt position, then the loss
         targets = labels.expand_as(views.learnt)[views.learnt]
@@ -200,6 +208,16 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
                 "earlier checkpoint."
             )
         return (loss, outputs) if return_outputs else loss
+
+    def _seen_logits(
+        self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, learnt: torch.Tensor
+    ) -> tuple[Any, torch.Tensor]:
+        """As `_learnt_logits`, each position seeing what the model was trained to see."""
+        topology = self.teacher_topology if model is self.teacher else self.topology
+        if topology is None:
+            return self._learnt_logits(model, input_ids, attention_mask, learnt)
+        sees = self._as_taken(block_mask_of(attention_mask, learnt.shape[1], topology))
+        return self._learnt_logits(model, input_ids, attention_mask, learnt, sees)
 
     def _draw(self, inputs: dict[str, torch.Tensor], training: bool) -> BatchViews:
         args = self.args
@@ -221,12 +239,12 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
             rows[0] |= not rows.any()  # one that others wait for
             canvas = inputs["input_ids"][rows]
             canvas[:, -length:].masked_fill_(hidden[rows], self.mask_token_id)
-            _, logits = self._learnt_logits(self.model, canvas, attention_mask[rows], among[rows])
+            _, logits = self._seen_logits(self.model, canvas, attention_mask[rows], among[rows])
             return entropies(logits, args.loss_chunk_size)
 
         def anyone(left: torch.Tensor) -> bool:
             # With shards of the model all processes take part in each forward. A whole copy needs nobody.
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if self.holds_shards:
                 left = self.accelerator.gather(left.any()[None])
             return bool(left.any())
 
@@ -258,7 +276,7 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         canvases[:, -wanted.shape[2] :].masked_fill_(hidden.flatten(0, 1), self.mask_token_id)
         attention_mask = inputs["attention_mask"].repeat(count, 1)
         with asked(self.model, self.teacher, kind) as model:
-            _, targets = self._learnt_logits(model, canvases, attention_mask, wanted.flatten(0, 1))
+            _, targets = self._seen_logits(model, canvases, attention_mask, wanted.flatten(0, 1))
         # 3. The divergences take the place of the cross-entropies
         chosen = soft[views.learnt].nonzero()[:, 0]
         divergence = divergences(logits[chosen], targets, args.loss_chunk_size)
@@ -323,9 +341,9 @@ class PseudoTrajectoryDistillTrainer(CanvasTrainer):
         return output
 
     def _check_shards(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.holds_shards:
             raise ValueError(
-                "`eval_generate_samples` must be 0 with FSDP or DeepSpeed (got "
+                "`eval_generate_samples` must be 0 with FSDP or ZeRO-3 (got "
                 f"{self.args.eval_generate_samples}): each process decodes prompts of its own, and here it holds "
                 "a shard of the model. Unset it, and decode the saved checkpoint."
             )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .masking import draw_mask_ratios, draw_uniform
+
 
 @dataclass(frozen=True)
 class BlockObjective:
@@ -83,22 +85,14 @@ def draw_block_mask(
     Returns:
         [`BlockMask`] on the CPU.
     """
-
-    def uniform(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
-
     # 1. What has a ratio: the texts, or blocks, with something to learn, in their order
     row = torch.arange(len(learnt), device="cpu")[:, None].expand_as(documents)
     place = torch.stack([row, documents] + ([blocks] if objective.per_block else []), dim=-1)
     names, owner = place[learnt].unique(dim=0, return_inverse=True)  # (U, 2 or 3), (n,)
 
     # 2. The ratios, and the probability of each learnt token; the others have one that nobody reads
-    ratio = uniform(len(names))
-    if stratified:
-        order = torch.randperm(len(names), generator=generator, device="cpu")
-        ratio = (ratio + order) / max(len(names), 1)
-    ratio = (1 - eps) * ratio.clamp_min(min_mask_ratio) + eps
+    ratio = draw_mask_ratios(len(names), generator, min_mask_ratio=min_mask_ratio, eps=eps, stratified=stratified)
     p = torch.ones(learnt.shape, device="cpu").masked_scatter(learnt, ratio[owner])
 
     # 3. The tokens
-    return block_mask(learnt, p, uniform(*learnt.shape), objective.complementary)
+    return block_mask(learnt, p, draw_uniform(generator, *learnt.shape), objective.complementary)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .masking import draw_uniform
+
 
 _LEAST, _MOST = 0.2, 0.7  # of the ratios
 
@@ -58,14 +60,11 @@ def block_noise(learnt: torch.Tensor, p: torch.Tensor, uniform: torch.Tensor) ->
 
 def draw_block_noise(learnt: torch.Tensor, block_length: int, generator: torch.Generator) -> BlockNoise:
     """Draw the masks of one batch on the CPU, from a generator that is the only source of chance."""
-
-    def uniform(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
-
     rows, length = learnt.shape
     blocks = answer_blocks(learnt, block_length)
-    ratios = rising_ratios(uniform(rows, 1), uniform(rows, -(-length // block_length) - 1))
-    return block_noise(learnt, ratios.gather(1, blocks.clamp_min(0)), uniform(rows, length))
+    first, steps = draw_uniform(generator, rows, 1), draw_uniform(generator, rows, -(-length // block_length) - 1)
+    ratios = rising_ratios(first, steps)
+    return block_noise(learnt, ratios.gather(1, blocks.clamp_min(0)), draw_uniform(generator, rows, length))
 
 
 def block_causal_mask(attention_mask: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

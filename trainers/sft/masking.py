@@ -54,21 +54,16 @@ def draw_answer_mask(
     """
     batch_size, length = learnt.shape
 
-    def uniform(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
-
-    ratio = uniform(batch_size)
-    if stratified:
-        order = torch.randperm(batch_size, generator=generator, device="cpu")
-        ratio = (ratio + order) / batch_size
-    p = ((1 - eps) * ratio.clamp_min(min_mask_ratio) + eps)[:, None]  # (B, 1)
-    hidden = (uniform(batch_size, length) < p) & learnt
+    p = draw_mask_ratios(batch_size, generator, min_mask_ratio=min_mask_ratio, eps=eps, stratified=stratified)[
+        :, None
+    ]  # (B, 1)
+    hidden = (draw_uniform(generator, batch_size, length) < p) & learnt
     weights = hidden / p / learnt.sum(1, keepdim=True).clamp_min(1)
 
     # The fraction is kept on average for any batch size: 0.5 of a batch of one is every other batch.
-    num_suffix = int(batch_size * suffix_fraction + uniform().item())
+    num_suffix = int(batch_size * suffix_fraction + draw_uniform(generator).item())
     is_suffix = torch.randperm(batch_size, generator=generator, device="cpu") < num_suffix
-    cut = (uniform(batch_size) * content_lengths).long()[:, None]
+    cut = (draw_uniform(generator, batch_size) * content_lengths).long()[:, None]
     position = torch.arange(length, device="cpu")[None]
     suffix_hidden = (position >= cut) & learnt
     window = suffix_hidden & (position < cut + suffix_window)
@@ -78,6 +73,28 @@ def draw_answer_mask(
         weights=torch.where(is_suffix[:, None], suffix_weights, weights),
         is_suffix=is_suffix,
     )
+
+
+def draw_mask_ratios(
+    count: int, generator: torch.Generator, *, min_mask_ratio: float, eps: float, stratified: bool
+) -> torch.Tensor:
+    """Probabilities `(count,)` with which tokens are hidden, one for each text or block, drawn on the CPU.
+
+    Args:
+        count (`int`): Texts or blocks; stratified ratios are spread over all of them.
+        generator (`torch.Generator`): The only source of chance, on the CPU.
+        min_mask_ratio, eps, stratified: See [`MaskedDiffusionSFTConfig`].
+    """
+    ratio = draw_uniform(generator, count)
+    if stratified:
+        order = torch.randperm(count, generator=generator, device="cpu")
+        ratio = (ratio + order) / max(count, 1)
+    return (1 - eps) * ratio.clamp_min(min_mask_ratio) + eps
+
+
+def draw_uniform(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Float32 draws from [0, 1) of a CPU generator, whatever torch's default dtype and device are."""
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def generator_for(*identity: int) -> torch.Generator:

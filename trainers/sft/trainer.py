@@ -10,10 +10,7 @@ from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from d3llm_hf.models.modeling_common import dense_mask
-from d3llm_hf.models.text_config import text_config
 from d3llm_hf.models.topology import Topology
-from d3llm_hf.models.wrappers import base_of
 
 from ..common.canvas_trainer import EVAL, TRAIN, CanvasTrainer, fill_tokens
 from ..common.muon import MuonWithAdamW, split_parameters
@@ -95,7 +92,6 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
     """
 
     metric_names = frozenset({"uniform_loss", "suffix_loss", "masked_fraction"})
-    trains_blocks = True
     trains_slots = True
 
     def __init__(
@@ -315,11 +311,6 @@ class MaskedDiffusionSFTTrainer(CanvasTrainer):
         kept = labels.shape[1] if self.args.pad_prompt_to_max else kept_columns(labels)
         outputs = model(**self._model_inputs(inputs["input_ids"], inputs["attention_mask"], kept))
         return next_token_loss(outputs.logits[:, -kept:], labels), outputs
-
-    def _as_taken(self, sees: torch.Tensor) -> torch.Tensor:
-        """A bool mask for each position as the model's attention takes it."""
-        base = base_of(self.model)
-        return dense_mask(sees, base.dtype, text_config(base.config)._attn_implementation)
 
     def _next_generator(self, training: bool) -> torch.Generator:
         """The generator of this forward: counts micro-steps within an optimizer step, batches within an evaluation."""

@@ -25,6 +25,8 @@ NATURAL: dict[str, tuple[str, tuple[float, ...]]] = {
     "refusion": ("token_threshold", (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)),
     "d2f": ("confidence_threshold", (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)),
     "local_leap": ("confidence_threshold", (0.99, 0.95, 0.9, 0.85, 0.8)),
+    "klass": ("confidence_threshold", (0.9, 0.8, 0.7, 0.6, 0.5)),
+    "wino": ("confidence_threshold", (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)),
     "entropy_bound": ("entropy_bound", (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)),
     "dkv": ("steps", (1, 1 / 2, 1 / 4)),
     "llada": ("steps", (1, 1 / 2, 1 / 4)),

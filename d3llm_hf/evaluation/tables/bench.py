@@ -85,6 +85,11 @@ _BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "forwards": _DECODE["forwards"],
     "ms a step": lambda row: f"{row['ms_median_step']:.1f}",
 }
+_DOUBLED: dict[str, Callable[[dict[str, Any]], str]] = {
+    "doubled, s a step": lambda row: f"{row['doubled']:.3f}",
+    "two plain forwards, s": lambda row: f"{row['two_plain']:.3f}",
+    "times as long": lambda row: f"{row['ratio']:.2f} x",
+}
 _QUANTISED: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy": lambda row: f"{row['accuracy']:.1f} %",
     **{name: _DECODE[name] for name in ("same tokens", "tokens per forward")},
@@ -179,11 +184,12 @@ def growth_table(results: dict[str, Any]) -> str:
     def name(row: dict[str, Any]) -> str:
         return f"{_AXES[row['axis']]} {row['value']}, {row['name']}"
 
+    repeats = results["shape"]["repeats"]
     lines = _lines("point", _GROWTH, _with_cuda(results, name))
     lines += [
         "",
         f"One axis at a time from {_shape(results)}; {_settings(results['rows'][-1])}. Times are medians over "
-        f"{results['shape']['repeats']} turns. The median step is of one turn; with a cache it is a step that reads "
+        f"{repeats} turn{'s' * (repeats > 1)}. The median step is of one turn; with a cache it is a step that reads "
         f"it, while the mean has those that refresh it, too. {_where(results)} Regenerate: `{results['command']}`.",
     ]
     return "\n".join(lines) + "\n"
@@ -206,6 +212,21 @@ def blocks_table(results: dict[str, Any]) -> str:
         f"turn; times are medians over {shape['repeats']} turn{'s' * (shape['repeats'] > 1)}. "
         f"{_where(results)} Regenerate: "
         f"`{results['command']}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def doubled_step_table(results: dict[str, Any]) -> str:
+    """The Markdown of a results file of `trainers.bench.doubled_step`."""
+    shape = results["shape"]
+    lines = _lines("text", _DOUBLED, _with_cuda(results, lambda row: f"{row['length']} tokens"))
+    lines += [
+        "",
+        f"A forward and a backward pass of a random SDAR ({shape['layers']} layers of width {shape['d_model']}, "
+        f"{shape['vocab_size']} tokens) in float32, without the optimizer: batch {shape['batch_size']}, blocks of "
+        f"{shape['block_length']}. Both ways compute as many positions and logits; the plain forwards learn something "
+        f"else. Times are medians of {shape['repeats']} turn{'s' * (shape['repeats'] > 1)}, ratios medians within a "
+        f"turn. {_where(results)} Regenerate: `{results['command']}`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -262,6 +283,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench_decode": decoding_table,
     "bench_growth": growth_table,
     "bench_blocks": blocks_table,
+    "bench_doubled_step": doubled_step_table,
     "bench_quantised": quantised_table,
     "bench_autoregressive": autoregressive_table,
 }

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..suites import SUITES, Suite
-from . import ablation, bench, leaderboard, sweep
+from . import ablation, bench, estimate, forms, leaderboard, sweep
 
 
 # Results files that are not made of a suite's rows.
-_OTHERS = bench.TABLES | ablation.TABLES | leaderboard.TABLES | sweep.TABLES
+_OTHERS = bench.TABLES | ablation.TABLES | estimate.TABLES | forms.TABLES | leaderboard.TABLES | sweep.TABLES
 _MARKED = re.compile(r"(<!-- results:begin (?P<file>\S+) -->\n).*?(<!-- results:end -->)", re.DOTALL)
 
 

@@ -11,7 +11,6 @@ from both_trainers import KINDS, make, make_args
 from datasets import Dataset
 from distillation import trajectories
 from places import GOLDEN
-from recorded_blocks import checkpoint
 from thin import some_of
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -286,11 +285,6 @@ def test_values_are_checked_after_a_command_line_was_read(tmp_path):
         config_class(str(tmp_path), use_cpu=True)
         with pytest.raises(TypeError, match=r"`label_shift` must be an integer .got 'a'"):
             config_class(str(tmp_path), use_cpu=True, label_shift="a")
-
-
-def test_distillation_refuses_a_model_that_sees_nothing_of_later_blocks(tmp_path):
-    with pytest.raises(ValueError, match=r"`model` must see the whole canvas \(got SDARForCausalLM"):
-        make("distillation", tmp_path, given={"model": checkpoint("sdar-tiny-a")})
 
 
 def test_a_model_that_decides_slots_is_not_distilled(tmp_path):

@@ -1,6 +1,7 @@
 """The distillation script: from trajectories on disk to a checkpoint that loads and decodes, and its recipes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from d3llm_hf import encode_text
 from trainers import run_distill
+from trainers.bench.estimate import OBJECTIVES
 from trainers.common.script_utils import parse_args_with_config
 from trainers.distill.config import PseudoTrajectoryDistillConfig
 from trainers.trajectories.store import read_trajectories
@@ -132,12 +134,35 @@ def test_the_committed_recipes_parse_and_say_what_they_need(path, tmp_path):
     assert any("GPU" in line or "CPU" in line for line in comments)
 
 
+def other_objectives(path):
+    """What a recipe has behind a `#`, a mapping for each objective."""
+    _, _, behind = path.read_text(encoding="utf-8").partition("# Other objectives")
+    found = []
+    for line in behind.splitlines():
+        if match := re.fullmatch(r"# ([a-z_]+): (\S+)", line):
+            found[-1] |= yaml.safe_load(f"{match[1]}: {match[2]}")
+        else:
+            found.append({})
+    return [mapping for mapping in found if mapping]
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if "tiny" not in path.stem], ids=lambda path: path.stem)
+def test_the_other_objectives_of_a_recipe_can_be_taken_and_are_those_that_are_estimated(path, tmp_path):
+    found = other_objectives(path)
+    named = [{name: value for name, value in each.items() if "path" not in name} for each in found]
+    assert named == [changes for changes in OBJECTIVES.values() if changes]
+    own = yaml.safe_load(path.read_text(encoding="utf-8")) | {"output_dir": str(tmp_path), "bf16": False}
+    for changes in found:
+        args = parsed(tmp_path, **(own | changes))[1]
+        assert all(getattr(args, name) == value for name, value in changes.items())
+
+
 def test_the_published_recipes_take_64_samples_a_step_on_their_four_gpus(tmp_path):
     for path in RECIPES:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if path.stem != "d3llm_llada_tiny":
+        if not path.stem.endswith("_tiny"):
             assert recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * 4 == 64
-    assert len(RECIPES) == 4
+    assert len(RECIPES) == 5
 
 
 @pytest.mark.full

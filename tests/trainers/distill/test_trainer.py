@@ -304,7 +304,7 @@ def test_decoding_with_shards_of_a_model_is_refused(tmp_path, tokenizer):
         tmp_path, tokenizer, eval_generate_samples=1, trainer_kwargs={"eval_dataset": trajectories(4)}
     )
     trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match=r"`eval_generate_samples` must be 0 with FSDP or DeepSpeed .got 1"):
+    with pytest.raises(ValueError, match=r"`eval_generate_samples` must be 0 with FSDP or ZeRO-3 .got 1"):
         trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation")
 
 

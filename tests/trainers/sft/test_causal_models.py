@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from distillation import student
 from official import tiny_tokenizer
 from others import ENCODERS, QWEN, Other
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from d3llm_hf import D3LLMGenerationMixin, Fast_dLLM_QwenForCausalLM, SDARForCausalLM, encode_text, export_checkpoint
 from d3llm_hf.hub.loading import load
+from d3llm_hf.models.topology import Topology
 from trainers import run_sft
 from trainers.sft.config import MaskedDiffusionSFTConfig
 
@@ -55,7 +57,8 @@ def train(folder, output, *extra):
         (QWEN2, "fast_dllm_v2", Fast_dLLM_QwenForCausalLM, ["--packing"]),
         (QWEN3, "sdar", SDARForCausalLM, []),
         (LLAMA, "fast_dllm_v2", Fast_dLLM_QwenForCausalLM, ["--use_peft", "--lora_r", "2"]),
-        (QWEN3, "fast_dllm_v2", None, []),
+        (QWEN3, "fast_dllm_v2", Fast_dLLM_QwenForCausalLM, []),
+        (LLAMA, "sdar", SDARForCausalLM, []),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
@@ -104,6 +107,15 @@ def test_unset_views_and_ratios_are_those_of_the_form(into, tmp_path):
     [
         ({"into": "sdar"}, "`into` must be unset without `model_name_or_path`"),
         ({"gguf_file": "a.gguf"}, "`gguf_file` must be unset without `model_name_or_path`"),
+        ({"block_alignment": "text"}, "`block_alignment` must be unset without `model_name_or_path`"),
+        (
+            {"model_name_or_path": "x", "block_alignment": "text"},
+            "`block_length` must be set beside `block_alignment`",
+        ),
+        (
+            {"model_name_or_path": "x", "into": "sdar", "block_alignment": "text"},
+            "`block_alignment` must be unset beside `into`",
+        ),
         ({"model_name_or_path": "x", "into": "sdar", "bidirectional": True}, "`bidirectional` must be unset beside"),
         ({"model_name_or_path": "x", "into": "sdar", "use_peft": True}, "`use_peft` must be unset beside `into`"),
     ],
@@ -112,7 +124,8 @@ def test_arguments_without_effect_are_refused(arguments, message):
     script_args = run_sft.SFTScriptArguments(**arguments)
     with pytest.raises(ValueError, match=message):
         run_sft.check_conversion(
-            script_args, SimpleNamespace(objective="masked_diffusion", fsdp=["full_shard"], deepspeed=None)
+            script_args,
+            SimpleNamespace(objective="masked_diffusion", fsdp=["full_shard"], deepspeed=None, block_length=None),
         )
 
 
@@ -124,6 +137,51 @@ def test_a_gguf_is_named_beside_its_folder(tmp_path):
         run_sft.main(["--model_name_or_path", str(file), "--output_dir", str(tmp_path / "out"), "--use_cpu"])
     with pytest.raises(FileNotFoundError, match=r"`gguf_file` must be a file of the checkpoint's folder"):
         train(tmp_path / "in", tmp_path / "out", "--gguf_file", "other.gguf")
+
+
+def test_weights_of_a_gguf_are_unpacked(tmp_path, monkeypatch):
+    """Of what transformers is asked for; reading such a file takes the package `gguf`."""
+    write_causal(LLAMA, tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    asked = []
+
+    def of_the_folder(load):
+        def from_pretrained(name, gguf_file=None, quantization_config=None, **kwargs):
+            if gguf_file is not None:  # they ask one another, too
+                asked.append((gguf_file, getattr(quantization_config, "dequantize", None)))
+            return load(name, **kwargs)
+
+        return from_pretrained
+
+    for auto in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(auto, "from_pretrained", of_the_folder(auto.from_pretrained))
+    script_args = run_sft.SFTScriptArguments(
+        model_name_or_path=str(tmp_path), gguf_file="model.gguf", into="fast_dllm_v2"
+    )
+    model = run_sft.load_model(script_args, run_sft.load_tokenizer(script_args), 8)
+    assert type(model) is Fast_dLLM_QwenForCausalLM and model.config.block_length == 8
+    assert asked == [("model.gguf", None), ("model.gguf", None), ("model.gguf", True)]
+    monkeypatch.setattr("transformers.GgufConfig", None, raising=False)  # of an older one, which always unpacks
+    run_sft.load_model(script_args, run_sft.load_tokenizer(script_args), 8)
+    assert asked[3:] == [("model.gguf", None)] * 3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("alignment", ["prompt", "text"])
+def test_a_bidirectional_llada_becomes_block_causal(alignment, tmp_path):
+    write_causal(QWEN2, tmp_path / "qwen2")
+    folder, tokenizer = tmp_path / "llada", tiny_tokenizer()
+    student(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "rows.jsonl").write_bytes((tmp_path / "qwen2" / "rows.jsonl").read_bytes())
+    blocks = ["--block_length", "4", "--block_alignment", alignment]
+    train(folder, tmp_path / "out", *blocks, "--mask_ratio_per_block", "true")
+    model = load(str(tmp_path / "out"), device="cpu")[0]
+    assert model.traits.topology == Topology(4, alignment)
+    written = model.generate(**encode_text(tokenizer, "abab"), max_new_tokens=8, early_stop=False)
+    assert (written != tokenizer.mask_token_id).all()
+    with pytest.raises(ValueError, match=r"`block_alignment` must be unset for qwen2 \(got"):
+        train(tmp_path / "qwen2", tmp_path / "out", *blocks)
 
 
 def test_an_encoder_or_an_unknown_form_is_refused_before_training(tmp_path):

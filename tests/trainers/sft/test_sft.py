@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 
 from d3llm_hf import LLaDAConfig, LLaDAModelLM
+from d3llm_hf.conversion import SHIFTS
 from d3llm_hf.evaluation.tasks.word_problems import generate_problems
 from trainers import run_sft
 from trainers.common import build_tokenizer as tokenizer_script
@@ -579,7 +580,11 @@ def test_the_committed_recipes_parse_and_new_models_have_two_million_parameters_
     )
     assert args.seed == 3
     if script_args.model_config is None:  # one that is loaded
-        assert args.packing and script_args.into
+        assert args.block_length and bool(script_args.into) != bool(script_args.block_alignment)
+        if script_args.into is not None:
+            run_sft.check_conversion(script_args, args)
+            assert script_args.into in SHIFTS
+        assert args.max_prompt_length % args.block_length == args.response_length % args.block_length == 0
         return
     if args.objective == "causal":  # of the size of its twin
         twin = ["--config", str(path).replace("llama", "llada"), "--use_cpu"]

@@ -1,0 +1,1 @@
+"""Forms: text with typed holes that a model fills in, valid by construction."""
