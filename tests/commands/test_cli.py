@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from causal import causal_model
+from official import tiny_tokenizer
 from outcomes import outcome_of
 from terminals import Terminal
 
@@ -187,9 +189,10 @@ def test_bad_models_and_prompts_are_answered_in_one_line(run, llada, official, t
     failed(run("generate", tmp_path / "broken", "x"), "")
 
 
-def test_a_causal_model_answers_from_left_to_right_by_the_methods_that_it_has(run):
-    question = "Tom has 8 apples. He buys 7 more. How many apples does Tom have now?"
-    options = ("d3llm-causal", question, "--chat", "--max-new-tokens", 12, "--dtype", "float32")
+def test_a_causal_model_answers_from_left_to_right_by_the_methods_that_it_has(run, tmp_path):
+    causal_model(vocab_size=512, eos_token_id=510).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    options = (tmp_path, "one two one two", "--chat", "--max-new-tokens", 12)
     code, plain, err = run("generate", *options)
     assert code == 0 and STATISTICS.match(err.splitlines()[-1])
     assert run("generate", *options, "--decoding-method", "ar_prompt_lookup")[1] == plain
