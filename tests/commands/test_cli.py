@@ -180,7 +180,6 @@ def test_bad_models_and_prompts_are_answered_in_one_line(run, llada, official, t
 
     GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8)).save_pretrained(tmp_path / "gpt2")
     failed(run("chat", tmp_path / "gpt2"), "must be a LLaDA, Dream or d3LLM checkpoint .got GPT2Model")
-    failed(run("generate", tmp_path / "gpt2", "x"), "must have a tokenizer beside its weights")
     (tmp_path / "broken").mkdir()
     for file in llada.iterdir():
         (tmp_path / "broken" / file.name).write_bytes(
