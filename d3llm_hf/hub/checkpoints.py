@@ -37,7 +37,7 @@ _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 def init_checkpoint(name: str, destination: str | os.PathLike | None = None, *, overwrite: bool = False) -> Path:
     """Writes a checkpoint that is embedded in this package, with its code, tokenizer and card. Needs no network.
 
-    `d3llm-causal` is a class of transformers and needs no code.
+    One of a class of transformers needs no code and is written as it is.
 
     Args:
         name (`str`): name of the checkpoint, for example `"d3llm-llada"`.
