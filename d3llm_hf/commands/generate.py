@@ -6,10 +6,11 @@ import sys
 import time
 from typing import Any
 
-from ..hub.loading import load
+from ..hub.loading import decodes_by_diffusion, load
 from ..progress import DecidedTokens
 from ..settings import SETTINGS
 from ..watch.terminal import CanvasStreamer, can_redraw, printable
+from . import generate_causal
 from .common import new_parser, tell
 
 
@@ -65,14 +66,21 @@ def add_settings(parser: argparse.ArgumentParser, without: tuple[str, ...] = ())
 
 
 def run(args: argparse.Namespace) -> None:
-    _, model, tokenizer, inputs, settings = prepare(args)
-    start = time.perf_counter()
-    output = model.generate(
-        **inputs,
-        **settings,
-        streamer=_watcher(tokenizer, args.watch) or _counter(model, settings),
-        return_dict_in_generate=True,
-    )
+    prompt = prompt_of(args)
+    if decodes_by_diffusion(args.model, revision=args.revision):
+        model, tokenizer, inputs, settings = _prepared(args, prompt)
+        start = time.perf_counter()
+        output = model.generate(
+            **inputs,
+            **settings,
+            streamer=_watcher(tokenizer, args.watch) or _counter(model, settings),
+            return_dict_in_generate=True,
+        )
+    else:
+        model, tokenizer, method, settings = generate_causal.prepare(args, chosen_settings(args))
+        inputs = _encode(tokenizer, prompt, args).to(model.device)
+        start = time.perf_counter()
+        output = generate_causal.answer(model, inputs, method, settings, length_of(args, model))
     seconds = time.perf_counter() - start
     answer = output.sequences[0, inputs["input_ids"].shape[1] :]
     text = tokenizer.decode(answer, skip_special_tokens=True)
@@ -85,16 +93,32 @@ def run(args: argparse.Namespace) -> None:
 
 def prepare(args: argparse.Namespace):
     """What the options ask for: prompt, model, tokenizer, the encoded prompt (one row), arguments of `generate`."""
+    prompt = prompt_of(args)
+    return prompt, *_prepared(args, prompt)
+
+
+def prompt_of(args: argparse.Namespace) -> str:
+    """The prompt as it was typed or piped in."""
     if args.system is not None and not args.chat:
         raise ValueError(f"`--system` needs `--chat` (got {args.system!r} without it). Add `--chat`.")
-    prompt = _read_prompt(args.prompt)
+    return _read_prompt(args.prompt)
+
+
+def _prepared(args: argparse.Namespace, prompt: str) -> tuple[Any, Any, Any, dict[str, Any]]:
     model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
     inputs = _encode(tokenizer, prompt, args).to(model.device)
     settings = chosen_settings(args)
     limits = (model.generation_config.max_new_tokens, model.generation_config.max_length)
     if args.max_new_tokens is not None or limits == (None, None):
-        settings["max_new_tokens"] = DEFAULT_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
-    return prompt, model, tokenizer, inputs, settings
+        settings["max_new_tokens"] = length_of(args, model)
+    return model, tokenizer, inputs, settings
+
+
+def length_of(args: argparse.Namespace, model: Any) -> int:
+    """Most tokens of an answer: as the option says, the checkpoint, or the default."""
+    if args.max_new_tokens is not None:
+        return args.max_new_tokens
+    return model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
 
 
 def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     python -m d3llm_hf.evaluation.measure d3llm-llada -o d3llm_hf/checkpoints/d3llm-llada/results.json
     python -m d3llm_hf.evaluation.measure d3llm-llada-teacher --suite caches -o d3llm_hf/evaluation/results/caches.json
+    python -m d3llm_hf.evaluation.measure my-causal-model -o results.json
 
 The problems are generated from a seed, so the same command measures the same thing everywhere. A setting is a dict of
 arguments of `generate` (see `suites.py`); a row of the results file is a setting with what it gave.
@@ -17,10 +18,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..autoregressive.generate import generate as generate_causal
+from ..autoregressive.methods import is_autoregressive
 from ..files import check_writable
+from ..hub.loading import decodes_by_diffusion
 from ..hub.sources import embedded_checkpoints
 from ..locks import InUseError, only_writer
-from ..models.generation_d3llm import D3LLMGenerationMixin
 from ..progress import progress_bar
 from ..text import encode_chats
 from .provenance import provenance, write_json
@@ -31,6 +34,7 @@ from .tasks.word_problems import WordProblem, exact_match, generate_problems
 SCHEMA = 1
 SEED = 4242
 ROUNDS = 3
+_CARDS = ("card", "causal")  # suite of a model that decodes by diffusion, and of a causal one
 
 
 @dataclass
@@ -54,12 +58,14 @@ class Tally:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
-    def generate(
-        self, model: D3LLMGenerationMixin, inputs: Mapping[str, Any], settings: Settings, **more
-    ) -> torch.Tensor:
+    def generate(self, model: Any, inputs: Mapping[str, Any], settings: Settings, **more) -> torch.Tensor:
         """Decodes a batch, counts, and returns the answers `(B, N)`."""
         began, cpu_began = time.perf_counter(), time.process_time()
-        output = model.generate(**inputs, **settings, **more, do_sample=False, return_dict_in_generate=True)
+        if is_autoregressive(settings):
+            own = {name: value for name, value in settings.items() if name != "decoding_method"}
+            output = generate_causal(model, **inputs, method=settings["decoding_method"], settings=own, **more)
+        else:
+            output = model.generate(**inputs, **settings, **more, do_sample=False, return_dict_in_generate=True)
         self.cpu_seconds += time.process_time() - cpu_began
         self.seconds += time.perf_counter() - began
         answers = output.sequences[:, inputs["input_ids"].shape[1] :]
@@ -106,7 +112,7 @@ class Tally:
 
 
 def measure(
-    model: D3LLMGenerationMixin,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[WordProblem],
     suite: Suite,
@@ -225,7 +231,7 @@ def command(args: argparse.Namespace, model: str) -> str:
     suite = SUITES[args.suite]
     output = args.output.name if args.output.is_absolute() else args.output.as_posix()
     words = ["python -m d3llm_hf.evaluation.measure", model]
-    words += [f"--suite {args.suite}"] * (args.suite != "card")
+    words += [f"--suite {args.suite}"] * (args.suite not in _CARDS)
     words += [f"--num-problems {args.num_problems}"] * (args.num_problems != suite.problems)
     words += [f"--seed {args.seed}"] * (args.seed != SEED)
     words += [f"--rounds {args.rounds}"] * (args.rounds != ROUNDS)
@@ -237,15 +243,13 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Path]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a checkpoint, or the name of an embedded one")
     parser.add_argument("-o", "--output", type=Path, required=True, help="results file (JSON)")
-    parser.add_argument("--suite", choices=SUITES, default="card", help="what is measured (default: %(default)s)")
+    parser.add_argument("--suite", choices=SUITES, help="what is measured (default: what the model's card compares)")
     parser.add_argument("--num-problems", type=int, metavar="N", help="default: the suite's own number")
     parser.add_argument("--seed", type=int, default=SEED, help="of the held-out problems")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timings of each setting on the larger model")
     args = parser.parse_args(argv)
-    if args.num_problems is None:
-        args.num_problems = SUITES[args.suite].problems
     for name in ("num_problems", "rounds"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1 (got {getattr(args, name)}).")
     folder = embedded_checkpoints().get(args.model, Path(args.model))
     if not (folder / "model.safetensors").is_file():
@@ -253,6 +257,16 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Path]:
             f"MODEL must be a folder with model.safetensors, or one of {sorted(embedded_checkpoints())} (got "
             f"{args.model!r}). Correct the path."
         )
+    causal = not decodes_by_diffusion(str(folder))
+    if args.suite is None:
+        args.suite = _CARDS[causal]
+    if (args.suite == _CARDS[True]) != causal:
+        parser.error(
+            f"--suite must be {_CARDS[True]} for a causal model, and another one for the others (got {args.suite} for "
+            f"{args.model}). Leave it out."
+        )
+    if args.num_problems is None:
+        args.num_problems = SUITES[args.suite].problems
     try:
         check_writable(args.output, "--output")
     except ValueError as error:

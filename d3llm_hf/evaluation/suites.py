@@ -6,6 +6,7 @@ caches      every kind of cache against none, also on a larger random model
 lossless    one token a forward against the same tokens in fewer forwards
 suffix      the whole canvas against a shortened suffix
 windows     blocks against windows that slide, relaxed thresholds and lookahead
+causal      what the model card of an embedded causal checkpoint compares
 """
 
 from dataclasses import dataclass, field
@@ -70,6 +71,16 @@ CARD = Suite(
         "multi-block, cached": MULTI_BLOCK | {"kv_cache": "delayed", "cache_delay": 1},
     },
     columns=("name", "settings", "accuracy", "tpf", "positions_per_token"),
+    problems=500,
+)
+
+CAUSAL = Suite(
+    rows={
+        "from left to right": {"decoding_method": "ar"},
+        "prompt lookup": {"decoding_method": "ar_prompt_lookup"},
+        "prompt lookup, short drafts": {"decoding_method": "ar_prompt_lookup", "prompt_lookup_num_tokens": 3},
+    },
+    columns=CARD.columns,
     problems=500,
 )
 
@@ -225,5 +236,5 @@ WINDOWS = Suite(
 
 SUITES: dict[str, Suite] = {
     "card": CARD, "methods": METHODS, "caches": CACHES, "lossless": LOSSLESS, "suffix": SUFFIX,
-    "windows": WINDOWS,
+    "windows": WINDOWS, "causal": CAUSAL,
 }  # fmt: skip

@@ -37,6 +37,8 @@ _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 def init_checkpoint(name: str, destination: str | os.PathLike | None = None, *, overwrite: bool = False) -> Path:
     """Writes a checkpoint that is embedded in this package, with its code, tokenizer and card. Needs no network.
 
+    One of a class of transformers needs no code and is written as it is.
+
     Args:
         name (`str`): name of the checkpoint, for example `"d3llm-llada"`.
         destination (path, *optional*): folder to write; `name` in the working directory when unset.
@@ -54,7 +56,23 @@ def init_checkpoint(name: str, destination: str | os.PathLike | None = None, *, 
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"`name` must be an embedded checkpoint, one of {sorted(known)} (got {name!r}).{hint}")
-    return export_checkpoint(known[name], destination or name, name=name, overwrite=overwrite)
+    folder = known[name]
+    if _read_json(folder / "config.json")["model_type"] in FAMILIES:
+        return export_checkpoint(folder, destination or name, name=name, overwrite=overwrite)
+    return _copy_stock(folder, Path(destination or name).expanduser().absolute(), name, overwrite)
+
+
+def _copy_stock(folder: Path, destination: Path, name: str, overwrite: bool) -> Path:
+    """Writes an embedded checkpoint of a class of transformers, which needs no code."""
+    _check_destination(destination, overwrite)
+    files = [*_weight_files(folder, folder), *_matching(folder, TOKENIZER_FILES)]
+    files += [folder / "config.json", folder / "generation_config.json"]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    with _appearing(destination) as target:
+        _copy(files, target)
+        text = complete_card(card, name, results=folder / "results.json", tags=())
+        (target / "README.md").write_text(text, encoding="utf-8")
+    return destination
 
 
 def export_checkpoint(

@@ -98,13 +98,17 @@ def load_draft_head(name: str) -> Any:
 def decodes_by_diffusion(name: str, *, revision: str | None = None) -> bool:
     """Whether a checkpoint is one of this package's families, or was given the decoder, by its config alone.
 
+    A terminal shows what is being loaded, as in [`load`].
+
     Raises:
         OSError: when there is no such checkpoint.
     """
-    from transformers import AutoConfig
+    with waiting(f"loading {name}"):
+        from transformers import AutoConfig
 
-    with loading(name):
-        config = AutoConfig.from_pretrained(checkpoint_source(name), revision=revision, trust_remote_code=False)
+        quiet_loading()
+        with loading(name):
+            config = AutoConfig.from_pretrained(checkpoint_source(name), revision=revision, trust_remote_code=False)
     return config.model_type in FAMILIES or decodes_by_its_config(config)
 
 

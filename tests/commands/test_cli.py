@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from causal import causal_model
+from official import tiny_tokenizer
 from outcomes import outcome_of
 from terminals import Terminal
 
@@ -177,13 +179,32 @@ def test_bad_models_and_prompts_are_answered_in_one_line(run, llada, official, t
     from transformers import GPT2Config, GPT2Model
 
     GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8)).save_pretrained(tmp_path / "gpt2")
-    failed(run("generate", tmp_path / "gpt2", "x"), "must be a LLaDA, Dream or d3LLM checkpoint .got GPT2Model")
+    failed(run("chat", tmp_path / "gpt2"), "must be a LLaDA, Dream or d3LLM checkpoint .got GPT2Model")
     (tmp_path / "broken").mkdir()
     for file in llada.iterdir():
         (tmp_path / "broken" / file.name).write_bytes(
             file.read_bytes()[:200] if "model" in file.name else file.read_bytes()
         )
     failed(run("generate", tmp_path / "broken", "x"), "")
+
+
+def test_a_causal_model_answers_from_left_to_right_by_the_methods_that_it_has(run, tmp_path):
+    causal_model(vocab_size=512, eos_token_id=510).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    options = (tmp_path, "one two one two", "--chat", "--max-new-tokens", 12)
+    code, plain, err = run("generate", *options)
+    assert code == 0 and STATISTICS.match(err.splitlines()[-1])
+    assert run("generate", *options, "--decoding-method", "ar_prompt_lookup")[1] == plain
+    drawn = run("generate", *options, "--temperature", 2, "--seed", 3)
+    assert drawn[0] == 0 and run("generate", *options, "--temperature", 2, "--seed", 3)[1] == drawn[1]
+    for argv, pattern in (
+        (["--watch"], "`--watch` shows a canvas"),
+        (["--decoding-method", "d3llm"], "`--decoding-method` must be one of .* for a causal model"),
+        (["--decoding-method", "ar_assistant"], "`--decoding-method` must be one of .*got 'ar_assistant'"),
+        (["--block-length", 4], "`block_length` must be a setting of ar"),
+        (["--seed", 3], "`seed` needs sampling"),
+    ):
+        failed(run("generate", *options, *argv), pattern)
 
 
 def test_a_bug_keeps_its_traceback_and_debug_shows_that_of_an_error(run, llada, monkeypatch):

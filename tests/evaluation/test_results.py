@@ -119,6 +119,8 @@ def test_points_of_a_sweep_are_a_table_with_the_columns_that_any_of_them_has(doc
         "2 samples of sums, at most 8 new tokens, batches of 1, float32, threads: 1, CPU, torch "
     )
     assert lines[5].endswith(" Regenerate: `d3llm sweep x`.")
+    batched = tables.table({"suite": "sweep", "points": [plain, plain | {"provenance": made | {"batch_size": 8}}]})
+    assert "| decoding | batch | accuracy |" in batched and "\n| m, ar | 8 | 50.0 % |" in batched
 
 
 def test_a_results_file_of_an_unknown_suite_is_refused():

@@ -409,7 +409,8 @@ def test_an_embedded_checkpoint_is_written_with_its_figures_and_may_be_pushed_at
 
     for name in embedded_checkpoints():
         folder = init_checkpoint(name, tmp_path / name)
-        assert checked_files(folder)
+        if name != "d3llm-causal":  # which has no code to send
+            assert checked_files(folder)
         data = metadata_of((folder / "README.md").read_bytes())
         assert data["model-index"][0]["results"][0]["metrics"], name
         text = (embedded_checkpoints()[name] / "README.md").read_text()

@@ -12,8 +12,10 @@ def points_of(file: Path) -> dict[str, Any]:
     return {"suite": "sweep", "points": [json.loads(line) for line in lines]}
 
 
-# Head of a column -> its text for a point; columns in which no point has a figure are left out.
+# Head of a column -> its text for a point; columns in which no point has a figure are left out, and the batch where
+# it is the same for all.
 _COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
+    "batch": lambda point: f"{point['provenance']['batch_size']}",
     "accuracy": lambda point: f"{point['accuracy']:.1f} %",
     "tokens": lambda point: f"{sum(point['samples']['tokens'])}",
     "forwards": lambda point: f"{sum(point['samples']['forwards'])}",
@@ -38,6 +40,8 @@ def sweep_table(results: dict[str, Any]) -> str:
     """The Markdown of the points of a sweep, and how they were made."""
     points = results["points"]
     shown = {head: [text(point) for point in points] for head, text in _COLUMNS.items()}
+    if len(set(shown["batch"])) == 1:
+        del shown["batch"]
     shown = {head: texts for head, texts in shown.items() if any(texts)}
     names = [f"{point['model']}, {point['method']}" + _setting(point) for point in points]
     lines = [f"| decoding | {' | '.join(shown)} |", f"|---|{'---:|' * len(shown)}"]
