@@ -46,7 +46,7 @@ def row_of(output, row):
     return [answer, *(getattr(output, name)[row].tolist() for name in FIELDS)]
 
 
-@pytest.mark.every(10)
+@pytest.mark.every(30)
 @ALL
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", METHODS)

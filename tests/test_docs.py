@@ -177,6 +177,7 @@ def test_the_examples_of_a_page_run_in_their_order(page, names, capsys):
             assert text in shown, where
 
 
+@pytest.mark.full
 def test_the_notebook_runs_and_holds_no_output(names, monkeypatch):
     import matplotlib
 

@@ -177,7 +177,7 @@ def test_n_grams_longer_than_the_text_cost_nothing_and_change_nothing(decoding_m
 # ---- The guarantee, end to end ------------------------------------------------------------------------------------
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("decoding_method, shift, sampling", covering(METHOD_NAMES, [0, 1], [False, True]))
 def test_no_forbidden_span_is_ever_returned_and_decoding_ends(decoding_method, shift, sampling):
     vocab_size, length, without = 12, 20, 0
@@ -276,6 +276,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.every(6)
 @pytest.mark.parametrize("options", some_of(OPTIONS, every=2), ids=lambda options: "+".join(options))
 def test_decoded_left_to_right_every_option_does_what_transformers_processors_do(options):

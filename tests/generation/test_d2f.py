@@ -77,6 +77,7 @@ def slow(model, prompt, new, block_length, confidence_threshold, add, activate, 
                 stopped |= canvas[place] == stop
 
 
+@pytest.mark.full
 @pytest.mark.every(5)
 @pytest.mark.parametrize(
     "family, block_length, confidence, add, activate",
@@ -109,6 +110,7 @@ def test_kept_blocks_change_nothing_and_save_positions(family, name):
     same(kept, generate(model_of(family), PROMPTS, **SETTINGS[name]))  # which is the default
 
 
+@pytest.mark.full
 @pytest.mark.every(8)
 @pytest.mark.parametrize("family, name", covering(FAMILIES, SETTINGS, strength=1))
 def test_a_row_of_a_batch_is_decoded_as_alone(family, name):
@@ -120,6 +122,7 @@ def test_a_row_of_a_batch_is_decoded_as_alone(family, name):
             assert torch.equal(batch[field][row], alone[field][0]), field
 
 
+@pytest.mark.full
 @pytest.mark.every(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_answer_of_any_length_is_the_beginning_of_one_of_whole_blocks(family):
@@ -131,6 +134,7 @@ def test_an_answer_of_any_length_is_the_beginning_of_one_of_whole_blocks(family)
         assert torch.equal(short.num_forwards, whole.num_forwards)
 
 
+@pytest.mark.full
 @pytest.mark.every(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_block_longer_than_the_answer_is_decoded_as_one(family):
@@ -212,6 +216,7 @@ def test_sampling_is_repeatable_and_the_same_from_kept_blocks():
     same(kept, whole, but=("positions_computed",))
 
 
+@pytest.mark.full
 @pytest.mark.every(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_of_peft_and_the_merged_one_decode_the_same(family):

@@ -195,7 +195,7 @@ TEXTS = [tiny_prompt(11, 13), tiny_prompt(12, 9), tiny_prompt(13, 12), tiny_prom
 HOLES = [[0, 1, 4, 5, 6, 9, 12], [8], [2, 3, 7, 8, 10], [0, 2]]
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_model_of_one_layer_fills_the_same_with_every_cache(cache, family):

@@ -96,6 +96,7 @@ def test_holes_are_filled_the_same(appended, family):
     assert_lossless(model.generate(**inputs, **chosen), model.generate(**inputs, lossless=True, **chosen))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("batch, family", covering([1, 3], FAMILIES, strength=1, every=2))
 def test_processors_see_the_text_of_the_draft_that_they_score(batch, family):
     class NoRepetition(LogitsProcessor):  # reads the decided tokens before the position, of every row
@@ -116,6 +117,7 @@ def test_processors_see_the_text_of_the_draft_that_they_score(batch, family):
         )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stopping_criteria_end_a_row_at_the_same_token(family):
     class AfterToken(StoppingCriteria):

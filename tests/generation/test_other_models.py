@@ -94,6 +94,7 @@ def test_with_a_cache_a_stock_model_decodes_as_the_oracle_does(other, settings):
     compare(model, other, network, tiny_prompt(seed, 3 + seed), decoding_method="d3llm", **settings)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "other, attn_implementation", covering(OTHERS, ["sdpa", "eager"], strength=1, every=2), ids=name_of
 )

@@ -124,6 +124,7 @@ def test_a_thousand_logit_tables_are_decoded_as_the_oracle_does(add, activation)
         assert int(output.num_forwards_reference[row]) == expected.reference_forwards
 
 
+@pytest.mark.full
 def test_progress_is_compared_as_the_reference_does_for_every_block_length():
     for size in range(1, 65):
         for fraction in (0.0, 0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 1.0, 1.1):
@@ -291,6 +292,7 @@ def test_a_cached_window_attends_to_each_position_once(family):
             assert equal_up_to_rounding(again, plain[:, slots])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family, floor", covering([("llada", 0.9), ("dream", 0.9)], strength=1, every=2))
 def test_the_delayed_cache_saves_positions_and_keeps_most_tokens(family, floor):
     # The floors lie under what was measured (see the assertion's message) and guard against a broken cache only.

@@ -39,6 +39,7 @@ def test_two_seeds_give_different_answers():
     assert different >= 95
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("chosen", [SAMPLING, {"decoding_method": "llada", "remasking": "random"}])
 def test_with_a_seed_for_each_row_a_row_draws_what_it_draws_alone(chosen):
     model, seeds = trained_like("llada"), [7, 2**64 + 8, 9, 10, 11, 12, 7]

@@ -213,6 +213,7 @@ def test_arguments_override_the_config_which_overrides_the_checkpoint(tmp_path):
     assert forwards(saved, generation_config=config, entropy_threshold=math.inf) == 1
 
 
+@pytest.mark.full
 def test_settings_of_a_checkpoints_method_do_not_reach_another_method(tmp_path):
     saved = LLaDAModelLM.from_pretrained(
         _saved(

@@ -93,6 +93,7 @@ def test_static_shapes_change_no_answer_and_no_count_of_any_method_with_any_cach
     assert widths.compiled == len(set(widths.seen)) <= (1 if cache == "none" else 4) * 2
 
 
+@pytest.mark.full
 @pytest.mark.every(6)
 @pytest.mark.parametrize("family, cache", [("dream", "none"), ("llada", "delayed"), ("dream", "dual")])
 def test_sampling_processors_gaps_criteria_and_embeddings_give_the_same_answers(family, cache, widths):
@@ -235,6 +236,7 @@ def test_the_next_call_of_the_same_shapes_finds_the_same_buffers_without_what_wa
     assert other is not cache and len(other.layers[0].keys) == 1
 
 
+@pytest.mark.full
 def test_calls_at_the_same_time_have_buffers_of_their_own(widths):
     model, chosen = model_of("llada", 1, 2), COMMON | SETTINGS["llada"] | CACHES["dkv"] | {"max_new_tokens": 8}
     prompts = [batch(2 + seed) for seed in range(8)]

@@ -180,6 +180,7 @@ def kinds_of(value):
         yield from (np.float64(value), np.float32(value), np.array([value]))
 
 
+@pytest.mark.full
 @pytest.mark.every(6)
 @pytest.mark.parametrize("name", some_of(NUMERIC, every=4))
 def test_numbers_of_numpy_and_torch_are_numbers(name):

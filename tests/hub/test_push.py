@@ -115,6 +115,7 @@ def test_a_pushed_folder_arrives_whole_in_one_commit_and_generates_the_same_toke
     assert json.loads(found.stdout.splitlines()[-1]) == ["transformers_modules", decoded(folder), 511, False]
 
 
+@pytest.mark.full
 def test_a_branch_a_pull_request_and_a_second_push_change_what_they_should_and_no_more(hub, folder):
     push_folder(folder, "tiny", revision="draft")  # a bare name: in one's own namespace
     repository = hub.repositories["me/tiny"]

@@ -213,6 +213,7 @@ def assert_unharmed(port, **how):
     assert health.slowest < max(1.0, 20 * before.slowest) + 10 * health.late
 
 
+@pytest.mark.full
 def test_a_hostile_client_harms_nobody_else(loaded):
     app = create_app(*loaded, NAME, max_queue=256, max_body_bytes=200_000)
     with on_loopback(app, http=bounded_protocol(120), ws="none") as port:

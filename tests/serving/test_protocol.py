@@ -251,6 +251,7 @@ def test_a_stream_that_has_begun_tells_of_its_end_in_an_event(with_client, gate)
     with_client(use, timeout=3)
 
 
+@pytest.mark.full
 def test_a_row_that_fails_leaves_the_others_and_the_worker_unharmed(with_client, gate, loaded, caplog):
     bad = loaded[1]("zebra")["input_ids"][-1]
     slow = {"decoding_method": "llada", "block_length": 1, "min_new_tokens": 8}

@@ -59,6 +59,7 @@ def html(drawn):
     return page(board.title, document(board, files), files)
 
 
+@pytest.mark.full
 def test_the_pictures_are_png_and_svg_for_each_task_and_a_radar_over_three(drawn):
     _, files = drawn
     slugs = ("sums", "words", "x-script-alert-1-script")

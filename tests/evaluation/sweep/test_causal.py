@@ -149,6 +149,7 @@ def test_an_assistant_of_another_vocabulary(model, tmp_path):
         run(model, tmp_path / "other.jsonl", ASSISTED, assistant=(writer(1), renamed))
 
 
+@pytest.mark.full
 def test_a_draft_head_drafts_and_is_part_of_what_a_point_is_known_by(tmp_path):
     (target, head), tree = recorded_pair(), {"total_tokens": 14, "depth": 2, "draft_top_k": 3}
     curve, output = Curve("eagle3", settings=tree), tmp_path / "results.jsonl"

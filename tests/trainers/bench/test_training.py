@@ -59,7 +59,7 @@ def loss_and_gradients(trainer, batch):
     return loss.item(), {name: weight.grad for name, weight in trainer.model.named_parameters()}
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 @pytest.mark.parametrize(("family", "shift"), [("llada", 0), ("Dream", 1)])
 @pytest.mark.parametrize("complementary", [True, False])
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ def test_every_file_of_a_checkpoint_is_listed(run):
     check_checkpoint(checkpoint)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name, damage", covering(FILES, DAMAGE, strength=1))
 def test_a_damaged_file_is_named_and_its_checkpoint_skipped(folder, caplog, name, damage):
     path = folder / "checkpoint-6" / name

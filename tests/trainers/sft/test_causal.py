@@ -160,6 +160,7 @@ def test_a_causal_shape_says_what_it_needs_and_one_source_is_named():
 # ---- runs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_run_learns_and_a_resumed_one_is_the_unbroken_one(tmp_path):
     saved = {"save_strategy": "steps", "save_steps": 2}
     unbroken = trainer_of(tmp_path / "a", **saved)

@@ -121,6 +121,7 @@ def test_the_prompt_is_a_block_and_padding_is_seen_by_nothing():
     assert sees.any(-1).all()
 
 
+@pytest.mark.full
 @pytest.mark.every(6)
 @pytest.mark.parametrize(("family", "position_mask"), [("llada", True), ("dream", True), ("dream", False)])
 def test_an_adapter_learns_and_the_base_stays_and_a_resumed_run_is_the_unbroken_one(family, position_mask, tmp_path):

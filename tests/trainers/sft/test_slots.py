@@ -131,6 +131,7 @@ def test_a_learnt_prompt_is_refused(tmp_path):
         trainer(tmp_path, peft_config=learnt)
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_script_trains_a_checkpoint_that_was_saved_here(tmp_path):
     folder, rows = tmp_path / "model", tmp_path / "rows.jsonl"

@@ -104,6 +104,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # Records
 
 
+@pytest.mark.full
 @pytest.mark.every(2)
 @pytest.mark.parametrize("early_stop", [False, True])
 def test_a_record_holds_what_generate_gives_for_its_prompt_alone(model, tokenizer, tmp_path, early_stop):
@@ -592,6 +593,7 @@ def _killed_run(model, tokenizer, folder, owner, name, call):
     extract(model, tokenizer, folder)
 
 
+@pytest.mark.full
 @pytest.mark.every(3)
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 @pytest.mark.parametrize(
@@ -809,6 +811,7 @@ def test_two_hundred_flipped_bytes_are_all_detected(folder):
     assert len(read_trajectories(folder)) == 10
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_damaged_files_with_right_checksums_raise_nothing_but_the_named_error(folder, count):
     draw = random.Random(0)
