@@ -134,7 +134,7 @@ def test_blocks_are_those_of_the_family_unless_given_and_sampling_is_not_taken_o
     assert block_causal_lm(causal(QWEN3), tiny_tokenizer(), "sdar").config.block_size == 4
 
 
-@pytest.mark.every(8)
+@pytest.mark.every(16)
 @pytest.mark.parametrize("case", OF_A_FAMILY)
 def test_a_folder_of_a_family_loads_generates_and_is_exported(case, tmp_path):
     tokenizer = tokenizer_without_mask()

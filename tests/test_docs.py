@@ -313,6 +313,7 @@ def test_of_code_the_comments_and_texts_are_read(tmp_path):
     assert "trainers.items" not in named_paths.told(file)
 
 
+@pytest.mark.full
 def test_the_command_names_what_is_gone(monkeypatch, capsys, tmp_path):
     assert (named_paths.main(), capsys.readouterr().out) == (0, "")
     page = tmp_path / "page.md"

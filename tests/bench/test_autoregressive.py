@@ -102,6 +102,7 @@ def test_what_cannot_be_measured_is_refused(words, expected, capsys):
     assert code == 2 and expected in err
 
 
+@pytest.mark.full
 def test_an_assistant_of_another_vocabulary_drafts_by_way_of_text(folder, monkeypatch):
     from d3llm_hf.hub import loading
 

@@ -23,7 +23,7 @@ def both(monkeypatch, stop=None, seed=0, **settings):
     return model.generate(**inputs, return_dict_in_generate=True), plain_generate(model, **inputs)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize(
     "settings",
     [

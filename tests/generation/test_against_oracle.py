@@ -63,6 +63,7 @@ def test_llada_with_its_quota_decodes_as_the_oracle(problem, **chosen):
     problem.compare(decoding_method="llada", **chosen)
 
 
+@pytest.mark.full
 @examples(50)
 @given(
     problem=problems(),
@@ -73,12 +74,14 @@ def test_dream_with_its_schedule_decodes_as_the_oracle(problem, **chosen):
     problem.compare(decoding_method="dream", **chosen)
 
 
+@pytest.mark.full
 @examples(40)
 @given(problem=problems(), steps=st.integers(1, 40), confidence_threshold=st.sampled_from([0.05, 0.3, 0.6, 0.9, 1.0]))
 def test_dream_with_a_confidence_threshold_decodes_as_the_oracle(problem, **chosen):
     problem.compare(decoding_method="dream", **chosen)
 
 
+@pytest.mark.full
 @examples(40)
 @given(problem=problems(), block_length=st.integers(1, 12), steps=st.integers(1, 40), seed=st.integers(0, 2**70))
 def test_random_remasking_decodes_as_the_oracle_given_the_same_noise(problem, seed, **chosen):
@@ -96,7 +99,7 @@ def test_origin_decodes_as_the_oracle_given_the_same_coins(problem, seed, steps)
     assert_equal(problem.generate(seed=seed, **chosen), problem.oracle(noise, **chosen))
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 @pytest.mark.parametrize("case", some_of(CORRECTED, every=6), ids=lambda case: case.id)
 def test_where_the_reference_has_a_defect_the_corrected_rule_is_followed(case):
     model = checkpoint(case.model)

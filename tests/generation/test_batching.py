@@ -83,7 +83,7 @@ def test_a_padded_batch_gives_the_logits_of_its_rows_alone(family):
             assert equal_up_to_rounding(together[row, -len(prompt) :], alone)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(12)
 @pytest.mark.parametrize("family", ["llada", "dream"])
 @pytest.mark.parametrize(
     "settings",

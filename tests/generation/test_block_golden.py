@@ -39,7 +39,7 @@ def caches(case: Recorded) -> list[str]:
     return [case.settings["kv_cache"]] if "kv_cache" in case.settings else ["exact", "none"]
 
 
-@pytest.mark.every(24)
+@pytest.mark.every(48)
 @pytest.mark.parametrize(
     "case, kv_cache",
     [

@@ -147,6 +147,7 @@ def test_a_block_longer_than_the_answer_is_decoded_as_one(family):
         same(answer, answers[-1], but=("sequences", "step_map"))
 
 
+@pytest.mark.full
 @pytest.mark.every(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_early_stop_gives_the_same_answer_in_fewer_forwards(family):
@@ -160,6 +161,7 @@ def test_an_early_stop_gives_the_same_answer_in_fewer_forwards(family):
     assert (early.num_forwards < published.num_forwards).any()
 
 
+@pytest.mark.full
 def test_no_block_opens_behind_a_stop_token():
     model, prompt = model_of("llada"), PROMPTS[1]
     settings = {"block_length": 4, "max_new_tokens": 64, "block_add_threshold": 1.0, "early_stop": False}
@@ -210,6 +212,7 @@ def test_a_probability_of_the_threshold_does_not_exceed_it():
     assert sorted(output.step_map[0].tolist()) == list(range(1, NEW + 1))
 
 
+@pytest.mark.full
 def test_sampling_is_repeatable_and_the_same_from_kept_blocks():
     settings = {"do_sample": True, "temperature": 0.9, "seed": 5, "block_length": 6}
     kept, whole = (generate(model_of("dream"), PROMPTS, kv_cache=c, **settings) for c in ("exact", "none"))

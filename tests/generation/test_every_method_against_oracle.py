@@ -61,7 +61,7 @@ DEFAULTS = [
 ]
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(12)
 @pytest.mark.parametrize("index, family", covering(range(len(DEFAULTS)), FAMILIES, strength=1))
 def test_a_setting_that_is_left_out_has_its_documented_value(index, family):
     given, left_out = DEFAULTS[index]

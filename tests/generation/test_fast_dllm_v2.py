@@ -39,7 +39,7 @@ def row_of(output, row, length):
     return [output.sequences[row, -length:].tolist(), *(getattr(output, name)[row].tolist() for name in FIELDS)]
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(12)
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("kv_cache", ["exact", "none", "exact_dual"])
 def test_a_row_is_decided_in_a_padded_batch_as_alone(kv_cache, early_stop):
@@ -123,6 +123,7 @@ def test_a_forward_of_the_sub_block_cache_runs_over_the_sub_block():
     assert int(dual.positions_computed) == 24 + 8 + 2 * 4 + until_first * 8 + (4 - until_first) * 4
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kv_cache", ["exact", "none", "exact_dual"])
 def test_an_empty_prompt_is_continued_alone_and_in_a_batch(kv_cache):
     alone, together = (generate(texts, kv_cache=kv_cache, early_stop=False) for texts in ([[]], [[], *prompts()]))

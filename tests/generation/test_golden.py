@@ -53,7 +53,7 @@ def assert_matches(case: Recorded, output) -> None:
     assert all(step in (-1, recorded) for step, recorded in zip(steps[end:], case.unmask_step[end:], strict=True))
 
 
-@pytest.mark.every(8)
+@pytest.mark.every(16)
 @pytest.mark.parametrize("case", GREEDY, ids=lambda case: case.id)
 def test_a_recorded_run_is_reproduced_token_for_token_and_forward_for_forward(case):
     assert_matches(case, generate(case))

@@ -221,7 +221,7 @@ def test_a_model_of_one_layer_fills_the_same_with_every_cache(cache, family):
 ALL = [*METHODS, *(f"cache {name}" for name in CACHES), "sampling", "guided"]
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 @pytest.mark.parametrize("method, family", covering(ALL, FAMILIES, strength=1, every=4))
 def test_a_row_is_filled_the_same_alone_and_in_a_batch(method, family):
     model = tiny_model(family, 3, spread=4.0)

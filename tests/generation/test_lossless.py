@@ -221,7 +221,7 @@ def test_drafts_that_are_always_right_cost_a_forward_for_each_chain(block_length
     assert int(output.positions_computed) == count * (len(prompt) + count)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(12)
 @pytest.mark.parametrize("draft_length", [1, 4, 16])
 @pytest.mark.parametrize("chosen", [{"steps": 30}, {"steps": 5}, {"steps": 30, "remasking": "origin"}], ids=str)
 def test_steps_of_a_schedule_that_decide_nothing_are_drafted_as_well(chosen, draft_length):

@@ -63,7 +63,7 @@ def test_a_sliding_window_is_seen_without_layer_types(name):
     assert answer(model, [1, 2, 3]).sequences.shape == (1, 19)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", WINDOWED)
 def test_without_a_window_a_cache_that_is_always_refreshed_gives_the_tokens_of_none(name):
     model = as_diffusion_lm(build(name, sliding_window=None), mask_token_id=MASK)

@@ -37,6 +37,7 @@ NAN, INF = math.nan, math.inf
 # ---- D-01: decoding ends --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @examples(500)
 @given(
     max_new_tokens=st.integers(1, 40) | st.integers(1, 257),

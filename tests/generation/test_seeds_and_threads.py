@@ -32,6 +32,7 @@ def test_the_same_seed_gives_the_same_answer_and_leaves_the_global_generator_alo
     assert torch.equal(first.sequences, second.sequences) and torch.equal(first.step_map, second.step_map)
 
 
+@pytest.mark.full
 def test_two_seeds_give_different_answers():
     model = trained_like("dream")
     answers = [answer(model, [1, 2, 3], seed=seed, **SAMPLING).sequences for seed in range(101)]

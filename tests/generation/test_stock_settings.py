@@ -317,7 +317,7 @@ def test_an_extreme_number_that_is_taken_decodes_to_the_end(fields):
     assert model.calls <= 16
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 @pytest.mark.parametrize(
     "alg_temp, remasking",
     covering([1e-3, 1e-19, 1e-37, 1e-40, 5e-324, 1e300], ["entropy", "maskgit_plus", "random"], strength=1),
@@ -370,6 +370,7 @@ def test_a_stop_token_alone_is_no_bad_word():
     assert EOS not in banned
 
 
+@pytest.mark.full
 def test_suppressed_tokens_that_do_not_exist_and_none_at_all_change_nothing():
     model = trained_like("llada")
     expected = answer(model, [1, 2]).sequences

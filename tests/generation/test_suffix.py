@@ -78,7 +78,7 @@ def family_of(method: str, cache: str) -> str:
     return FAMILIES[(SOME.index(method) + list(CACHES).index(cache)) % 2]
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 @pytest.mark.parametrize("method, cache", PAIRS)
 def test_a_row_decodes_as_on_a_canvas_that_is_cut_off_by_hand(method, cache):
     rng, family = Random(f"{method} {cache} suffix"), family_of(method, cache)
@@ -130,6 +130,7 @@ def test_a_suffix_as_long_as_the_rest_changes_nothing(method, cache):
     assert_same(batch(family, suffix_length=suffix_length, **chosen), batch(family, **chosen))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("cache", some_of((cache for cache in CACHES if cache != "dkv_greedy"), every=3))
 def test_where_one_block_is_everything_there_is_no_suffix_to_leave_out(cache):
     methods = {"decoding_method": "dparallel", "block_length": 14}, {"decoding_method": "dream", "steps": 9}

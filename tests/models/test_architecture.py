@@ -325,6 +325,7 @@ def test_a_backbone_takes_no_checkpoint_that_lacks_its_tensors(family, tmp_path)
         family.backbone_class.from_pretrained(folder)
 
 
+@pytest.mark.every(2)
 def test_whole_checkpoints_under_every_name_are_exported(family, tmp_path):
     for name, overrides in (("untied", {}), ("tied", {family.tied: True})):
         model = family.tiny(**overrides)

@@ -164,6 +164,7 @@ def wait_for_departures(address, count):
     raise AssertionError("not noticed")
 
 
+@pytest.mark.full
 def test_a_client_that_leaves_ends_its_decoding_and_nobody_elses(client, gate, address, alone):
     slow = {"d3llm": {"decoding_method": "llada"}}  # 48 forwards
     stream = ask(client, stream=True, extra_body=slow)

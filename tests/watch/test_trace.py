@@ -72,7 +72,7 @@ def test_the_trace_of_a_scripted_model_is_the_one_worked_out_by_hand(hand_made):
     assert hand_made.settings["decoding_method"] == "dparallel"
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 @pytest.mark.parametrize(
     ("name", "early_stop"),
     [

@@ -35,7 +35,7 @@ def sampled(model, prompt, max_new_tokens, choose):
     return prompt
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(12)
 @pytest.mark.parametrize(
     ("family", "kernel", "size", "tree"),
     covering(

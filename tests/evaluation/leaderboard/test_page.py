@@ -120,6 +120,7 @@ def test_the_shaded_area_is_what_is_counted():
         assert x[-1] == entry.fastest["tpf"]
 
 
+@pytest.mark.full
 def test_names_of_any_length_are_drawn():
     board = build_board([point("a method with quite a long name, " * 3, 2, 90), point("b", 3, 80, model="m" * 90)])
     assert set(draw(board)) == {f"{name}-sums.{kind}" for name in ("curves", "bars") for kind in ("png", "svg")}

@@ -112,7 +112,7 @@ def test_what_is_complete_is_not_measured_again_and_what_is_new_is_added(output,
     assert output.read_bytes().startswith(before)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize(
     "change",
     [

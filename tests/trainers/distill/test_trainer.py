@@ -175,6 +175,7 @@ def test_with_means_per_sample_fifty_steps_do_not_depend_on_the_batch_layout(tmp
     assert all(other == pytest.approx(norms, rel=1e-3) for other in others)
 
 
+@pytest.mark.full
 def test_batches_and_masks_are_the_same_for_any_number_of_workers(tmp_path, tokenizer):
     found = []
     for workers in (0, 2, 4):

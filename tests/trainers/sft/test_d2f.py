@@ -163,6 +163,7 @@ def test_an_adapter_that_changes_nothing_and_sees_everything_is_taught_what_it_k
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(entropy.item(), rel=1e-5)
 
 
+@pytest.mark.full
 def test_without_an_adapter_only_labels_are_learnt_and_another_model_learns_no_blocks(tmp_path):
     with pytest.raises(ValueError, match=r'`model` must have an adapter with `objective="d2f"` \(got LLaDAModelLM\)'):
         block_trainer(tmp_path, student(TOKENIZER), objective="d2f")

@@ -224,6 +224,7 @@ def test_a_suffix_mask_hides_everything_from_a_cut_in_the_content_and_learns_the
         assert mask.weights[row].tolist() == [0.0] * cut + [0.25] * 4 + [0.0] * (16 - cut)
 
 
+@pytest.mark.full
 def test_the_suffix_fraction_holds_on_average_even_for_a_batch_of_one():
     learnt, content = torch.ones(1, 4, dtype=torch.bool), torch.tensor([4])
     drawn = [draw_answer_mask(learnt, content, generator_for(i), suffix_fraction=0.3).is_suffix for i in range(2500)]

@@ -95,6 +95,7 @@ def trainer(folder, model=None, peft_config=None, **more):
     )
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_trainer_trains_it_and_a_batch_may_be_padded(tmp_path):
     run = trainer(tmp_path, learning_rate=1e-2, max_steps=6)

@@ -218,7 +218,7 @@ def test_recorded_states_are_read_as_step_maps_and_rebuilt_exactly(case):
     assert [canvas_at(record, step, case["mask_id"]) for step in range(1, len(states) + 1)] == states
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(12)
 @pytest.mark.parametrize("case", [c for c in CASES if c["id"] not in BOUNDED], ids=lambda case: case["id"])
 def test_extraction_gives_the_recorded_states_exactly(case, tokenizer, monkeypatch):
     args, model = case["args"], checkpoint(case["model"])
