@@ -27,6 +27,7 @@ def test_d3llm_without_a_cache_decodes_as_the_oracle(problem, **chosen):
     problem.compare(decoding_method="d3llm", **chosen)
 
 
+@pytest.mark.full
 @examples(150)
 @given(
     problem=problems(),

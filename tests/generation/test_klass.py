@@ -22,7 +22,7 @@ KLASS = {"decoding_method": "klass", "block_length": 5, "confidence_threshold": 
 # ---- Recorded runs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.id)
 def test_a_recorded_run_is_reproduced_token_for_token_and_forward_for_forward(run):
     args = run.args

@@ -82,7 +82,7 @@ def replayed(case, monkeypatch, model):
     monkeypatch.setattr(type(model), "_sampler", lambda self, config: LLaDADraws(row))
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "expected" in case and name not in DEFECTS])
 def test_a_recorded_run_is_reproduced_token_for_token_and_forward_for_forward(name, model, monkeypatch):
     case = CASES[name]

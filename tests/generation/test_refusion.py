@@ -83,7 +83,7 @@ class Draws(Sampler):
         return (logits.double() - torch.log(-torch.log(uniform))).argmax(-1)
 
 
-@pytest.mark.every(8)
+@pytest.mark.every(16)
 @pytest.mark.parametrize("name", CASES)
 def test_a_recorded_run_is_reproduced_token_for_token_and_in_its_order(name, model, monkeypatch):
     case, chosen = CASES[name], settings(CASES[name])

@@ -83,7 +83,7 @@ def final_text(output, prompt: list[int]) -> list[int]:
     return tokens[: stop[0] + 1] if stop else tokens
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("family, method, early_stop", covering(["llada", "dream"], METHODS, [True, False]))
 def test_the_streamed_pieces_are_the_prompt_and_then_the_answer_up_to_its_stop_token(family, method, early_stop):
     for seed in range(4):
@@ -101,7 +101,7 @@ def test_the_streamed_pieces_are_the_prompt_and_then_the_answer_up_to_its_stop_t
         assert streamer.ends == 1
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_a_draft_never_takes_back_a_decided_token(family, method):

@@ -113,6 +113,7 @@ def test_settings_of_decoding_are_those_of_generate(client, alone):
     assert reply.usage.forwards == int(output.num_forwards[0])
 
 
+@pytest.mark.full
 def test_a_seed_makes_sampling_repeatable_and_equal_to_generate(client, alone):
     text = ask(client, temperature=1.5, top_p=0.9, seed=7).choices[0].message.content
     settings = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "max_new_tokens": 48}
