@@ -41,6 +41,10 @@ leaderboard:  ## measure the embedded checkpoints with all methods (an hour of o
 	    --methods d3llm dparallel fast_dllm dinfer local_leap entropy_bound dkv llada dream --set block_length=16 \
 	    --grid entropy_threshold=0.1,0.2,0.4,0.8 --grid confidence_threshold=0.95,0.9,0.8,0.6 \
 	    --grid entropy_bound=0.003,0.01,0.03,0.1 --grid steps=64,16 --num-samples 500 -o docs/leaderboard/points.jsonl
+	OMP_NUM_THREADS=1 $(PYTHON) -m d3llm_hf sweep d3llm-block --dtype float32 --device cpu \
+	    --methods d3llm d2f dparallel fast_dllm dinfer local_leap entropy_bound llada dream --set block_length=16 \
+	    --grid entropy_threshold=0.1,0.2,0.4,0.8 --grid confidence_threshold=0.95,0.9,0.8,0.6 \
+	    --grid entropy_bound=0.003,0.01,0.03,0.1 --grid steps=64,16 --num-samples 500 -o docs/leaderboard/points.jsonl
 	$(PYTHON) -m d3llm_hf leaderboard docs/leaderboard/points.jsonl -o docs/leaderboard \
 	    --title "Embedded checkpoints: accuracy under parallelism"
 

@@ -13,6 +13,7 @@ from official import tiny_tokenizer
 from recorded import checkpoint
 
 from d3llm_hf import cli
+from d3llm_hf.hub.loading import load
 from d3llm_hf.models.methods import CACHES, METHODS
 
 
@@ -55,6 +56,16 @@ def test_a_run_shows_each_method_while_it_works_and_both_at_the_end(handlers, mo
     assert shown[-1][0][0].forwards == 12
     assert "deciding, forward 1" in demo.picture(*shown[0][0])
     assert "tokens per forward" in demo.picture(*shown[-1][1])
+
+
+@pytest.mark.full
+def test_the_embedded_block_causal_checkpoint_is_shown_with_its_cache(monkeypatch):
+    monkeypatch.setattr("d3llm_hf.demo.REDRAW", 0.0)
+    handlers = demo.Handlers(*load("d3llm-block", device="cpu"), "d3llm-block")
+    assert handlers.defaults("d3llm")["kv_cache"] == "exact"
+    runs = [{"decoding_method": method, "max_new_tokens": 32} for method in ("d3llm", "d2f")]
+    *_, shown = handlers.run("a", "Tom has 8 apples. He buys 7 more. How many has he now?", True, runs)
+    assert [over for _, over in shown] == [True, True] and all(trace.forwards < 32 for trace, _ in shown)
 
 
 def test_stop_ends_the_run_of_its_session_alone_and_keeps_what_was_decided(handlers, monkeypatch):

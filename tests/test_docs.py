@@ -108,7 +108,7 @@ def check_command(words: list[str]) -> None:
 def checkpoints(tmp_path_factory) -> Path:
     """A folder with those that `d3llm init` writes."""
     folder = tmp_path_factory.mktemp("init")
-    for name in ("d3llm-llada", "d3llm-llada-teacher"):
+    for name in ("d3llm-llada", "d3llm-llada-teacher", "d3llm-block"):
         assert cli.main(["init", name, str(folder / name)]) == 0
     return folder
 

@@ -1,6 +1,7 @@
 """What is measured: named lists of decoding settings, and how the tables show them.
 
 card        what the model card of an embedded checkpoint compares
+block_card  what that of a block-causal one compares
 methods     every decoding method
 caches      every kind of cache against none, also on a larger random model
 lossless    one token a forward against the same tokens in fewer forwards
@@ -57,6 +58,7 @@ def _joined(*groups: tuple[dict, dict[str, str]]) -> dict[str, Any]:
 
 ONE_TOKEN: Settings = {"decoding_method": "llada", "block_length": 16}
 RANDOM_ORDER: Settings = ONE_TOKEN | {"remasking": "random", "seed": 0}
+ONE_BLOCK: Settings = {"decoding_method": "dparallel", "block_length": 16, "entropy_threshold": 0.3}
 MULTI_BLOCK: Settings = {"decoding_method": "d3llm", "block_length": 16, "entropy_threshold": 0.3}
 FAST_DLLM: Settings = {"decoding_method": "fast_dllm", "block_length": 16, "confidence_threshold": 0.9}
 DINFER: Settings = {"decoding_method": "dinfer", "block_length": 16}
@@ -65,7 +67,7 @@ ENTROPY_BOUND: Settings = {"decoding_method": "entropy_bound", "block_length": 1
 CARD = Suite(
     rows={
         "one token a forward": ONE_TOKEN,
-        "block by block": {"decoding_method": "dparallel", "block_length": 16, "entropy_threshold": 0.3},
+        "block by block": ONE_BLOCK,
         "multi-block": MULTI_BLOCK,
         "multi-block, bolder": MULTI_BLOCK | {"entropy_threshold": 0.6},
         "multi-block, cached": MULTI_BLOCK | {"kv_cache": "delayed", "cache_delay": 1},
@@ -84,6 +86,13 @@ CAUSAL = Suite(
     problems=500,
 )
 
+BLOCK_CARD = Suite(
+    rows={name: settings for name, settings in CARD.rows.items() if "kv_cache" not in settings}
+    | {"multi-block, computed anew": MULTI_BLOCK | {"kv_cache": "none"}},
+    columns=CARD.columns,
+    problems=CARD.problems,
+)
+
 METHODS = Suite(
     rows={
         "LLaDA": ONE_TOKEN,
@@ -91,7 +100,7 @@ METHODS = Suite(
         "LLaDA, at random": RANDOM_ORDER,
         "Dream": {"decoding_method": "dream", "block_length": 16},
         "Dream, no blocks": {"decoding_method": "dream"},
-        "dParallel": {"decoding_method": "dparallel", "block_length": 16, "entropy_threshold": 0.3},
+        "dParallel": ONE_BLOCK,
         "d3LLM": MULTI_BLOCK,
         "Fast-dLLM, threshold": FAST_DLLM,
         "Fast-dLLM, factor": {"decoding_method": "fast_dllm", "block_length": 16, "factor": 1.0},
@@ -235,6 +244,6 @@ WINDOWS = Suite(
 )
 
 SUITES: dict[str, Suite] = {
-    "card": CARD, "methods": METHODS, "caches": CACHES, "lossless": LOSSLESS, "suffix": SUFFIX,
-    "windows": WINDOWS, "causal": CAUSAL,
+    "card": CARD, "block_card": BLOCK_CARD, "methods": METHODS, "caches": CACHES, "lossless": LOSSLESS,
+    "suffix": SUFFIX, "windows": WINDOWS, "causal": CAUSAL,
 }  # fmt: skip

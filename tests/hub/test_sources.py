@@ -8,7 +8,10 @@ from d3llm_hf.commands import generate
 from d3llm_hf.hub.sources import load_tokenizer, loading
 
 
-EMBEDDED = r"`model` must be a checkpoint folder, an id on the Hub or one of \['d3llm-llada', 'd3llm-llada-teacher'\] "
+EMBEDDED = (
+    r"`model` must be a checkpoint folder, an id on the Hub or one of "
+    r"\['d3llm-block', 'd3llm-llada', 'd3llm-llada-teacher'\] "
+)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,25 @@
 """LLaDA as a block-causal model: its config says where blocks lie, and everything goes by that."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from tiny import left_padded, tiny_model, tiny_prompt
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
-from d3llm_hf import LLaDAConfig, LLaDAModelLM, as_diffusion_lm, export_checkpoint, log_likelihood
+from d3llm_hf import (
+    LLaDAConfig,
+    LLaDAModelLM,
+    as_diffusion_lm,
+    encode_chat,
+    export_checkpoint,
+    init_checkpoint,
+    log_likelihood,
+)
+from d3llm_hf.hub.sources import embedded_checkpoints
 from d3llm_hf.models.topology import Topology, Traits
 
 
@@ -111,3 +123,60 @@ def test_its_likelihood_is_not_that_of_a_text_seen_as_a_whole():
     ids = torch.tensor([tiny_prompt(1, 7)])
     with pytest.raises(ValueError, match="`model` must see the whole text"):
         log_likelihood(in_blocks(), ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+# The embedded checkpoint
+
+QUESTION = "Tom has 8 apples. He buys 7 more. He gives 4 to a friend. How many apples does Tom have now?"
+WITHOUT_THE_PACKAGE = """
+import sys
+for name in ("d3llm_hf", "trainers"):
+    sys.modules[name] = None
+import torch
+from transformers import AutoModel, AutoTokenizer
+model = AutoModel.from_pretrained("d3llm-block", trust_remote_code=True, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained("d3llm-block", trust_remote_code=True)
+ids = tokenizer.apply_chat_template(
+    [{"role": "user", "content": sys.argv[1]}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+print(model.traits.topology)
+print(model.generate(**ids, max_new_tokens=64).tolist())
+"""
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    folder = embedded_checkpoints()["d3llm-block"]
+    return AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def answered(embedded, **settings):
+    model, tokenizer = embedded
+    inputs = encode_chat(tokenizer, [{"role": "user", "content": QUESTION}])
+    return inputs, model.generate(**inputs, max_new_tokens=64, return_dict_in_generate=True, **settings)
+
+
+def test_the_embedded_model_is_right_and_keeps_its_blocks(embedded):
+    inputs, kept = answered(embedded)
+    answer = kept.sequences[0, inputs["input_ids"].shape[1] :]
+    assert embedded[1].decode(answer, skip_special_tokens=True).endswith("#### 11")
+    _, anew = answered(embedded, kv_cache="none")
+    assert torch.equal(kept.sequences, anew.sequences) and torch.equal(kept.step_map, anew.step_map)
+    assert kept.positions_computed < anew.positions_computed and kept.tokens_per_forward > 2
+
+
+@pytest.mark.slow
+def test_the_embedded_folder_loads_where_this_package_is_not(embedded, tmp_path):
+    init_checkpoint("d3llm-block", tmp_path / "d3llm-block")
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_THE_PACKAGE, QUESTION],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    topology, tokens = done.stdout.splitlines()[-2:]
+    assert topology == "Topology(block_length=16, alignment='prompt')"
+    assert json.loads(tokens) == answered(embedded)[1].sequences.tolist()

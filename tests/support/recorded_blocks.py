@@ -12,7 +12,7 @@ import d3llm_hf  # noqa: F401  # the Auto classes learn of its families
 
 
 OF_BLOCKS = {"sdar", "llada2", "fast_dllm_v2", "d2f", "refusion"}
-"""Methods of models that see nothing of later blocks or slots; one that sees the whole canvas is not made for them."""
+"""Methods that were made for models that see nothing of later blocks, or decide slots."""
 
 
 @dataclass(frozen=True)

@@ -278,6 +278,30 @@ def autoregressive_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_STUDENTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "batch": lambda row: f"{row['batch']}",
+    "`entropy_threshold`": lambda row: f"{row['settings']['entropy_threshold']}",
+    "accuracy": lambda row: f"{row['accuracy']:.1f} %",
+    "tokens per forward": lambda row: f"{row['tpf']:.2f}",
+    "positions per token": lambda row: f"{row['positions_per_token']:.1f}",
+    "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
+}
+
+
+def students_table(results: dict[str, Any]) -> str:
+    """The Markdown of a results file of `d3llm_hf.evaluation.students`."""
+    named: list[tuple[str, dict[str, Any] | str]] = [(f"{row['model']}, {row['way']}", row) for row in results["rows"]]
+    lines = _lines("student", _STUDENTS, named)
+    lines += [
+        "",
+        f"{results['problems']} {results['task']}, at most 64 new tokens, `decoding_method='d3llm'` "
+        "(block by block: 'dparallel'), blocks of 16, float32; blocks are kept in the exact cache. "
+        f"Seconds are those in `generate`, the settings taking turns batch by batch. {_where(results)} "
+        f"Regenerate: `{results['command']}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench_train": training_table,
     "bench_decode": decoding_table,
@@ -286,4 +310,5 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench_doubled_step": doubled_step_table,
     "bench_quantised": quantised_table,
     "bench_autoregressive": autoregressive_table,
+    "students": students_table,
 }
