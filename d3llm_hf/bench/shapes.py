@@ -32,6 +32,21 @@ DTYPES = ("float32", "bfloat16", "float16")
 SEED = 4242  # of the embedded checkpoint's problems, as in its results
 
 
+def check_numbers(bench: Any, least: dict[str, int]) -> None:
+    """Refuses integers of a dataclass that are too small.
+
+    Args:
+        least: the smallest values of integers that may not begin at 1.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for each in dataclasses.fields(bench):
+        value, low = getattr(bench, each.name), least.get(each.name, 1)
+        if each.type in (int, "int") and value < low:
+            raise ValueError(f"`{each.name}` must be at least {low} (got {value}). Pass a larger number.")
+
+
 def check_shape(bench: Any, least: dict[str, int], choices: dict[str, Sequence[str]]) -> None:
     """Refuses what no bench can measure: of decoding, or of training.
 
@@ -43,10 +58,7 @@ def check_shape(bench: Any, least: dict[str, int], choices: dict[str, Sequence[s
     Raises:
         ValueError: naming the field.
     """
-    for each in dataclasses.fields(bench):
-        value, low = getattr(bench, each.name), least.get(each.name, 1)
-        if each.type in (int, "int") and value < low:
-            raise ValueError(f"`{each.name}` must be at least {low} (got {value}). Pass a larger number.")
+    check_numbers(bench, least)
     if bench.d_model % min(bench.d_model, HEAD_WIDTH) or bench.d_model % 2:
         raise ValueError(
             f"`d_model` must be even, and above {HEAD_WIDTH} a multiple of it (got {bench.d_model}). Try 512."

@@ -231,6 +231,21 @@ def doubled_step_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def ceiling_table(results: dict[str, Any]) -> str:
+    """The Markdown of a results file of `trainers.bench.ceiling`."""
+    shape = results["shape"]
+    lines = ["| predictions of | right answers | tokens per forward |", "|---|---:|---:|"]
+    lines += [f"| `{row['name']}` | {row['answers']} | {row['tpf']:.2f} |" for row in results["rows"]]
+    lines += [
+        "",
+        f"The text is each model's own: its right answers, one token a forward, to {shape['num_problems']} held-out "
+        f"word problems, in blocks of {shape['block_length']}. Every hidden position of an open block whose most "
+        "probable token is the text's is decided at once, and at least one. "
+        f"{_where(results)} Regenerate: `{results['command']}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def quantised_table(results: dict[str, Any]) -> str:
     """The Markdown of a results file of `d3llm bench quantised`."""
     libraries = ", ".join(f"{name} {version}" for name, version in results["libraries"].items() if version)
@@ -308,6 +323,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench_growth": growth_table,
     "bench_blocks": blocks_table,
     "bench_doubled_step": doubled_step_table,
+    "bench_ceiling": ceiling_table,
     "bench_quantised": quantised_table,
     "bench_autoregressive": autoregressive_table,
     "students": students_table,
