@@ -84,5 +84,15 @@ class SlotCache(Cache):
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys[keep], layer.values[keep]
 
+    def move(self, left: int, length: int, more: int) -> None:
+        """Moves all rows to a canvas with `left` more slots before them, of `length` slots, and adds `more` rows."""
+        right = length - self.length - left
+        for layer in self.layers:
+            if layer.is_initialized:
+                places = (0, 0, left, right, 0, 0, 0, more)  # of the last dimension first
+                layer.keys = torch.nn.functional.pad(layer.keys, places)
+                layer.values = torch.nn.functional.pad(layer.values, places)
+        self.length, self.slots, self.seen = length, slice(0, length), None
+
 
 __all__ = ["SlotCache", "SlotLayer"]
