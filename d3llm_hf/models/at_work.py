@@ -53,10 +53,9 @@ class RowsAtWork:
 
     def __exit__(self, kind, error, trace) -> None:
         """Ends the streams of calls that are still at work, because of `error` if there is one."""
-        if self._size:
-            self._size = 0
-            for call in self.calls:
-                call.close(error)
+        left, self._size = self.calls, 0
+        for call in left:
+            call.close(error)
         self._cleanup.close()
 
     @property

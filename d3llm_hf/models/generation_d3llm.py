@@ -212,14 +212,23 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
     def prepare(self, *args, **kwargs) -> Call:
         """The call that `generate` would make of its arguments, which nobody has decoded yet.
 
-        [`RowsAtWork.admit`] takes it. A streamer is told from then on; of what is refused here it is not.
+        [`RowsAtWork.admit`] takes it. A streamer is told the prompts here and all else from then on; nothing of what
+        is refused here.
 
         Raises:
-            ValueError, TypeError: what `generate` raises before its first forward.
+            ValueError, TypeError: what `generate` raises before its first forward, and for arguments that say how it
+                goes on from there.
         """
         _check_arguments(args, kwargs)
+        for name in ("tokenizer", "synced_gpus", "custom_generate"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` has no effect on a call that is only prepared (got one). Leave it out; a stopping "
+                    "criterion can read stop strings."
+                )
+        prepared = functools.partial(Call.of, streamer=kwargs.get("streamer"))
         with hooks_of_a_call(self):
-            return super().generate(*args, custom_generate=Call.of, **kwargs)
+            return super().generate(*args, custom_generate=prepared, **kwargs)
 
     def rows_at_work(self, call: Call) -> RowsAtWork:
         """Where a prepared call, and others of its kind, are decoded; nobody is at work there yet."""
