@@ -175,7 +175,7 @@ def test_most_of_the_drawn_calls_do_share_forwards():
     assert sum(check_shared(seed) > 1 for seed in range(8)) >= 4
 
 
-# ---- What does not go together ----------------------------------------------------------------------------------------
+# ---- What does not go together -------------------------------------------------------------------------------------
 
 
 class Never(StoppingCriteria):
@@ -234,7 +234,7 @@ def test_a_model_that_does_not_read_padding_lets_nobody_join():
         del model.supports_padding
 
 
-# ---- Faults are the call's own ----------------------------------------------------------------------------------------
+# ---- Faults are the call's own -------------------------------------------------------------------------------------
 
 
 class Broken(StoppingCriteria):
@@ -315,7 +315,7 @@ def test_whatever_ends_the_work_ends_the_streams():
     assert all(each.told[-1] == "end" and len(each.errors) == 1 for each in streamers)
 
 
-# ---- Memory -------------------------------------------------------------------------------------------------------------
+# ---- Memory --------------------------------------------------------------------------------------------------------
 
 
 def test_places_and_widths_are_those_of_the_rows_at_work_whoever_came_before():
