@@ -54,7 +54,7 @@ class ServeBench:
     model: str = "d3llm-llada"
     requests: int = 60
     slots: int = 8
-    lengths: tuple[int, ...] = (32, 48, 64)
+    lengths: tuple[int, ...] = (24, 32, 40, 48, 56, 64)
     loads: tuple[float, ...] = (0.5, 1.0, 2.0)
     dtype: str = "float32"
     device: str = "cpu"

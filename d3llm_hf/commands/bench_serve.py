@@ -22,7 +22,7 @@ _OPTIONS: dict[str, tuple[type, str]] = {
     "seed": (int, "of problems and arrivals"),
 }
 _LISTS: dict[str, tuple[type, str]] = {
-    "lengths": (int, "longest answers that requests ask for (32 48 64)"),
+    "lengths": (int, "longest answers that requests ask for (24 32 40 48 56 64)"),
     "loads": (float, "requests a second, as multiples of what batches answer when all wait at once (0.5 1 2)"),
 }
 

@@ -28,6 +28,27 @@ from .text_config import text_setting
 from .token_ids import vocabulary_of
 
 
+FORWARD = 256
+"""Positions that cost as much as it costs to make one forward more."""
+
+
+def narrower(widths: list[int]) -> list[int] | None:
+    """The rows whose forward is better made apart from the wider ones, `None` where one forward of all is less work.
+
+    A forward is as wide as its widest row.
+
+    Args:
+        widths: positions that each row recomputes.
+    """
+    order = sorted(range(len(widths)), key=widths.__getitem__)
+    best, found = len(widths) * widths[order[-1]], None
+    for count in range(1, len(order)):
+        work = FORWARD + count * widths[order[count - 1]] + (len(order) - count) * widths[order[-1]]
+        if work < best:
+            best, found = work, order[:count]
+    return found
+
+
 class RowsAtWork:
     """State, canvases, cache and counts of the rows that are being decoded. Leave it as a context, whatever happens.
 
@@ -246,7 +267,7 @@ class CanvasRows(RowsAtWork):
         scored = asked | candidates(trial, rules, ahead=1) if rules.scores_ahead else asked
         row, column = scored.nonzero(as_tuple=True)  # (n,) each
         where = row, column
-        logits, computed = drawn.forward(model, trial, rules, cache, recompute, where)
+        logits, computed = self._logits(drawn, trial, recompute, where)
         counts.computed.index_add_(0, trial.rows, computed)
         counts.stored.index_add_(0, trial.rows, drawn.only_stores(trial).long())
 
@@ -273,6 +294,33 @@ class CanvasRows(RowsAtWork):
         self.state = state
         return finished(state, rules, stop), filled, further, scores.broken.amax(1)
 
+    def _logits(
+        self, drawn: Canvas, trial: State, recompute: torch.Tensor | None, where: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What [`Canvas.forward`] returns. Where calls share a cache, in two forwards if that is less work.
+
+        Who has just come, or opens a block, recomputes much; beside it all others would.
+        """
+        cache, narrow = self.cache, None
+        alone = len(self.calls) == 1 or self.rules.draft_length or self.rules.lookahead
+        if cache is not None and recompute is not None and cache.is_initialized and not alone:
+            narrow = narrower(recompute.sum(1).tolist())  # a host sync
+        if narrow is None or cache is None or recompute is None:
+            return drawn.forward(self.model, trial, self.rules, cache, recompute, where)
+        row, column = where
+        of_row = torch.ones_like(trial.undecided[:, 0]).index_fill(0, row.new_tensor(narrow), False)
+        logits, computed = None, torch.zeros_like(trial.rows)
+        for part in (of_row, ~of_row):
+            rows, mine = part.nonzero()[:, 0], part[row]
+            place = (part.long().cumsum(0) - 1)[row[mine]]
+            with cache.only(rows):
+                found, computed[rows] = drawn.select(rows).forward(
+                    self.model, trial.select(rows), self.rules, cache, recompute[rows], (place, column[mine])
+                )
+            logits = found.new_empty(len(row), found.shape[1]) if logits is None else logits
+            logits[mine] = found
+        return logits, computed  # type: ignore[return-value]  # both parts have rows
+
     def _select(self, keep: torch.Tensor) -> None:
         super()._select(keep)
         self.speculation.select(keep)
@@ -280,4 +328,4 @@ class CanvasRows(RowsAtWork):
             self.cache.select_rows(keep)
 
 
-__all__ = ["CanvasRows", "RowsAtWork"]
+__all__ = ["CanvasRows", "RowsAtWork", "narrower"]

@@ -16,7 +16,7 @@ from tiny import EOS, MASK, PAD, ScriptedModel, left_padded, tables, tiny_prompt
 from transformers import CompileConfig, StoppingCriteria
 
 from d3llm_hf import ReFusionForCausalLM
-from d3llm_hf.models.at_work import RowsAtWork
+from d3llm_hf.models.at_work import RowsAtWork, narrower
 
 
 FIELDS = (
@@ -54,6 +54,7 @@ FURTHER = {
     "wino": {"decoding_method": "wino", "block_length": 6, "confidence_threshold": 0.3, "threshold_back": 0.5},
     "relaxed": METHODS["fast_dllm"] | {"threshold_relaxation": 0.5},
 }
+CACHED_PAIRS = [pair for pair in PAIRS if pair[1] != "none"]
 DRAWS = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
 
 
@@ -68,12 +69,12 @@ def exact(name: str):
     return model.float() if name == "llada2-tiny-a" else model  # its experts add up in float32
 
 
-def drawn_settings(rng: Random) -> tuple[str, dict]:
+def drawn_settings(rng: Random, kinds) -> tuple[str, dict]:
     """A model and settings of some method and cache."""
-    kind = rng.choice(["pair", "pair", "further", "blocks"])
+    kind = rng.choice(kinds)
     family = rng.choice(["llada", "dream"])
-    if kind == "pair":
-        method, cached = rng.choice(PAIRS)
+    if kind in ("pair", "cached"):
+        method, cached = rng.choice(PAIRS if kind == "pair" else CACHED_PAIRS)
         chosen = drawn_method(rng, method) | drawn_cache(rng, cached) if rng.random() < 0.5 else None
         if chosen is not None and cached == "dkv_greedy":
             chosen["remasking"] = "random"
@@ -117,10 +118,10 @@ def run(rows: RowsAtWork, coming: dict[int, list], leaving: dict, limit: int = 4
         made += 1
 
 
-def check_shared(seed: int) -> int:
+def check_shared(seed: int, kinds=("pair", "pair", "further", "blocks")) -> int:
     """Calls that come and go as `seed` says have what they have alone; returns how many shared forwards."""
     rng = Random(seed)
-    name, settings = drawn_settings(rng)
+    name, settings = drawn_settings(rng, kinds)
     model = exact(name)
     given = [arguments(rng, settings) for _ in range(rng.randint(2, 5))]
     calls = [model.prepare(**each) for each in given]
@@ -173,6 +174,18 @@ def test_a_call_that_joins_in_mid_run_gets_what_it_gets_alone(name):
 
 def test_most_of_the_drawn_calls_do_share_forwards():
     assert sum(check_shared(seed) > 1 for seed in range(8)) >= 4
+
+
+def test_rows_that_recompute_little_go_apart_from_those_that_recompute_much_where_that_is_less_work():
+    assert narrower([100, 20, 100, 20]) is None
+    assert narrower([300, 20, 20, 300, 20]) == [1, 2, 4]
+    assert narrower([300] * 9) is None and narrower([5]) is None
+
+
+def test_in_two_forwards_a_row_gets_what_it_gets_in_one(monkeypatch):
+    monkeypatch.setattr("d3llm_hf.models.at_work.FORWARD", 0)
+    for seed in range(4):
+        check_shared(seed, ["cached", "cached", "blocks"])
 
 
 # ---- What does not go together -------------------------------------------------------------------------------------
