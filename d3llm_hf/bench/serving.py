@@ -127,6 +127,7 @@ def measure_serving(bench: ServeBench) -> dict[str, Any]:
                 row |= {
                     "equal_answers": 100 * sum(same) / len(same),
                     "gain": statistics.median(_ratios(each, found[BATCHES], "tokens_per_second")),
+                    "cpu_gain": statistics.median(_ratios(found[BATCHES], each, "cpu_seconds")),
                     "wait": statistics.median(_ratios(each, found[BATCHES], "last_p95")),
                 }
                 rounded = {key: round(value, 4) for key, value in row.items()}
@@ -179,7 +180,7 @@ def _turn(
     )  # fmt: skip
     errors: list[ApiError] = []
     worker.start()
-    begin = time.monotonic()
+    begin, computed = time.monotonic(), time.process_time()
 
     def teller(request: _Request) -> Callable[[Event], None]:
         def tell(event: Event) -> None:  # in the worker's thread
@@ -204,7 +205,7 @@ def _turn(
         worker.close()
     if errors:
         raise RuntimeError(f"A request was not answered (got status {errors[0].status}: {errors[0]}).")
-    return _figures(requests, metrics)
+    return _figures(requests, metrics) | {"cpu_seconds": time.process_time() - computed}
 
 
 def _figures(requests: list[_Request], metrics: Metrics) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """What one call of `generate` asks of the decoding loop, and what came of it."""
 
-from collections.abc import Hashable
+import copy
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
 from .canvas import Canvas
@@ -120,6 +121,40 @@ class Call:
                 '`compile_config` does not go together with decoding_method="refusion", whose rows feed what each of '
                 "them needs (got one). Leave it unset."
             )
+        return call
+
+    def like(
+        self,
+        model: Any,
+        prompt: list[int],
+        seed: int | Sequence[int],
+        criteria: Sequence[StoppingCriteria] = (),
+        streamer: Any = None,
+    ) -> "Call":
+        """A call with the same settings and length for another prompt, without all that transformers prepares.
+
+        Of a call of some `kind` without criteria of its own, which may know when it began.
+
+        Args:
+            model: the one that this call was made for.
+            prompt: token ids of one row.
+        """
+        if self.kind is None or self.criteria:
+            raise ValueError(
+                "`like` needs a call that others may join, without stopping criteria (got another). Prepare each call "
+                "by itself."
+            )
+        config = copy.copy(self.config)
+        config.seed, config.max_length = seed, len(prompt) + self.canvas.new_length
+        ids = torch.tensor([prompt], dtype=torch.long, device=self.shown.device)
+        canvas, rules = Canvas.of_prompt(model, ids, config, {}, config.topology(model.traits)), self.rules
+        if canvas.slots.shape[1] != self.canvas.slots.shape[1]:  # blocks of text that end elsewhere
+            rules = config.rules(canvas.slots.shape[1], model.traits)
+        call = Call(
+            canvas, rules, config, ids, self.processors, StoppingCriteriaList(criteria),
+            None if streamer is None else Stream.of(streamer), model._sampler(config),
+        )  # fmt: skip
+        call._check_criteria()
         return call
 
     def _check_criteria(self) -> None:

@@ -25,6 +25,9 @@ from .metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+PATTERNS = 64
+"""Combinations of settings and length whose preparation is kept."""
+
 
 class Worker:
     """Decodes jobs in the order in which they came; later ones join those at work before any forward.
@@ -62,6 +65,7 @@ class Worker:
         self.metrics, self.joining = metrics or Metrics(), joining
         self._groups = Groups(max_batch_size, model.rows_at_work)
         self._prepared: dict[Job, Call | None] = {}  # of jobs that wait; `None` of one that cannot join
+        self._patterns: dict[tuple[int, str], Call] = {}  # by length and settings, of jobs that came before
         self._again: list[Job] = []  # to be decoded alone
         self._batch = 0  # rows of the batch at work in which nobody joins
         self._pending: list[Job] = []
@@ -183,13 +187,9 @@ class Worker:
         Who has to wait is not overtaken: nobody waits for ever. But while a batch is at work in which nobody joins,
         the next such batch is, by those that can join.
         """
-        if not self.joining and self.running:
-            return
         with self._changed:
             self._forget_left()
             waiting = list(self._pending)
-        if not self.joining:
-            waiting = [job for job in waiting if job.key == waiting[0].key]
         for job in waiting:
             if self.running >= self.max_batch_size:
                 return
@@ -216,10 +216,24 @@ class Worker:
     def _prepare(self, job: Job) -> Call | None:
         """The job as a call of one row; `None` for one that cannot join anybody."""
         if job not in self._prepared:
-            joins = job.layout is None and learnt_prompt(self.model) is None
-            call = self.model.prepare(**self._arguments([job], self._follower([job]))) if joins else None
-            self._prepared[job] = call if call is not None and call.kind is not None else None
+            self._prepared[job] = self._call_of(job) if self.joining and job.layout is None else None
         return self._prepared[job]
+
+    def _call_of(self, job: Job) -> Call | None:
+        """A call like the last one of the same settings and length, else one that `generate` would make."""
+        key = job.max_new_tokens, repr(sorted(job.settings.items()))
+        follower = self._follower([job])
+        if key in self._patterns:
+            criteria = self._criteria(job.stops, len(job.prompt))
+            return self._patterns[key].like(self.model, job.prompt, job.seed, criteria, follower)
+        if learnt_prompt(self.model) is not None:
+            return None
+        call = self.model.prepare(**self._arguments([job], follower))
+        if call.kind is not None and not call.criteria:
+            self._patterns |= {key: call}
+            while len(self._patterns) > PATTERNS:  # the oldest goes
+                del self._patterns[next(iter(self._patterns))]
+        return call if call.kind is not None else None
 
     def _next_batch(self) -> list[Job]:
         """Jobs to be decoded by themselves: one that failed beside others, or the oldest, and its like.
@@ -235,8 +249,6 @@ class Worker:
             self._forget_left()
             first = self._pending[0] if self._pending else None
             if first is None or self._prepared.get(first, first) is not None:
-                return []
-            if not self.joining and self.running:
                 return []
             jobs = [job for job in self._pending if job.key == first.key][:room]
         for job in jobs:
@@ -353,8 +365,7 @@ class Worker:
         mask = torch.tensor([[0] * (width - len(job.prompt)) + [1] * len(job.prompt) for job in jobs])
         more: dict[str, Any] = {} if self.model.generation_config.pad_token_id is not None else {"pad_token_id": pad}
         if first.stops:
-            decode = partial(self.tokenizer.decode, skip_special_tokens=True)
-            more["stopping_criteria"] = [StopInAnswer(decode, first.stops, width, self._mask_token_id())]
+            more["stopping_criteria"] = self._criteria(first.stops, width)
         return {
             "input_ids": ids.to(self.model.device),
             "attention_mask": mask.to(self.model.device),
@@ -364,6 +375,10 @@ class Worker:
             **first.settings,
             **more,
         }
+
+    def _criteria(self, stops: tuple[str, ...], prompt_length: int) -> list[StopInAnswer]:
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        return [StopInAnswer(decode, stops, prompt_length, self._mask_token_id())] if stops else []
 
     def _fill(self, jobs: Sequence[Job], follower: FormFollower) -> list[Filled]:
         return fill_laid_out(

@@ -345,6 +345,23 @@ def test_places_and_widths_are_those_of_the_rows_at_work_whoever_came_before():
         assert rows.canvas.length == 3 + 16 and len(rows.ledger.tokens) == 2
 
 
+@pytest.mark.every(4)
+@pytest.mark.parametrize("name", ["sliding window", "random positions", "suffix", "sdar", "d2f", "refusion"])
+def test_a_call_that_is_made_like_another_is_what_its_own_preparation_makes_of_it(name):
+    family, settings = BLOCKS.get(name, ("llada", FURTHER.get(name)))
+    model, prompts = exact(family), [tiny_prompt(1, 5), tiny_prompt(2, 9)]
+    more = {"max_new_tokens": 12, "eos_token_id": EOS, "pad_token_id": PAD} | settings
+    first, second = (model.prepare(**left_padded([prompt]), **more, seed=[7]) for prompt in prompts)
+    alike = first.like(model, prompts[1], [7])
+    assert alike.kind == second.kind and alike.rules == second.rules
+    for call in (second, alike):
+        with model.rows_at_work(call) as rows:
+            run(rows, {0: [call]}, {})
+    assert torch.equal(second.answers()[0], alike.answers()[0])
+    with pytest.raises(ValueError, match="without stopping criteria"):
+        call_of(stopping_criteria=[Never()]).like(exact("llada"), [1], 0)
+
+
 def test_what_says_how_a_call_goes_on_has_no_effect_on_its_preparation():
     for name in ("tokenizer", "synced_gpus", "custom_generate"):
         with pytest.raises(ValueError, match=f"`{name}` has no effect"):

@@ -281,6 +281,7 @@ def autoregressive_table(results: dict[str, Any]) -> str:
 _SERVE: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
     "of batches' tokens/s": lambda row: f"{row['gain']:.2f} x",
+    "tokens per CPU s": lambda row: f"{row['cpu_gain']:.2f} x",
     "first token, p50 s": lambda row: f"{row['first_p50']:.2f}",
     "p95": lambda row: f"{row['first_p95']:.2f}",
     "last token, p50 s": lambda row: f"{row['last_p50']:.2f}",
