@@ -72,7 +72,7 @@ COMMITTED: dict[str, str] = {
     ),
     "bench_blocks": "blocks --prompt-length 1024 --prompt-lengths 128 512 2048 --threads 2 --repeats 1",
     "bench_quantised": "quantised",
-    "bench_serve": "serve",
+    "bench_serve": "serve --requests 30 --slots 16 --kv-cache dual",
 }
 
 

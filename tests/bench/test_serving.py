@@ -13,13 +13,13 @@ from d3llm_hf.serving.worker import Worker
 
 def test_both_schedulers_answer_the_same_at_each_load_and_the_picture_lies_beside_the_results(tmp_path, capsys):
     path = tmp_path / "bench_serve.json"
-    options = ["--requests", "4", "--slots", "2", "--lengths", "16", "24", "--loads", "2", "--block-length", "8"]
+    options = ["--requests", "2", "--slots", "2", "--lengths", "8", "12", "--loads", "2", "--block-length", "4"]
     assert cli.main(["bench", "serve", *options, "-o", str(path)]) == 0
     results, out = json.loads(path.read_text()), capsys.readouterr().out
     assert [(row["load"], row["name"]) for row in results["rows"]] == [(2.0, name) for name in serving.SCHEDULERS]
     assert all(row["equal_answers"] == 100 and row["first_p95"] <= row["last_p95"] for row in results["rows"])
     assert results["rows"][0]["gain"] == results["rows"][0]["wait"] == 1 and results["capacity"] > 0
-    assert results["bench"]["settings"] == {"block_length": 8} and results["command"].startswith("d3llm bench serve")
+    assert results["bench"]["settings"] == {"block_length": 4} and results["command"].startswith("d3llm bench serve")
     assert out == table(results)
     assert path.with_suffix(".svg").read_bytes() == serving.draw(results, "svg")
     assert serving.draw(results, "png").startswith(b"\x89PNG")

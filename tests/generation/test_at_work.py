@@ -152,6 +152,7 @@ def check_shared(seed: int, kinds=("pair", "pair", "further", "blocks")) -> int:
     return most
 
 
+@pytest.mark.full
 @examples(500)
 @given(st.integers(0, 2**32))
 def test_what_a_row_gets_does_not_depend_on_who_comes_and_goes_beside_it(seed):
@@ -173,7 +174,7 @@ def test_a_call_that_joins_in_mid_run_gets_what_it_gets_alone(name):
 
 
 def test_most_of_the_drawn_calls_do_share_forwards():
-    assert sum(check_shared(seed) > 1 for seed in range(8)) >= 4
+    assert sum(check_shared(seed) > 1 for seed in range(4)) >= 2
 
 
 def test_rows_that_recompute_little_go_apart_from_those_that_recompute_much_where_that_is_less_work():
@@ -184,7 +185,7 @@ def test_rows_that_recompute_little_go_apart_from_those_that_recompute_much_wher
 
 def test_in_two_forwards_a_row_gets_what_it_gets_in_one(monkeypatch):
     monkeypatch.setattr("d3llm_hf.models.at_work.FORWARD", 0)
-    for seed in range(4):
+    for seed in range(2):
         check_shared(seed, ["cached", "cached", "blocks"])
 
 
