@@ -11,6 +11,7 @@ from d3llm_hf.evaluation.tables.fill import table
 from d3llm_hf.serving.worker import Worker
 
 
+@pytest.mark.full
 def test_both_schedulers_answer_the_same_at_each_load_and_the_picture_lies_beside_the_results(tmp_path, capsys):
     path = tmp_path / "bench_serve.json"
     options = ["--requests", "2", "--slots", "2", "--lengths", "8", "12", "--loads", "2", "--block-length", "4"]
