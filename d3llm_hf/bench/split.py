@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..models import caching, generation_d3llm
+from ..models import at_work, caching
 from ..models.cache import SlotLayer
 from ..models.cache_name import given_cache
 from ..models.half_precision import fast_products
@@ -88,14 +88,11 @@ def taken_apart(model: PreTrainedModel, device: str) -> Iterator[Stopwatch]:
     watch = Stopwatch(device)
     attributes = [
         (Scorer, "__call__", "score"),
-        *(
-            (generation_d3llm, name, "decide")
-            for name in ("open_blocks", "candidates", "choose", "commit", "finished")
-        ),
+        *((at_work, name, "decide") for name in ("open_blocks", "candidates", "choose", "commit", "finished")),
         *((plain_decoding, name, "score") for name in ("entropies", "confidences", "best_tokens")),
         *((kind, "decide", "decide") for kind in (plain_decoding._BlockByBlock, plain_decoding._MultiBlock)),
         *((kind, "prepare", "decide") for kind in (plain_decoding._BlockByBlock, plain_decoding._MultiBlock)),
-        (generation_d3llm, "Plan", "cache"),
+        (at_work, "Plan", "cache"),
         (SlotLayer, "update", "cache"),
         (model.base_model, "forward", "backbone"),
         (model.get_output_embeddings(), "forward", "head"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..files import check_writable
 from ..locks import only_writer
-from . import bench_autoregressive, bench_decoding
+from . import bench_autoregressive, bench_decoding, bench_serve
 from .common import new_parser, tell
 
 
@@ -46,6 +46,7 @@ def add_parser(subparsers) -> None:
     train.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the results as JSON, too")
     bench_decoding.add_parsers(benchmarks)
     bench_autoregressive.add_parser(benchmarks)
+    bench_serve.add_parser(benchmarks)
 
 
 def run_train(args: argparse.Namespace) -> None:

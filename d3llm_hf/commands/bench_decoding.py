@@ -72,6 +72,7 @@ COMMITTED: dict[str, str] = {
     ),
     "bench_blocks": "blocks --prompt-length 1024 --prompt-lengths 128 512 2048 --threads 2 --repeats 1",
     "bench_quantised": "quantised",
+    "bench_serve": "serve --requests 30 --slots 16 --kv-cache dual",
 }
 
 
@@ -168,7 +169,7 @@ def run_decode(args: argparse.Namespace) -> None:
 
     bench = _bench(args)
     with only_writer(args.output, "--output"):
-        _write(args, measure_decoding(bench))
+        write_results(args, measure_decoding(bench))
 
 
 def run_growth(args: argparse.Namespace) -> None:
@@ -182,12 +183,13 @@ def run_growth(args: argparse.Namespace) -> None:
     bench = growth_bench(_bench(args))
     with only_writer(args.output, "--output"):
         results = measure_growth(bench, axes)
-        _write(args, results)
+        write_results(args, results)
         if args.output is not None and not args.no_picture:
-            _picture(args.output, draw, results)
+            write_picture(args.output, draw, results)
 
 
-def _picture(output: Path, draw: Callable[[dict[str, Any], str], bytes], results: dict[str, Any]) -> None:
+def write_picture(output: Path, draw: Callable[[dict[str, Any], str], bytes], results: dict[str, Any]) -> None:
+    """Writes the picture of a results file beside it, or says what it needs."""
     picture = output.with_suffix(".svg")
     try:
         picture.write_bytes(draw(results, "svg"))
@@ -202,7 +204,7 @@ def run_blocks(args: argparse.Namespace) -> None:
 
     bench = blocks_bench(_bench(args))
     with only_writer(args.output, "--output"):
-        _write(args, measure_blocks(bench, args.prompt_lengths))
+        write_results(args, measure_blocks(bench, args.prompt_lengths))
 
 
 def run_quantised(args: argparse.Namespace) -> None:
@@ -210,10 +212,10 @@ def run_quantised(args: argparse.Namespace) -> None:
 
     bench = _bench(args)
     with only_writer(args.output, "--output"):
-        _write(args, measure_quantised(bench))
+        write_results(args, measure_quantised(bench))
 
 
-def _write(args: argparse.Namespace, results: dict[str, Any]) -> None:
+def write_results(args: argparse.Namespace, results: dict[str, Any]) -> None:
     """Prints the table, and writes the results with the command that repeats them."""
     from ..evaluation.provenance import write_json
     from ..evaluation.tables.fill import table

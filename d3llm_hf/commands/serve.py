@@ -12,8 +12,8 @@ from .generate import add_settings
 
 # Limit of `create_app` -> type and help.
 LIMITS: dict[str, tuple[type, str]] = {
-    "max_batch_size": (int, "requests decoded together (8)"),
-    "max_wait_ms": (float, "milliseconds that a request waits for others to be decoded with (5)"),
+    "max_batch_size": (int, "requests at work at once (8)"),
+    "max_wait_ms": (float, "milliseconds that a request waits for others where nobody is at work (5)"),
     "max_queue": (int, "requests that may wait, more are refused (64)"),
     "timeout": (float, "seconds from a request to the end of its reply, its body included (120)"),
     "max_tokens": (int, "longest answer that a request may ask for (1024)"),

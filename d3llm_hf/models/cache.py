@@ -1,5 +1,8 @@
 """A key/value cache addressed by absolute position, so that any slots of the canvas can be recomputed in place."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -26,7 +29,9 @@ class SlotLayer(CacheLayerMixin):
         """Overwrites the slots that the forward recomputes, and returns all that it sees to attend to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        slots = self.cache.slots
+        slots, rows = self.cache.slots, self.cache.rows
+        if rows is not None:
+            return self._update_rows(rows, slots, key_states, value_states)
         if isinstance(slots, slice):
             self.keys[:, :, slots] = key_states
             self.values[:, :, slots] = value_states
@@ -36,6 +41,17 @@ class SlotLayer(CacheLayerMixin):
             self.values.scatter_(2, index.expand_as(value_states), value_states)
         seen = self.cache.seen
         return (self.keys, self.values) if seen is None else (self.keys[:, :, :seen], self.values[:, :, :seen])
+
+    def _update_rows(
+        self, rows: torch.Tensor, slots: slice | torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(slots, slice):
+            self.keys[rows, :, slots] = key_states
+            self.values[rows, :, slots] = value_states
+        else:
+            self.keys[rows[:, None], :, slots] = key_states.transpose(1, 2)
+            self.values[rows[:, None], :, slots] = value_states.transpose(1, 2)
+        return self.keys[rows, :, : self.cache.seen], self.values[rows, :, : self.cache.seen]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length(), 0
@@ -66,6 +82,7 @@ class SlotCache(Cache):
         self.length = length
         self.slots: slice | torch.Tensor = slice(0, length)
         self.seen: int | None = None
+        self.rows: torch.Tensor | None = None
         super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
 
     def at(self, slots: slice | torch.Tensor, seen: int | None = None) -> "SlotCache":
@@ -78,11 +95,30 @@ class SlotCache(Cache):
         self.slots, self.seen = slots, seen
         return self
 
+    @contextmanager
+    def only(self, rows: torch.Tensor) -> Iterator["SlotCache"]:
+        """Inside, forwards are those of the rows with the `(B',)` indices `rows`. Its buffers exist already."""
+        self.rows = rows
+        try:
+            yield self
+        finally:
+            self.rows = None
+
     def select_rows(self, keep: torch.Tensor) -> None:
         """Keeps the rows with the `(B',)` indices `keep`."""
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys[keep], layer.values[keep]
+
+    def move(self, left: int, length: int, more: int) -> None:
+        """Moves all rows to a canvas with `left` more slots before them, of `length` slots, and adds `more` rows."""
+        right = length - self.length - left
+        for layer in self.layers:
+            if layer.is_initialized:
+                places = (0, 0, left, right, 0, 0, 0, more)  # of the last dimension first
+                layer.keys = torch.nn.functional.pad(layer.keys, places)
+                layer.values = torch.nn.functional.pad(layer.values, places)
+        self.length, self.slots, self.seen = length, slice(0, length), None
 
 
 __all__ = ["SlotCache", "SlotLayer"]

@@ -205,7 +205,7 @@ def exact(plan: Plan) -> torch.Tensor:
     clean = (plan.left == 0) & (state.per_block(state.changed, plan.rules) == 0)
     start = plan.edge(clean.long().cumprod(1).sum(1), end=False)
     # What predicts the first of them is final; where that is a candidate, the forward takes it in of itself.
-    return plan.between(start if state.forward else torch.zeros_like(start), plan.end)
+    return plan.between(start.where(state.forward > 0, 0), plan.end)
 
 
 def exact_dual(plan: Plan) -> torch.Tensor:
@@ -248,7 +248,7 @@ def spent_by_reference(state: State, rules: Rules, canvas: Canvas) -> torch.Tens
     if rules.stores_apart:
         left, changed = state.per_block(state.pending, rules), state.per_block(state.changed, rules)
         stored = ((left == 0) & (changed > 0)).sum(1) - canvas.only_stores(state).long()
-        return stored + canvas.has_earlier_blocks.long() if state.forward == 1 else stored
+        return stored + (canvas.has_earlier_blocks & (state.forward == 1)).long()
     by_threshold = rules.select == "threshold" and rules.block_add_threshold >= 1 and not rules.window_length
     if rules.kv_cache not in ("prefix", "dual") or rules.early_stop or not by_threshold:
         return torch.zeros_like(state.rows)

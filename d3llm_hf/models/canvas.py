@@ -31,6 +31,10 @@ OWN = frozenset(
 )
 
 
+NOBODYS = 1 << 40
+"""The block of a slot that belongs to no row: beyond all others."""
+
+
 AnyCanvas = TypeVar("AnyCanvas", bound="Canvas")
 
 
@@ -54,6 +58,7 @@ class Canvas:
         new_length: tokens that were asked for; the last block may go beyond.
         is_infilling: whether the call asked for positions of the prompt to be decided.
         model_kwargs: further arguments of the model's forward.
+        ends (`(B,)` long, *optional*): the slot behind each row's last one; `None` where that is L for all of them.
     """
 
     base: torch.Tensor
@@ -71,6 +76,7 @@ class Canvas:
     offset: torch.Tensor | None = None
     new_length: int = 0
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    ends: torch.Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -221,10 +227,54 @@ class Canvas:
     def select(self: AnyCanvas, index: torch.Tensor) -> AnyCanvas:
         """The canvas of the rows with the `(B',)` indices `index`; a row may be taken several times."""
         names = (
-            "base", "slots", "mask", "positions", "first", "prompt_embeds", "token_types", "blocks", "offset",
+            "base", "slots", "mask", "positions", "first", "prompt_embeds", "token_types", "blocks", "offset", "ends",
         )  # fmt: skip
         taken = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **taken)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Slots of the longest prompt, padding left out, and positions to decide of the longest answer."""
+        answers = (self.slots < self.length).sum(1)
+        given = (self.prompt_length - self.first).clamp_min(0)
+        prompt, answer = torch.stack([given.amax(), answers.amax()]).tolist()  # a host sync
+        return prompt, answer
+
+    def moved(self, prompt_length: int, columns: int) -> "Canvas":
+        """The same texts in a canvas for prompts and answers of other lengths, with another padding.
+
+        Not of infilling, embeddings or token types.
+
+        Args:
+            prompt_length: slots before the answers, at least as many as any row's prompt.
+            columns: positions to decide, at least as many as any row's.
+        """
+        left, right = prompt_length - self.prompt_length, columns - self.slots.shape[1]
+        length, pad = prompt_length + columns, torch.nn.functional.pad
+        seen = torch.ones_like(self.base, dtype=torch.bool) if self.mask is None else self.mask
+        ends = torch.full_like(self.first, self.length) if self.ends is None else self.ends
+        slots = torch.where(self.slots < self.length, self.slots + left, length)
+        return replace(
+            self,
+            base=pad(self.base, (left, right), value=self.mask_token_id),
+            slots=pad(slots, (0, right), value=length),
+            prompt_length=prompt_length,
+            mask=pad(seen, (left, right), value=False),
+            positions=pad(self.positions, (left, right)),
+            first=self.first + left,
+            blocks=None if self.blocks is None else pad(self.blocks, (left, right), value=NOBODYS),
+            ends=ends + left,
+        )
+
+    def beside(self, other: "Canvas") -> "Canvas":
+        """The rows of two canvases of the same lengths, both of them moved."""
+        joined: dict[str, Any] = {}
+        for name in ("base", "slots", "mask", "positions", "first", "blocks", "offset", "ends"):
+            tables = getattr(self, name), getattr(other, name)
+            joined[name] = None if tables[0] is None else torch.cat(tables)
+        if bool(joined["mask"].all()):  # a host sync, for a mask would cost one in every forward
+            joined["mask"] = None
+        return replace(self, **joined)
 
     def idle_inputs(self) -> dict[str, Any]:
         """Inputs of a forward whose result nobody needs, for a process that only keeps collectives going."""
@@ -317,10 +367,11 @@ class Canvas:
             the slots `(B,)` behind what each row sees; S, the largest of them; and the attention mask `(B, S)`, `None`
             where every row sees all S slots.
         """
+        limit = torch.full_like(self.first, self.length) if self.ends is None else self.ends
         if rules.suffix_length is None and self.blocks is None:
-            return torch.full_like(self.first, self.length), self.length, self.mask
+            return limit, self.length, self.mask
         further = min(rules.suffix_length or 0, self.length)
-        end = (self.prompt_length + state.reach(rules) - state.alone.long() + further).clamp_max(self.length)
+        end = torch.minimum(self.prompt_length + state.reach(rules) - state.alone.long() + further, limit)
         end = torch.maximum(end, self.first + 1)
         least, seen = torch.stack(end.aminmax()).tolist()  # a host sync
         mask = None if self.mask is None else self.mask[:, :seen]

@@ -8,7 +8,6 @@ and `caching.py` says which slots of the canvas the step's forward recomputes. A
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 
@@ -190,7 +189,7 @@ class State:
         revoked (`(B,)` long): how often a position was taken back.
         calm (`(B, N)` long): forwards in a row, up to the last, that left a position's distribution nearly as it was;
             0 where nobody remembers it.
-        forward (`int`): forwards made; every row in the state took part in all of them.
+        forward (`(B,)` long): forwards made, in all of which the row took part.
     """
 
     tokens: torch.Tensor
@@ -214,7 +213,7 @@ class State:
     reviews: torch.Tensor
     revoked: torch.Tensor
     calm: torch.Tensor
-    forward: int = 0
+    forward: torch.Tensor
 
     @classmethod
     def start(
@@ -261,6 +260,7 @@ class State:
             reviews=full(batch, blocks),
             revoked=full(batch),
             calm=full(batch, length),
+            forward=full(batch),
         )
         state.active[:, 0] = rules.block_activation_threshold <= 1
         state.opened_size[:, 0] = state.per_block(undecided, rules)[:, 0]
@@ -269,8 +269,26 @@ class State:
 
     def select(self, index: torch.Tensor) -> "State":
         """The states of some rows, `index` being their `(B',)` indices; a row may be taken several times."""
-        taken = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "forward"}
-        return replace(self, **taken)
+        return State(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def moved(self, slots: torch.Tensor, blocks: int, mask_token_id: int) -> "State":
+        """The same rows in tables of other widths; what is cut off is nobody's.
+
+        Args:
+            slots (`(B, N')`): as the attribute, in the canvas that they move to.
+            blocks: of the row that has most.
+            mask_token_id: of an undecided position.
+        """
+        columns = slots.shape[1] - self.tokens.shape[1]
+        further = blocks - self.active.shape[1]
+        # By columns of text, with what stands where a row has none; then by blocks.
+        text = {"tokens": mask_token_id, "undecided": 0, "unsettled": 0, "changed": 0, "step_map": -1, "calm": 0}
+        rest = {"active": 0, "opened_step": 0, "opened_size": 0, "completed_step": UNSTAMPED, "reviews": 0}
+        wide = [(name, columns, value) for name, value in text.items()]
+        wide += [(name, further, value) for name, value in rest.items()]
+        pad = torch.nn.functional.pad
+        tables = {name: pad(getattr(self, name), (0, more), value=value) for name, more, value in wide}
+        return replace(self, slots=slots, **tables)
 
     @property
     def pending(self) -> torch.Tensor:
@@ -310,12 +328,7 @@ class State:
     @staticmethod
     def cat(states: list["State"]) -> "State":
         """The rows of several states one after the other."""
-        joined: dict[str, Any] = {
-            f.name: torch.cat([getattr(state, f.name) for state in states])
-            for f in fields(State)
-            if f.name != "forward"
-        }
-        return replace(states[0], **joined)
+        return State(**{f.name: torch.cat([getattr(state, f.name) for state in states]) for f in fields(State)})
 
 
 def first_true(table: torch.Tensor) -> torch.Tensor:
@@ -416,7 +429,7 @@ def candidates(state: State, rules: Rules, ahead: int = 0) -> torch.Tensor:
 def commit(state: State, commits: torch.Tensor, tokens: torch.Tensor) -> None:
     """Writes the committed tokens of one step of every row; `state.forward` already counts the forward."""
     state.tokens = torch.where(commits, tokens, state.tokens)
-    state.step_map = torch.where(commits, state.forward, state.step_map)
+    state.step_map = torch.where(commits, state.forward[:, None], state.step_map)
     state.undecided = state.undecided & ~commits
     state.changed = commits
     state.step = state.step + 1

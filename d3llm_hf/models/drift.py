@@ -25,6 +25,15 @@ class Drift:
         self.last: torch.Tensor | None = None  # (n, V) probabilities
         self.place: torch.Tensor | None = None  # (rows of the call, N): which of them is a position's, -1 for none
 
+    def admit(self, rows: torch.Tensor, columns: int) -> None:
+        """Makes room for further rows `(n,)` of answers of so many columns; nothing is known of these rows."""
+        if self.place is None:
+            return
+        count = max(len(self.place), int(rows.max()) + 1)  # a host sync
+        missing = columns - self.place.shape[1]
+        self.place = torch.nn.functional.pad(self.place, (0, missing, 0, count - len(self.place)), value=-1)
+        self.place[rows] = -1
+
     def __call__(
         self, logits: torch.Tensor, state: State, where: tuple[torch.Tensor, torch.Tensor], size: int
     ) -> torch.Tensor:

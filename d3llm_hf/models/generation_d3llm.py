@@ -10,38 +10,22 @@ from transformers.generation import GenerationConfig, GenerationMixin, LogitsPro
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .cache import SlotCache
+from .at_work import CanvasRows, RowsAtWork
 from .cache_name import given_cache
-from .caching import PLANS, Plan, spent_by_reference
-from .canvas import Canvas
+from .call import Call
 from .contract import CanvasContract
-from .decoding import (
-    Rules,
-    candidates,
-    commit,
-    fill_after_stop,
-    finished,
-    open_blocks,
-    revise,
-    undecide,
-)
+from .decoding import Rules
 from .generation_config_d3llm import WAY_OUT, D3LLMGenerationConfig, unknown_field
-from .half_precision import fast_products
 from .input_shapes import check_shapes
-from .ledger import Ledger
-from .lookahead import Lookahead
 from .processors import Processors
 from .prompt_checks import check_positions
-from .scoring import Sampler, Scorer
-from .selection import choose, take_back
-from .slots import decode_in_slots
-from .speculation import Speculation
-from .static_shapes import is_compiled, static_shapes
+from .scoring import Sampler
+from .slots import SlotRows
 from .stock_settings import NO_INPUTS
 from .streaming import Stream
 from .text_config import text_setting
 from .token_ids import vocabulary_of
-from .wrappers import check_wrapping, hooks_of_a_call
+from .wrappers import hooks_of_a_call
 
 
 @dataclass
@@ -95,17 +79,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
     _supported_generation_modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
     def generate(self, *args, **kwargs):
-        if (given := given_cache(kwargs)) is not None:
-            raise ValueError(
-                f"`{given[0]}` cannot be continued: in a bidirectional model the keys of the prompt depend on the "
-                f"answer (got {type(given[1]).__name__}). Pass the whole text as `input_ids`."
-            )
-        config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-        if not isinstance(config, GenerationConfig | None):
-            raise TypeError(
-                f"`generation_config` must be a `GenerationConfig` (got {type(config).__name__}). Pass settings as "
-                "`generate(..., **settings)`, or make a `D3LLMGenerationConfig` of them."
-            )
+        _check_arguments(args, kwargs)
         with hooks_of_a_call(self):
             if kwargs.get("streamer") is None:
                 return super().generate(*args, **kwargs)
@@ -235,6 +209,31 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
 
     # ---- decoding ------------------------------------------------------------------------------------------------
 
+    def prepare(self, *args, **kwargs) -> Call:
+        """The call that `generate` would make of its arguments, which nobody has decoded yet.
+
+        [`RowsAtWork.admit`] takes it. A streamer is told the prompts here and all else from then on; nothing of what
+        is refused here.
+
+        Raises:
+            ValueError, TypeError: what `generate` raises before its first forward, and for arguments that say how it
+                goes on from there.
+        """
+        _check_arguments(args, kwargs)
+        for name in ("tokenizer", "synced_gpus", "custom_generate"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` has no effect on a call that is only prepared (got one). Leave it out; a stopping "
+                    "criterion can read stop strings."
+                )
+        prepared = functools.partial(Call.of, streamer=kwargs.get("streamer"))
+        with hooks_of_a_call(self):
+            return super().generate(*args, custom_generate=prepared, **kwargs)
+
+    def rows_at_work(self, call: Call) -> RowsAtWork:
+        """Where a prepared call, and others of its kind, are decoded; nobody is at work there yet."""
+        return SlotRows(self) if call.rules.slot_size else CanvasRows(self)
+
     def _sample(  # type: ignore[override]  # the config is ours: see `_prepare_generation_config`
         self,
         input_ids: torch.LongTensor,
@@ -248,7 +247,8 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
     ) -> D3LLMGenerationOutput | torch.Tensor:
         r"""Decodes a batch of canvases, each until its own end.
 
-        1. Settings become rules, the prompt becomes a canvas (of static shapes where `compile_config` asks for them).
+        1. Settings become rules, the prompt becomes a canvas (`Call.of`; of static shapes where `compile_config` asks
+           for them).
         2. Draft canvases beside the decided ones, where the rules ask for it.
         3. Open blocks and plan which slots the next forward recomputes.
         4. Forward them; logits of the candidates only, and of decided positions that may still change.
@@ -257,142 +257,54 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         7. Rows that are finished, or that a criterion stops, leave the batch.
         8. Pad behind the stop tokens and count (`_result`).
 
-        A method of slots has a loop of its own in place of 2 to 7 (`decode_in_slots`).
+        2 to 7 are a step of `RowsAtWork`; a method of slots has one of its own (`SlotRows`).
         """
         # 1. Settings become rules, the prompt becomes a canvas
-        device = input_ids.device
-        topology = generation_config.topology(self.traits)
-        canvas = Canvas.of_prompt(self, input_ids, generation_config, model_kwargs, topology)
-        rules = generation_config.rules(canvas.slots.shape[1], self.traits)
-        ragged = rules.suffix_length is not None and canvas.batch * rules.canvases > 1
-        in_blocks = topology is not None
-        cached, shadowed = rules.kv_cache != "none", rules.shadow_block
-        self.check_contract(canvas.mask, cached=cached, ragged=ragged, in_blocks=in_blocks, shadowed=shadowed)
-        check_wrapping(self, canvas, rules, is_compiled(generation_config))
-        state = canvas.start(rules)
-        stop_ids = generation_config._eos_token_tensor
-        sampler = self._sampler(generation_config)
-        sampler.check_batch(canvas.batch)
-        suspects = {"cfg_scale": rules.cfg_scale} if rules.cfg_scale else {}
-        ledger = Ledger(canvas, state, input_ids, stop_ids, stopping_criteria, streamer, suspects)
-        if rules.slot_size:
-            _refuse_compiled(is_compiled(generation_config))
-            official = decode_in_slots(
-                self, canvas, state, rules, ledger, processors=logits_processor, sampler=sampler,
-                sampling=bool(generation_config.do_sample), stop_ids=stop_ids,
-                unfinished=lambda finished: self._has_unfinished_sequences(finished, synced_gpus, device),
-            )  # fmt: skip
-            return self._result(ledger, generation_config, official)
-        scorer = Scorer(
-            rules,
-            canvas.mask_token_id,
-            sampler=sampler,
-            sampling=bool(generation_config.do_sample),
-            processors=Processors(
-                logits_processor,
-                rules,
-                prompt=input_ids,
-                canvas=canvas,
-                tokens=ledger.tokens,
-                stop_ids=stop_ids,
-                vocab_size=vocabulary_of(self.config),
-            ),
+        call = Call.of(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, **model_kwargs
         )
-        speculation: Speculation | Lookahead = Speculation(rules, stop_ids, sampler)
-        if rules.lookahead:
-            speculation = Lookahead(rules, stop_ids, scorer.processors)
-        cache = None
-        if rules.kv_cache != "none":
-            cache = SlotCache(text_setting(self.config, "num_hidden_layers"), canvas.length)
-
-        shapes = static_shapes(self, canvas, rules, cache, generation_config)
-        with ledger, fast_products(self, compiled=is_compiled(generation_config)), shapes as (canvas, cache):
-            while self._has_unfinished_sequences(state.rows.numel() == 0, synced_gpus, device):
-                if state.rows.numel() == 0:  # another process is not finished, and its forwards are collective
-                    self(**self.accepted(canvas.idle_inputs()))
-                    continue
-
-                # 2. Draft canvases beside the decided ones, where the rules ask for it
-                trial, drawn = speculation.extend(state, canvas)
-
-                # 3. Open blocks and plan which slots the next forward recomputes
-                open_blocks(trial, rules, trial.stop(stop_ids, drawn.may_stop))
-                among, recompute = candidates(trial, rules), None
-                if cache is not None:
-                    plan = Plan(trial, rules, among, drawn.length, sampler)
-                    recompute, among = PLANS[rules.kv_cache](plan), plan.among
-
-                # 4. Forward them; logits of the candidates only, and of decided positions that may still change
-                asked = among | trial.unsettled
-                scored = asked | candidates(trial, rules, ahead=1) if rules.scores_ahead else asked
-                row, column = scored.nonzero(as_tuple=True)  # (n,) each
-                where = row, column
-                logits, computed = drawn.forward(self, trial, rules, cache, recompute, where)
-                ledger.computed.index_add_(0, trial.rows, computed)
-                ledger.stored.index_add_(0, trial.rows, drawn.only_stores(trial).long())
-
-                # 5. Score the candidates: a token and a cost each
-                scores = scorer(self.text_logits(logits), trial, drawn, where)
-                scores.broken *= asked  # of what is looked at for drafts or a history alone nothing is asked
-
-                # 6. Commit what the rules choose, take back, replace, settle which canvases stay; fill after a stop
-                commits, forced = choose(scores.cost, scores.force_cost, among, trial, rules)
-                tokens = torch.where(forced, scores.best_tokens, scores.tokens)
-                commits = scorer.processors.compatible(commits, tokens, scores.cost, trial, drawn)
-                revoked = take_back(scores.cost, commits, trial, rules)
-                trial.forward += 1
-                commit(trial, commits, tokens)
-                undecide(trial, revoked, drawn.mask_token_id)
-                revise(trial, rules, commits, tokens, scores.cost)
-                state, scores = speculation.settle(trial, scores)
-                stop = state.stop(stop_ids, canvas.may_stop)
-                further = spent_by_reference(state, rules, canvas)
-                filled = torch.zeros_like(state.rows, dtype=torch.bool)
-                if rules.eos_fill and stop_ids is not None and canvas.fill_token_id is not None:
-                    filled = state.undecided.any(1)
-                    fill_after_stop(state, stop, canvas.fill_token_id)
-                done = finished(state, rules, stop)
-
-                # 7. Rows that are finished, or that a criterion stops, leave the batch
-                keep = ledger.leave(state, done, filled, further, scores.broken.amax(1))
-                if keep is not None:
-                    state, canvas = state.select(keep), canvas.select(keep)
-                    speculation.select(keep)
-                    if cache is not None:
-                        cache.select_rows(keep)
-
-        return self._result(ledger, generation_config)
+        with self.rows_at_work(call) as rows:
+            rows.admit(call)
+            while self._has_unfinished_sequences(rows.size == 0, synced_gpus, input_ids.device):
+                if rows.size:  # 2. to 7.
+                    rows.step()
+                    call.check()
+                else:  # another process is not finished, and its forwards are collective
+                    self(**self.accepted(rows.canvas.idle_inputs()))
+        return self._result(call)
 
     @staticmethod
-    def _result(
-        ledger: Ledger, generation_config: D3LLMGenerationConfig, official: torch.Tensor | None = None
-    ) -> D3LLMGenerationOutput | torch.Tensor:
-        """Stage 8: pad behind the stop tokens and count.
-
-        Args:
-            official (`(B,)`, *optional*): tokens per forward as the reference counts them.
-        """
-        sequences, step_map, lengths = ledger.answers()
-        if not generation_config.return_dict_in_generate:
+    def _result(call: Call) -> D3LLMGenerationOutput | torch.Tensor:
+        """Stage 8: pad behind the stop tokens and count."""
+        sequences, step_map, lengths = call.answers()
+        if not call.config.return_dict_in_generate:
             return sequences
+        counts = call.ended.counts  # type: ignore[union-attr]  # its rows have left
         return D3LLMGenerationOutput(
             sequences=sequences,  # type: ignore[arg-type]  # transformers' annotation is a type that nothing has
-            tokens_per_forward=lengths.float() / ledger.forwards.clamp_min(1),
-            num_forwards=ledger.forwards,
-            num_forwards_reference=ledger.reference,
-            num_store_forwards=ledger.stored,
+            tokens_per_forward=lengths.float() / counts.forwards.clamp_min(1),
+            num_forwards=counts.forwards,
+            num_forwards_reference=counts.reference,
+            num_store_forwards=counts.stored,
             step_map=step_map,
-            tokens_per_forward_reference=official,
-            positions_computed=ledger.computed,
-            num_revoked=ledger.revoked,
+            tokens_per_forward_reference=call.official_rates,
+            positions_computed=counts.computed,
+            num_revoked=counts.revoked,
         )
 
 
-def _refuse_compiled(compiled: bool) -> None:
-    if compiled:
+def _check_arguments(args: tuple, kwargs: dict[str, Any]) -> None:
+    """Refuses what transformers would take apart before it asks anyone."""
+    if (given := given_cache(kwargs)) is not None:
         raise ValueError(
-            '`compile_config` does not go together with decoding_method="refusion", whose rows feed what each of them '
-            "needs (got one). Leave it unset."
+            f"`{given[0]}` cannot be continued: in a bidirectional model the keys of the prompt depend on the "
+            f"answer (got {type(given[1]).__name__}). Pass the whole text as `input_ids`."
+        )
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    if not isinstance(config, GenerationConfig | None):
+        raise TypeError(
+            f"`generation_config` must be a `GenerationConfig` (got {type(config).__name__}). Pass settings as "
+            "`generate(..., **settings)`, or make a `D3LLMGenerationConfig` of them."
         )
 
 

@@ -101,6 +101,13 @@ class Lookahead:
         self.scores = scores.select(winner)
         return decided, self.scores
 
+    def admit(self, more: int, columns: int) -> None:
+        """Adds `more` rows, of which nothing is known; the longest answer has so many columns."""
+        if self.scores is not None:
+            further = columns - self.commits.shape[1]
+            self.scores = self.scores.moved(columns, more)
+            self.commits = torch.nn.functional.pad(self.commits, (0, further, 0, more))
+
     def select(self, index: torch.Tensor) -> None:
         """Keeps the rows with the `(R',)` indices `index`."""
         if self.scores is not None:
@@ -110,6 +117,6 @@ class Lookahead:
 def _with(further: torch.Tensor, tokens: torch.Tensor, state: State) -> State:
     """The canvases `state` with the `further` tokens, which the forward decides that will have chosen them."""
     state.tokens = torch.where(further, tokens, state.tokens)
-    state.step_map = torch.where(further, state.forward + 1, state.step_map)
+    state.step_map = torch.where(further, state.forward[:, None] + 1, state.step_map)
     state.undecided = state.undecided & ~further
     return state

@@ -130,6 +130,12 @@ ROW_WISE = (
     lp.LogitNormalization,
 )
 
+
+def is_row_wise(processors: LogitsProcessorList) -> bool:
+    """Whether all of these look at one row of logits alone."""
+    return all(type(processor) in (*ROW_WISE, lp.InfNanRemoveLogitsProcessor) for processor in processors)
+
+
 # These are defined here for parallel commits.
 PARALLEL: dict[type, Callable[..., torch.Tensor]] = {kind: _row_wise for kind in ROW_WISE} | {
     lp.MinLengthLogitsProcessor: _min_length,
@@ -215,6 +221,8 @@ class Processors:
         self.prompt, self.stop_ids = (prompt[:, :0], None) if self.infilling else (prompt, stop_ids)
         seen = None if canvas.mask is None else canvas.mask[:, : self.prompt.shape[1]]
         self.known_prompt = self.prompt if seen is None else self.prompt.masked_fill(~seen, UNKNOWN)
+        # Whether each looks at one row of logits alone: then rows of other calls may be among the candidates.
+        self.row_wise = is_row_wise(processors)
         self.repairs = False
         self.languages: HoleLanguages | None = None
         self.steps: list[Callable[[torch.Tensor, Places], torch.Tensor]] = []
@@ -290,6 +298,9 @@ class Processors:
     def look(self, state: State, canvas: Canvas) -> None:
         """Shows the canvases that the next candidates stand on."""
         self.owners, self.place = state.rows, canvas.slots if self.infilling else None
+        if self.row_wise:  # nobody reads the text
+            self.text = self.tokens = state.tokens
+            return
         self.tokens, self.decided = self._answers(state.tokens, canvas), state.step_map > 0
         if self.infilling:
             given = torch.ones_like(canvas.base, dtype=torch.bool) if canvas.mask is None else canvas.mask

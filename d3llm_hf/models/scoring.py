@@ -54,6 +54,16 @@ class Scores:
         """The scores of the rows with the `(B',)` indices `index`."""
         return Scores(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
+    def moved(self, columns: int, more: int) -> "Scores":
+        """The same for answers of so many columns, with `more` rows of which nothing was scored."""
+        further, inf = columns - self.cost.shape[1], float("inf")
+        value = {"tokens": 0, "best_tokens": 0, "broken": 0}
+        pad = torch.nn.functional.pad
+        tables = {f.name: (getattr(self, f.name), value.get(f.name, inf)) for f in fields(self)}
+        return Scores(
+            **{name: pad(table, (0, further, 0, more), value=blank) for name, (table, blank) in tables.items()}
+        )
+
 
 @dataclass
 class Statistics:
@@ -138,13 +148,16 @@ class Sampler:
     ) -> torch.Tensor:
         """Uniform numbers in [0, 1) for `(n,)` rows, steps and columns, float64."""
         step = torch.as_tensor(step, device=rows.device)  # arithmetic that wraps
-        if isinstance(self.seed, Sequence):
-            counter, rows = rows.new_tensor([_signed(seed) for seed in self.seed])[rows], torch.zeros_like(rows)
-        else:
-            counter = torch.full_like(rows, _signed(self.seed))
+        counter, rows = self._start(rows)
         for part in (rows, columns, step * 2 + stream):
             counter = _mix(counter + _GOLDEN * (part + 1))
         return (counter.bitwise_right_shift(11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+    def _start(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the numbers of `(n,)` rows begin with: the seed, and the row where it has none of its own."""
+        if isinstance(self.seed, Sequence):
+            return rows.new_tensor([_signed(seed) for seed in self.seed])[rows], torch.zeros_like(rows)
+        return torch.full_like(rows, _signed(self.seed)), rows
 
     def noise(self, rows: torch.Tensor, step: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """The costs of remasking at random, known before the forward: uniform numbers `(n,)` float32."""
@@ -167,6 +180,32 @@ class Sampler:
         if temperature < _COLD:  # the order is the same, and nothing overflows
             return (cost - temperature * gumbel).to(cost.dtype)
         return (cost / temperature - gumbel).to(cost.dtype)
+
+
+class SamplerOfMany(Sampler):
+    """Of rows that came with several calls: each draws what it draws in its own call.
+
+    Its rows are places of the rows at work, which `admit` gives to the rows of a call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self._origin: dict[int, tuple[Sampler, int]] = {}  # place -> its call's sampler, and the row there
+        self._counters: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def admit(self, sampler: Sampler, places: Sequence[int]) -> None:
+        """Takes in the rows of a call, in their order; whoever had their places has left."""
+        self._origin |= {place: (sampler, row) for row, place in enumerate(places)}
+        self._counters = None
+
+    def _start(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._counters is None:
+            table = torch.zeros(2, max(self._origin) + 1, dtype=torch.long, device=rows.device)
+            for place, (sampler, row) in self._origin.items():
+                counter, number = sampler._start(rows.new_tensor([row]))
+                table[0, place], table[1, place] = counter[0], number[0]
+            self._counters = table[0], table[1]
+        return self._counters[0][rows], self._counters[1][rows]
 
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -325,6 +364,13 @@ class Scorer:
             surprise=surprise,
             broken=torch.zeros_like(state.tokens).index_put(where, fault),
         )
+
+    def admit(self, rows: torch.Tensor, columns: int) -> None:
+        """Remembers nothing of rows `(n,)`, which are new; the longest answer has so many columns."""
+        if self.credit is not None:
+            self.credit.forget(rows)
+        if self.drift is not None:
+            self.drift.admit(rows, columns)
 
     def _chunk(
         self,

@@ -4,18 +4,17 @@ A slot is a few neighbouring positions. The cache holds tokens in the order in w
 that of the text: here a key lies at its place in the text, and masks say what was decided before.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from transformers.generation import LogitsProcessorList
 
+from .at_work import RowsAtWork
 from .cache import SlotCache
-from .canvas import Canvas
-from .decoding import Rules, State
-from .half_precision import fast_products
+from .call import Call
+from .decoding import Rules
 from .ledger import Ledger
 from .processors import Processors
 from .scoring import CHUNK_ELEMENTS, NOT_FINITE, NOTHING_LEFT, Sampler
@@ -209,128 +208,123 @@ class RowInSlots:
         return left, stop is not None
 
 
-def decode_in_slots(
-    model: Any,
-    canvas: Canvas,
-    state: State,
-    rules: Rules,
-    ledger: Ledger,
-    *,
-    processors: LogitsProcessorList,
-    sampler: Sampler,
-    sampling: bool,
-    stop_ids: torch.Tensor | None,
-    unfinished: Callable[[bool], bool],
-) -> torch.Tensor:
-    """Decodes a batch, each row until its own end, one forward for all rows at a time.
+class SlotRows(RowsAtWork):
+    """Rows whose answer is decided in slots, one forward for all of them at a time, whatever each is about."""
 
-    1. Each row says what it feeds; the first forward has the prompts as well.
-    2. A mask for each token: what is decided, and what is fed before it.
-    3. One forward, whatever each row is about.
-    4. A token and its probability for each place that was asked for.
-    5. Rows go on, and those that are decided leave the batch.
+    def _begin(self, call: Call) -> None:
+        canvas = call.canvas
+        if canvas.prompt_embeds is not None:
+            raise ValueError(
+                '`inputs_embeds` has no meaning with decoding_method="refusion", which feeds the prompt as tokens '
+                "(got them). Pass `input_ids`."
+            )
+        Processors.check(call.processors, call.rules, vocabulary_of(self.model.config))
+        self.rules, self.processors = call.rules, call.processors
+        self.sampler, self.sampling = call.sampler, call.sampling
+        self.canvas, self.state = canvas, canvas.start(call.rules)
+        self.ledger = Ledger(call, self.state)
+        self.rows = self._new_rows(call)
+        self.cache = SlotCache(text_setting(self.model.config, "num_hidden_layers"), canvas.length)
+        self.visible = torch.zeros_like(canvas.base, dtype=torch.bool)  # prompts that were fed, and decided tokens
+        self.ledger.take(call, self.state.rows.tolist())
 
-    Args:
-        model: a `CanvasContract`.
-        canvas, state: of the batch, before the first forward.
-        processors: of single rows of logits, for the tokens that are drafted and filled in.
-        sampling: draw the drafts.
-        unfinished: whether any process goes on, of whether this one does not.
+    def _join(self, call: Call) -> None:
+        before = self.canvas.prompt_length
+        places = self._lay(call)
+        left, length = self.canvas.prompt_length - before, self.canvas.length
+        self.cache.move(left, length, len(places))
+        right = length - self.visible.shape[1] - left
+        self.visible = torch.nn.functional.pad(self.visible, (left, right, 0, len(places)))
+        self.sampler = self._draw_apart(self.sampler, call, places)
+        self.rows += self._new_rows(call)
 
-    Returns:
-        tokens per forward by the official count `(B,)` float: the mean over rounds.
+    def _new_rows(self, call: Call) -> list["RowInSlots"]:
+        rules, canvas = call.rules, call.canvas
+        stops = frozenset() if call.stop_ids is None or not rules.early_stop else frozenset(call.stop_ids.tolist())
+        count = (canvas.slots < canvas.length).sum(1).div(rules.slot_size, rounding_mode="floor").tolist()
+        rows = [RowInSlots(rules, slots, stops, canvas.mask_token_id) for slots in count]
+        call.rates = [row.rates for row in rows]
+        return rows
 
-    Raises:
-        ValueError: for a prompt of embeddings, and processors that look at the text.
-    """
-    if canvas.prompt_embeds is not None:
-        raise ValueError(
-            '`inputs_embeds` has no meaning with decoding_method="refusion", which feeds the prompt as tokens (got '
-            "them). Pass `input_ids`."
-        )
-    Processors.check(processors, rules, vocabulary_of(model.config))
-    device, start, length = canvas.base.device, canvas.prompt_length, canvas.length
-    stops = frozenset() if stop_ids is None or not rules.early_stop else frozenset(stop_ids.tolist())
-    count = (canvas.slots < length).sum(1).div(rules.slot_size, rounding_mode="floor").tolist()
-    rows = [RowInSlots(rules, slots, stops, canvas.mask_token_id) for slots in count]
-    every, beginnings = list(rows), canvas.first.clamp_max(start).tolist()
-    cache = SlotCache(text_setting(model.config, "num_hidden_layers"), length)
-    place = torch.arange(length, device=device)
-    slot_of = torch.where(place < start, -1, (place - start).div(rules.slot_size, rounding_mode="floor"))
-    visible = torch.zeros_like(canvas.base, dtype=torch.bool)
-    prompts = (place >= canvas.first[:, None]) & (place < start)
+    def _select(self, keep: torch.Tensor) -> None:
+        super()._select(keep)
+        self.rows = [self.rows[index] for index in keep.tolist()]
+        self.visible = self.visible[keep]
+        self.cache.select_rows(keep)
 
-    def table(values: list, dtype: torch.dtype = torch.long) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+    def _forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """In place of the stages 2 to 6 of `generate`.
 
-    with ledger, fast_products(model, compiled=False):
-        while unfinished(not rows):
-            if not rows:  # another process is not finished, and its forwards are collective
-                model(**model.accepted(canvas.idle_inputs()))
-                continue
+        1. Each row says what it feeds; its first forward has its prompt as well.
+        2. A mask for each token: what is decided, and what is fed before it.
+        3. One forward.
+        4. A token and its probability for each place that was asked for.
+        5. Rows go on.
+        """
+        state, canvas, rows, start = self.state, self.canvas, self.rows, self.canvas.prompt_length
+        device, length = canvas.base.device, canvas.length
+        place = torch.arange(length, device=device)
+        prompts = (place >= canvas.first[:, None]) & (place < start)
 
-            # 1. What each row feeds
-            asks = [row.ask for row in rows if row.ask is not None]
-            text = canvas.fill(state.tokens)
-            given = [list(range(first, start)) if state.forward == 0 else [] for first in beginnings]
-            fed = [
-                before + [start + column for column in ask.columns] for before, ask in zip(given, asks, strict=True)
-            ]
-            width = max(map(len, fed))
-            query = table([slots + slots[:1] * (width - len(slots)) for slots in fed])
-            owner = table([number for number, ask in enumerate(asks) for _ in ask.columns])
-            column = table([column for ask in asks for column in ask.columns])
-            text[owner, start + column] = table([token for ask in asks for token in ask.tokens])
+        def table(values: list, dtype: torch.dtype = torch.long) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
 
-            # 2. What each token sees
-            here = torch.zeros_like(visible).scatter(1, query, True)[:, None]
-            own = slot_of == slot_of[query][..., None]
-            near = torch.where(table([ask.apart for ask in asks], torch.bool)[:, None, None], own, here)
-            mask = visible[:, None] | (near & (place <= query[..., None]))
+        # 1. What each row feeds
+        asks = [row.ask for row in rows if row.ask is not None]
+        text = canvas.fill(state.tokens)
+        beginnings = torch.where(state.forward == 0, canvas.first, start).clamp_max(start).tolist()
+        given = [list(range(first, start)) for first in beginnings]
+        fed = [before + [start + column for column in ask.columns] for before, ask in zip(given, asks, strict=True)]
+        width = max(map(len, fed))
+        query = table([slots + slots[:1] * (width - len(slots)) for slots in fed])
+        owner = table([number for number, ask in enumerate(asks) for _ in ask.columns])
+        column = table([column for ask in asks for column in ask.columns])
+        text[owner, start + column] = table([token for ask in asks for token in ask.tokens])
 
-            # 3. The forward
-            wanted = torch.zeros_like(query, dtype=torch.bool)
-            for number, (before, ask) in enumerate(zip(given, asks, strict=True)):
-                wanted[number, table([len(before) + each for each in ask.wanted])] = True
-            inputs = {
-                "input_ids": text.gather(1, query),
-                "position_ids": canvas.positions.gather(1, query),
-                "attention_mask": mask[:, None],
-            }
-            logits = model.canvas_logits(inputs, wanted, cache.at(query, length), **canvas.model_kwargs)
-            ledger.computed.index_add_(0, state.rows, table([len(slots) for slots in fed]))
-            state.forward += 1
-            visible |= prompts
+        # 2. What each token sees
+        slot_of = torch.where(place < start, -1, (place - start).div(self.rules.slot_size, rounding_mode="floor"))
+        here = torch.zeros_like(self.visible).scatter(1, query, True)[:, None]
+        own = slot_of == slot_of[query][..., None]
+        near = torch.where(table([ask.apart for ask in asks], torch.bool)[:, None, None], own, here)
+        mask = self.visible[:, None] | (near & (place <= query[..., None]))
 
-            # 4. A token and its probability
-            index = table([number for number, ask in enumerate(asks) for _ in ask.wanted])
-            targets = table([target for ask in asks for target in ask.targets])
-            drawn = table([ask.draws and sampling for ask in asks], torch.bool)[index]
-            columns = table([ask.columns[each] for ask in asks for each in ask.wanted])
-            tokens, sureness, fault = _scored(
-                model.text_logits(logits), targets, drawn, canvas.mask_token_id, processors, sampler,
-                (state.rows[index], state.step[index], columns),
-            )  # fmt: skip
-            broken = torch.zeros_like(state.rows).scatter_reduce(0, index, fault, "amax")
+        # 3. The forward
+        wanted = torch.zeros_like(query, dtype=torch.bool)
+        for number, (before, ask) in enumerate(zip(given, asks, strict=True)):
+            wanted[number, table([len(before) + each for each in ask.wanted])] = True
+        inputs = {
+            "input_ids": text.gather(1, query),
+            "position_ids": canvas.positions.gather(1, query),
+            "attention_mask": mask[:, None],
+        }
+        logits = self.model.canvas_logits(inputs, wanted, self.cache.at(query, length), **canvas.model_kwargs)
+        self.ledger.counts.computed.index_add_(0, state.rows, table([len(slots) for slots in fed]))
+        state.forward = state.forward + 1
+        self.visible |= prompts
 
-            # 5. Rows go on
-            replies = iter(zip(tokens.tolist(), sureness.tolist(), strict=True))  # a host sync
-            for row, ask in zip(rows, asks, strict=True):
-                row.answer([next(replies) for _ in ask.wanted])
-            state.step += 1
-            owner = table([number for number, row in enumerate(rows) for _ in row.committed])
-            column = table([column for row in rows for column, _ in row.committed])
-            state.tokens[owner, column] = table([token for row in rows for _, token in row.committed])
-            state.undecided[owner, column], state.step_map[owner, column] = False, state.forward
-            visible[owner, start + column] = True
-            done = table([row.ask is None for row in rows], torch.bool)
-            keep = ledger.leave(state, done, torch.zeros_like(done), torch.zeros_like(state.rows), broken)
-            if keep is not None:
-                left = keep.tolist()
-                rows, beginnings = [rows[each] for each in left], [beginnings[each] for each in left]
-                state, canvas, visible, prompts = state.select(keep), canvas.select(keep), visible[keep], prompts[keep]
-                cache.select_rows(keep)
-    return torch.tensor([sum(row.rates) / max(len(row.rates), 1) for row in every], device=device)
+        # 4. A token and its probability
+        index = table([number for number, ask in enumerate(asks) for _ in ask.wanted])
+        targets = table([target for ask in asks for target in ask.targets])
+        drawn = table([ask.draws and self.sampling for ask in asks], torch.bool)[index]
+        columns = table([ask.columns[each] for ask in asks for each in ask.wanted])
+        tokens, sureness, fault = _scored(
+            self.model.text_logits(logits), targets, drawn, canvas.mask_token_id, self.processors, self.sampler,
+            (state.rows[index], state.step[index], columns),
+        )  # fmt: skip
+        broken = torch.zeros_like(state.rows).scatter_reduce(0, index, fault, "amax")
+
+        # 5. Rows go on
+        replies = iter(zip(tokens.tolist(), sureness.tolist(), strict=True))  # a host sync
+        for row, ask in zip(rows, asks, strict=True):
+            row.answer([next(replies) for _ in ask.wanted])
+        state.step = state.step + 1
+        owner = table([number for number, row in enumerate(rows) for _ in row.committed])
+        column = table([column for row in rows for column, _ in row.committed])
+        state.tokens[owner, column] = table([token for row in rows for _, token in row.committed])
+        state.undecided[owner, column], state.step_map[owner, column] = False, state.forward[owner]
+        self.visible[owner, start + column] = True
+        done = table([row.ask is None for row in rows], torch.bool)
+        return done, torch.zeros_like(done), torch.zeros_like(state.rows), broken
 
 
 def _scored(
@@ -375,4 +369,4 @@ def _scored(
     return tokens, sureness, faults
 
 
-__all__ = ["RowInSlots", "decode_in_slots"]
+__all__ = ["RowInSlots", "SlotRows"]

@@ -106,6 +106,11 @@ class Speculation:
         self.scores = scores
         return trial, scores
 
+    def admit(self, more: int, columns: int) -> None:
+        """Adds `more` rows, of which nothing is known; the longest answer has so many columns."""
+        if self.scores is not None:
+            self.scores = self.scores.moved(columns, more)
+
     def select(self, index: torch.Tensor) -> None:
         """Keeps the rows with the `(R',)` indices `index`."""
         if self.scores is not None:

@@ -141,7 +141,7 @@ class Admission:
             if isinstance(request, ChatRequest):
                 roles = {"developer": "system"}
                 turns = [{"role": roles.get(m.role, m.role), "content": m.content} for m in request.messages]
-                if len(request.messages) + sum(len(turn["content"]) for turn in turns) > self._longest():
+                if len(request.messages) + sum(len(turn["content"]) for turn in turns) > self.longest:
                     self._check_beginning(self.tokenizer.apply_chat_template(turns, tokenize=False), param, length)
                 encoded = encode_chat(self.tokenizer, turns)
             else:
@@ -153,18 +153,19 @@ class Admission:
             raise ApiError(400, f"`{param}` cannot be encoded: {error}", param=param, code="invalid_value") from None
         prompt = encoded["input_ids"][0].tolist()
         limit = self._positions()
-        if len(prompt) > self._longest() or (limit is not None and len(prompt) + length > limit):
+        if len(prompt) > self.longest or (limit is not None and len(prompt) + length > limit):
             raise self._too_long(param, str(len(prompt)), length)
         return prompt
 
-    def _longest(self) -> int:
+    @property
+    def longest(self) -> int:
         """Tokens that a prompt may have."""
         limits = [limit for limit in (self.max_prompt_tokens, self._positions()) if limit is not None]
         return min(limits, default=DEFAULT_PROMPT_TOKENS)
 
     def _check_beginning(self, text: str, param: str, length: int) -> None:
         """Refuses a text of which a beginning alone is too long twice over, without encoding the rest of it."""
-        longest = self._longest()
+        longest = self.longest
         size = CHARACTERS * longest
         while size < len(text):
             count = len(self.tokenizer(text[:size], add_special_tokens=False, verbose=False)["input_ids"])
@@ -174,10 +175,10 @@ class Admission:
 
     def _too_long(self, param: str, count: str, length: int) -> ApiError:
         limit, code = self._positions(), "context_length_exceeded"
-        if limit is None or self._longest() < limit:
+        if limit is None or self.longest < limit:
             return ApiError(
                 400,
-                f"`{param}` must have at most {self._longest()} tokens on this server (got {count}). Shorten it.",
+                f"`{param}` must have at most {self.longest} tokens on this server (got {count}). Shorten it.",
                 param=param, code=code,
             )  # fmt: skip
         return ApiError(

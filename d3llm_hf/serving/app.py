@@ -21,6 +21,7 @@ from .errors import ApiError
 from .jobs import Answer, Event, Job, Piece
 from .metrics import Metrics
 from .replies import Reply, failure
+from .room import room
 from .schemas import ChatRequest, CompletionRequest, parse
 from .worker import Worker
 
@@ -59,8 +60,8 @@ def create_app(
         model: with this library's `generate`; settings that a request leaves open are its `generation_config`'s.
         tokenizer: its tokenizer, for chats with a chat template.
         name (`str`): what clients call the model.
-        max_batch_size (`int`): requests that are decoded together.
-        max_wait_ms (`float`): milliseconds that a request waits for others to be decoded with.
+        max_batch_size (`int`): requests that are at work at once; others join when one has ended.
+        max_wait_ms (`float`): milliseconds that a request waits for others where nobody is at work.
         max_queue (`int`): requests that may wait; more get status 429.
         timeout (`float`): seconds from a request's headers to the end of its reply; then status 504, or 408 where its
             body is not there.
@@ -98,6 +99,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # A full collection looks at all that was imported, half a million objects, and nobody is answered meanwhile.
+        logger.info(room(model, max_batch_size, admission.longest, max_tokens))
         gc.freeze()
         desk.start()
         worker.start()

@@ -24,6 +24,7 @@ class Follower:
         mask_token_id (`int`): of the model.
         stop_ids: stop tokens, which are no text.
         is_stopping: whether the server stops.
+        between (*optional*): is called between any two forwards.
     """
 
     supports_batch = True
@@ -35,9 +36,10 @@ class Follower:
         mask_token_id: int,
         stop_ids: set[int],
         is_stopping: Callable[[], bool],
+        between: Callable[[], None] | None = None,
     ):
         self.tokenizer, self.jobs, self.mask_token_id, self.stop_ids = tokenizer, jobs, mask_token_id, stop_ids
-        self.is_stopping = is_stopping
+        self.is_stopping, self.between = is_stopping, between
         by_word = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))  # may take back a space
         self._texts = [RowText(tokenizer, {"skip_special_tokens": True}, by_word=by_word) for _ in jobs]
         self._seen = [""] * len(jobs)  # final text of each row, stop strings included
@@ -85,6 +87,8 @@ class Follower:
         waiting = [job for row, job in enumerate(self.jobs) if row not in self.answered]
         if waiting and (self.is_stopping() or all(job.has_left for job in waiting)):
             raise Abandoned
+        if waiting and self.between is not None:
+            self.between()
 
     def end(self) -> None:
         """Nothing is left to tell: rows that have ended are answered."""
@@ -129,12 +133,15 @@ class FormFollower:
     Args:
         jobs: one for each row.
         is_stopping: whether the server stops.
+        between (*optional*): is called between any two forwards.
     """
 
     supports_batch = True
 
-    def __init__(self, jobs: Sequence[Job], is_stopping: Callable[[], bool]):
-        self.jobs, self.is_stopping = jobs, is_stopping
+    def __init__(
+        self, jobs: Sequence[Job], is_stopping: Callable[[], bool], between: Callable[[], None] | None = None
+    ):
+        self.jobs, self.is_stopping, self.between = jobs, is_stopping, between
         self.answered: set[int] = set()
 
     def put(self, value: torch.Tensor, row: int | None = None) -> None:
@@ -148,6 +155,8 @@ class FormFollower:
         """
         if self.is_stopping() or all(job.has_left for job in self.jobs):
             raise Abandoned
+        if self.between is not None:
+            self.between()
 
     def end(self) -> None:
         """Nothing is told before the fillings are read."""

@@ -65,6 +65,7 @@ class Job:
     streamed: bool = False
     drafts: bool = False
     layout: LaidOut | None = None
+    began: float = 0.0  # when it was let in, by the monotonic clock
     given: int = 0  # characters that pieces have held, so that a second try does not repeat them
     _left: threading.Event = field(default_factory=threading.Event)
 

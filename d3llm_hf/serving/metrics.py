@@ -14,8 +14,10 @@ HELP = {
     "d3llm_prompt_tokens_total": "Tokens of answered prompts.",
     "d3llm_completion_tokens_total": "Tokens of answers.",
     "d3llm_forwards_total": "Forwards that answered rows took part in.",
-    "d3llm_batches_total": "Batches that were decoded.",
-    "d3llm_batch_rows_total": "Rows of these batches.",
+    "d3llm_batches_total": "Batches that were decoded; one goes on as long as anybody is at work in it.",
+    "d3llm_batch_rows_total": "Rows of these batches, those that joined included.",
+    "d3llm_steps_total": "Forwards that the server made.",
+    "d3llm_step_rows_total": "Rows that were at work in these forwards.",
 }
 
 
@@ -34,6 +36,11 @@ class Metrics:
         with self._lock:
             for name, count in counts.items():
                 self._counts[f"d3llm_{name}_total"] += count
+
+    def count(self, name: str) -> int:
+        """A counter, by its name as for [`add`]."""
+        with self._lock:
+            return self._counts[f"d3llm_{name}_total"]
 
     def request(self, outcome: str, seconds: float) -> None:
         """Books a request: `ok`, `refused`, `queue_full`, `timeout`, `left` or `failed`."""

@@ -24,7 +24,7 @@ from d3llm_hf.bench.shapes import SHAPES, DecodingBench, half_decided, prepared
 from d3llm_hf.commands import bench_decoding
 from d3llm_hf.evaluation import provenance
 from d3llm_hf.evaluation.tables import fill as tables
-from d3llm_hf.models import caching, generation_d3llm
+from d3llm_hf.models import at_work, caching
 
 
 TINY = SHAPES["tiny"]
@@ -140,7 +140,7 @@ def test_nested_parts_are_booked_once(monkeypatch):
 def test_the_parts_of_both_loops_are_found_and_everything_is_put_back(monkeypatch):
     model = trained_like("llada")
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
-    before = (dict(caching.PLANS), dict(vars(generation_d3llm)), dict(vars(model.model)), dict(vars(model.lm_head)))
+    before = (dict(caching.PLANS), dict(vars(at_work)), dict(vars(model.model)), dict(vars(model.lm_head)))
     prompt = {"input_ids": torch.tensor([tiny_prompt(0, 6)]), "max_new_tokens": 16}
     settings = {"decoding_method": "d3llm", "block_length": 4, "kv_cache": "delayed", "cache_delay": 0}
     for decode in (model.generate, lambda **given: plain_generate(model, **given)):
@@ -149,7 +149,7 @@ def test_the_parts_of_both_loops_are_found_and_everything_is_put_back(monkeypatc
         used = {part for part, seconds in watch.seconds.items() if seconds > 0}
         assert used >= {"backbone", "head", "score", "decide", "rest"}
         assert ("cache" in used) == (decode == model.generate)
-    assert before == (caching.PLANS, vars(generation_d3llm), vars(model.model), vars(model.lm_head))
+    assert before == (caching.PLANS, vars(at_work), vars(model.model), vars(model.lm_head))
 
 
 def test_the_operations_of_the_backbone_are_counted_by_hand(monkeypatch):

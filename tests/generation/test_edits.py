@@ -181,7 +181,7 @@ def rules(**chosen):
 
 def start(decoding):
     state = State.start(torch.full((1, 4), 31), torch.ones(1, 4, dtype=torch.bool), decoding)
-    state.forward = 1
+    state.forward += 1
     return state
 
 

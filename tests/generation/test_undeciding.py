@@ -19,7 +19,7 @@ NEW = 16
 
 def doubtful(doubt, watched, commits, state, rules):
     """What the model finds too improbable, fewer than the forward before committed, so that decoding ends."""
-    gained = (state.step_map == state.forward).sum(1)
+    gained = (state.step_map == state.forward[:, None]).sum(1)
     return cheapest(-doubt, watched & (doubt > rules.revoke_threshold), gained - 1)
 
 

@@ -183,7 +183,7 @@ def test_wide_in_takes_seven_of_ten_but_five_to_twenty(undecided, most):
 )
 def test_narrow_out_takes_back_less_than_the_forward_before_gave(gained, committed, expected):
     rules, state = start(16, revoke_threshold=0.5)
-    state.undecided[0, :8], state.unsettled[0, :8], state.forward = False, True, 3
+    state.undecided[0, :8], state.unsettled[0, :8], state.forward[:] = False, True, 3
     state.step_map[0, :8] = torch.tensor([3] * gained + [2] * (8 - gained))
     doubt = torch.full((1, 16), 0.1)
     doubt[0, [0, 1, 3, 12]] = torch.tensor([2.0, 0.6, 3.0, 9.0])  # the last one is not decided

@@ -91,6 +91,7 @@ def roll_out(
     state = State.start(labels, text, rules)
     stop, thresholds = state.stop(stop_ids, text), thresholds.to(device)
     hidden, region = [], []
+    made = 0
     forwards = torch.zeros_like(state.length)
     while True:
         # 2. Another block
@@ -98,14 +99,14 @@ def roll_out(
         hidden.append(state.undecided)
         region.append(text & (column < state.reach(rules, ahead=1)[:, None]))
         left = (state.undecided & content).any(1)
-        if state.forward == max_forwards or not anyone(left):
+        if made == max_forwards or not anyone(left):
             break
         # 3. What a forward is sure of
         among = candidates(state, rules) & left[:, None]
         entropy = torch.full(labels.shape, torch.inf, device=device)
         entropy[among] = entropy_at(state.undecided, among).to(entropy)
         surest = torch.zeros_like(among).scatter(1, entropy.argmin(1, keepdim=True), True)
-        state.forward += 1
+        made, state.forward = made + 1, state.forward + 1
         forwards += left
         commit(state, among & ((entropy <= thresholds[:, None]) | surest), labels)
         # 4. The fill

@@ -317,6 +317,40 @@ def students_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_SERVE: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
+    "of batches' tokens/s": lambda row: f"{row['gain']:.2f} x",
+    "tokens per CPU s": lambda row: f"{row['cpu_gain']:.2f} x",
+    "first token, p50 s": lambda row: f"{row['first_p50']:.2f}",
+    "p95": lambda row: f"{row['first_p95']:.2f}",
+    "last token, p50 s": lambda row: f"{row['last_p50']:.2f}",
+    "p95 s": lambda row: f"{row['last_p95']:.2f}",
+    "of batches' p95": lambda row: f"{row['wait']:.2f} x",
+    "rows a forward": lambda row: f"{row['rows_per_step']:.1f}",
+    "same answers": lambda row: f"{row['equal_answers']:.1f} %",
+}
+
+
+def serving_table(results: dict[str, Any]) -> str:
+    """The Markdown of a results file of `d3llm bench serve`."""
+    bench = results["bench"]
+
+    def name(row: dict[str, Any]) -> str:
+        return f"{row['rate']:.1f} requests/s ({row['load']:g} x), {row['name']}"
+
+    lengths = ", ".join(map(str, bench["lengths"]))
+    lines = _lines("load", _SERVE, _with_cuda(results, name))
+    lines += [
+        "",
+        f"`{bench['model']}` on {bench['requests']} word problems a turn, which come as a Poisson process and ask for "
+        f"answers of at most {lengths} tokens; {bench['slots']} rows at work at most, {bench['dtype']}; "
+        f"{_settings(bench) or 'the settings of the checkpoint'}. 1 x is what the server without joining answers when "
+        f"all wait at once. Same answers: with those of the batches. Times are medians over {bench['repeats']} turn"
+        f"{'s' * (bench['repeats'] > 1)}, the two by turns. {_where(results)} Regenerate: `{results['command']}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench_train": training_table,
     "bench_decode": decoding_table,
@@ -327,4 +361,5 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench_quantised": quantised_table,
     "bench_autoregressive": autoregressive_table,
     "students": students_table,
+    "bench_serve": serving_table,
 }
