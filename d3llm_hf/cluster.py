@@ -127,7 +127,8 @@ def joined(address: str | None, user: str, argument: str) -> Iterator[Any]:
 def _without_habits() -> dict[str, str]:
     """What Ray's variables shall be where they are not set. A token of the environment asks for no file."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    return {"RAY_USAGE_STATS_ENABLED": "0"} | ({} if "RAY_AUTH_MODE" in os.environ else token)
+    plain = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # it would let all else go first
+    return plain | ({} if "RAY_AUTH_MODE" in os.environ else token)
 
 
 @contextmanager

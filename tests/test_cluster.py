@@ -10,7 +10,7 @@ from fake_ray import FakeRay, RayError
 from d3llm_hf.cluster import Share, imported, joined
 
 
-VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED")
+VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED", "RAY_worker_niceness")
 NAMES = {"count": "--replicas", "num_cpus": "--num-cpus", "num_gpus": "--num-gpus", "address": "--ray-address"}
 
 
@@ -38,6 +38,7 @@ def test_a_cluster_of_this_machine_has_none_of_rays_habits_and_ends(fake):
         assert found is ray and (ray.joined["address"], ray.joined["include_dashboard"]) == ("local", False)
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0" and os.environ["RAY_AUTH_MODE"] == "token"
         assert len(os.environ["RAY_AUTH_TOKEN"]) == 64  # with which Ray writes no file
+        assert os.environ[VARIABLES[3]] == "0"  # as this process, not behind everything else
     assert ray.joined is None and not set(VARIABLES) & set(os.environ)
 
 
@@ -46,8 +47,8 @@ def test_who_sets_variables_of_ray_has_asked_for_what_they_say(fake, monkeypatch
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
     with join():
-        assert [os.environ.get(name) for name in VARIABLES] == ["disabled", None, "1"]
-    assert [os.environ.get(name) for name in VARIABLES] == ["disabled", None, "1"]
+        assert [os.environ.get(name) for name in VARIABLES] == ["disabled", None, "1", "0"]
+    assert [os.environ.get(name) for name in VARIABLES] == ["disabled", None, "1", None]
 
 
 @pytest.mark.parametrize("address", ["auto", "listens"])

@@ -109,7 +109,11 @@ class RayFleet:
     def __init__(self, ray: Any, serve: Any, app: str, handle: Any):
         self._serve, self._app, self._handle = serve, app, handle
         self._reply = handle.options(method_name="reply", stream=True)
-        self._gone = (ray.exceptions.RayActorError, serve.exceptions.DeploymentUnavailableError)
+        self._gone = (
+            ray.exceptions.RayActorError,
+            ray.exceptions.ObjectLostError,
+            serve.exceptions.DeploymentUnavailableError,
+        )
 
     async def ask(self, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
         """See [`Fleet`]."""
@@ -196,10 +200,23 @@ def _deploy(serve: Any, app: str, recipe: Recipe, share: Share, max_ongoing: int
     )
     (handle,) = serve.run_many([target], wait_for_applications_running=False)
     _wait(serve, app, share.count, tell)
-    for refusal in handle.broadcast("refusal").results(timeout_s=TELL_SECONDS):
+    for refusal in _refusals(serve, handle, share.count):
         if refusal is not None:
             raise ValueError(refusal)
     return handle
+
+
+def _refusals(serve: Any, handle: Any, count: int) -> list[str | None]:
+    """What replicas say of their recipe. A handle learns a little later than its app of the replicas that run."""
+    end = time.monotonic() + TELL_SECONDS
+    while True:
+        with contextlib.suppress(serve.exceptions.DeploymentUnavailableError):
+            found = handle.broadcast("refusal").results(timeout_s=TELL_SECONDS)
+            if len(found) >= count or time.monotonic() > end:
+                return found
+        if time.monotonic() > end:
+            return []
+        time.sleep(POLL_SECONDS)
 
 
 def _wait(serve: Any, app: str, count: int, tell: Callable[[str], None]) -> None:

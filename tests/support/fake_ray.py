@@ -13,6 +13,10 @@ class RayActorError(RayError):
     """Of a worker that ended."""
 
 
+class ObjectLostError(RayError):
+    """Of what a worker that ended had."""
+
+
 class RayTaskError(RayError):
     """Of a call that raised `cause`."""
 
@@ -39,7 +43,9 @@ class FakeRay:
     """
 
     __version__ = "0.fake"
-    exceptions = SimpleNamespace(RayError=RayError, RayActorError=RayActorError, RayTaskError=RayTaskError)
+    exceptions = SimpleNamespace(
+        RayError=RayError, RayActorError=RayActorError, ObjectLostError=ObjectLostError, RayTaskError=RayTaskError
+    )
 
     def __init__(self, resources=(("CPU", 2.0),), refuses: Exception | None = None, ends=()):
         self.resources, self.refuses, self.ends = dict(resources), refuses, set(ends)
