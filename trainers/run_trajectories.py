@@ -15,6 +15,11 @@ A published teacher on your own data, on eight 80 GB GPUs (every process decodes
         --torch_dtype bfloat16 --dataset_name openai/gsm8k --dataset_config main --prompt_column question \
         --response_column answer --scorer number --batch_size 16 --output_dir trajectories
 
+The same on the GPUs of a Ray cluster, from one of its machines: one task a shard, and one process that writes them
+(`pip install 'd3llm-hf[ray]'`; without `--ray_address` the workers share this machine):
+
+    python trainers/run_trajectories.py --ray --ray_address auto --num_gpus 1 --model_name_or_path ... --output_dir ...
+
 Killed at any moment and started again with the same arguments, it goes on with the shards that are not complete, and
 the result is that of an unbroken run. `trainers.read_trajectories("trajectories")` reads and verifies it.
 """
@@ -22,8 +27,10 @@ the result is that of an unbroken run. `trainers.read_trajectories("trajectories
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +38,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from trainers.trajectories.extract import TrajectoryConfig
+    from trainers.trajectories.extract import Extraction, TrajectoryConfig
 
 
 @dataclass
@@ -62,6 +69,20 @@ class TrajectoryScriptArguments:
     min_problem_steps: int = field(default=2, metadata={"help": "Fewest arithmetic steps of a generated problem."})
     max_problem_steps: int = field(default=5, metadata={"help": "Most arithmetic steps of a generated problem."})
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is an accelerator."})
+    ray: bool = field(default=False, metadata={"help": "Decode shards as tasks of a Ray cluster."})
+    ray_address: str | None = field(
+        default=None,
+        metadata={"help": "Of a cluster: auto, or HOST:PORT of its head; one of this machine alone when unset."},
+    )
+    num_workers: int | None = field(
+        default=None, metadata={"help": "Teachers on the cluster; as many as it has room for when unset."}
+    )
+    num_cpus: float | None = field(
+        default=None, metadata={"help": "CPU cores that each of them asks for; 1 if unset."}
+    )
+    num_gpus: float | None = field(
+        default=None, metadata={"help": "Part of a GPU that each of them asks for; it stays on the CPU if unset."}
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,27 +97,93 @@ def main(argv: list[str] | None = None) -> None:
     script_args, args = parse_args_with_config(
         (TrajectoryScriptArguments, TrajectoryConfig), sys.argv[1:] if argv is None else argv
     )
+    check_ray(script_args)
+    if script_args.ray:
+        extract_with_ray(script_args, args)
+        return
     # On a CPU accelerate counts the processes of a launcher only when told that this is meant.
     state = PartialState(cpu=script_args.use_cpu or not torch.accelerator.is_available())
     extract(script_args, args, state)
     state.destroy_process_group()
 
 
+def check_ray(script_args: TrajectoryScriptArguments) -> None:
+    """Refuses options of a cluster without `--ray`, and with it what a cluster decides itself.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name in ("ray_address", "num_workers", "num_cpus", "num_gpus"):
+        value = getattr(script_args, name)
+        if value is not None and not script_args.ray:
+            raise ValueError(f"`{name}` needs `ray` (got {value!r} without it). Add `--ray`, or leave it out.")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if script_args.ray and processes > 1:
+        raise ValueError(
+            f"`ray` must be started as one process: it places workers itself (got {processes} of a launcher). Leave "
+            "the launcher out, or `--ray`."
+        )
+    if script_args.use_cpu and script_args.num_gpus:
+        raise ValueError(
+            f"`num_gpus` must be unset with `use_cpu` (got {script_args.num_gpus:g}). Leave one of them out."
+        )
+
+
+def extract_with_ray(script_args: TrajectoryScriptArguments, args: TrajectoryConfig) -> None:
+    """All trajectories, decoded by workers of a Ray cluster, into the folder `output_dir`."""
+    from d3llm_hf.cluster import Share, joined
+    from d3llm_hf.files import check_writable_folder
+    from trainers.trajectories.on_ray import extract_on_ray
+
+    check_writable_folder(Path(script_args.output_dir).absolute(), "output_dir")
+    names = {"count": "num_workers", "num_cpus": "num_cpus", "num_gpus": "num_gpus", "address": "ray_address"}
+    asked = {name: getattr(script_args, name) for name in ("num_cpus", "num_gpus")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    count = script_args.num_workers
+    share = Share(1 if count is None else count, **asked, names=names)
+    with joined(script_args.ray_address, "`run_trajectories.py --ray`", "ray_address") as ray:
+        resources = ray.cluster_resources()
+        share = share.filling(resources) if count is None else share
+        share.check_room(resources)
+        extract_on_ray(ray, partial(make_extraction, script_args, args), script_args.output_dir, share)
+
+
+def make_extraction(script_args: TrajectoryScriptArguments, args: TrajectoryConfig, device: str) -> Extraction:
+    """Teacher and prompts as the arguments say, on a device."""
+    from trainers.trajectories.extract import Extraction
+
+    dataset = checked_prompts(script_args)
+    model, tokenizer = load_teacher(script_args)
+    return Extraction(model.to(device), tokenizer, dataset, args, dataset_name=dataset_name_of(script_args))
+
+
 def extract(script_args: TrajectoryScriptArguments, args: TrajectoryConfig, state: PartialState) -> None:
     """This process' share of the trajectories, into the folder `output_dir`."""
     from d3llm_hf.files import check_writable_folder
-    from trainers.common.loading import load_named
     from trainers.trajectories.extract import extract_trajectories
 
     check_writable_folder(Path(script_args.output_dir).absolute(), "output_dir")
     with state.main_process_first():
-        dataset = load_prompts(script_args)
-    if len(dataset) == 0:
-        raise ValueError(
-            f"`dataset_name` must have at least one row (got none in {script_args.dataset_name!r}). Correct it, "
-            "`dataset_split` or `num_problems`."
-        )
-    model, tokenizer = load_named(
+        dataset = checked_prompts(script_args)
+    model, tokenizer = load_teacher(script_args)
+    extract_trajectories(
+        model.to(state.device),
+        tokenizer,
+        dataset,
+        script_args.output_dir,
+        args,
+        dataset_name=dataset_name_of(script_args),
+        process_index=state.process_index,
+        num_processes=state.num_processes,
+        progress=state.is_main_process,
+    )
+
+
+def load_teacher(script_args: TrajectoryScriptArguments):
+    """The teacher and its tokenizer."""
+    from trainers.common.loading import load_named
+
+    return load_named(
         script_args.model_name_or_path,
         script_args.tokenizer_name_or_path,
         torch_dtype=script_args.torch_dtype,
@@ -104,17 +191,26 @@ def extract(script_args: TrajectoryScriptArguments, args: TrajectoryConfig, stat
         revision=script_args.model_revision,
         attn_implementation=script_args.attn_implementation,
     )
-    extract_trajectories(
-        model.to(state.device),
-        tokenizer,
-        dataset,
-        script_args.output_dir,
-        args,
-        dataset_name=f"{script_args.dataset_name} {script_args.dataset_split}",
-        process_index=state.process_index,
-        num_processes=state.num_processes,
-        progress=state.is_main_process,
-    )
+
+
+def dataset_name_of(script_args: TrajectoryScriptArguments) -> str:
+    """What the manifest calls the data set."""
+    return f"{script_args.dataset_name} {script_args.dataset_split}"
+
+
+def checked_prompts(script_args: TrajectoryScriptArguments):
+    """The data set, which has rows.
+
+    Raises:
+        ValueError: for one without.
+    """
+    dataset = load_prompts(script_args)
+    if len(dataset) == 0:
+        raise ValueError(
+            f"`dataset_name` must have at least one row (got none in {script_args.dataset_name!r}). Correct it, "
+            "`dataset_split` or `num_problems`."
+        )
+    return dataset
 
 
 def load_prompts(script_args: TrajectoryScriptArguments):

@@ -4,8 +4,8 @@ import argparse
 import logging
 import os
 
-from ..hub.loading import load
 from ..settings import SETTINGS
+from . import serve_replicas
 from .common import check_address, new_parser, tell
 from .generate import add_settings
 
@@ -41,6 +41,7 @@ def add_parser(subparsers) -> None:
     group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="length where a request names none")
     group.add_argument("--temperature", type=float, metavar="T", help="where a request names none; 0 does not sample")
+    serve_replicas.add_options(parser)
     add_settings(parser, without=("seed",))
 
 
@@ -48,31 +49,33 @@ def run(args: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from ..serving.admission import with_settings
-        from ..serving.app import TIMEOUT, create_app
+        from ..serving.app import TIMEOUT
         from ..serving.connection import bounded_protocol
+        from ..serving.recipe import Recipe
     except ModuleNotFoundError as error:
         raise ImportError(
             f"`d3llm serve` needs FastAPI and uvicorn (got: {error}). Install them with "
             "`pip install 'd3llm-hf[serve]'`."
         ) from error
 
+    serve_replicas.check_options(args)
     check_address(args.host, args.port)
     limits = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
     key = _api_key(args.api_key_env)
-    model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
     names = [name for name in SETTINGS if name != "seed"]
     settings = {name: getattr(args, name) for name in (*names, "max_new_tokens") if getattr(args, name) is not None}
     if args.temperature is not None:
         settings |= {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
-    if settings:
-        model.generation_config = with_settings(model, settings)
     name = args.name or args.model.rstrip("/").rpartition("/")[2]
-    app = create_app(model, tokenizer, name, api_key=key, allow_origins=args.allow_origin, **limits)
+    recipe = Recipe(
+        args.model, name, args.device, args.dtype, args.revision, settings, limits, key, tuple(args.allow_origin)
+    )
+    if args.replicas is not None:
+        serve_replicas.serve_replicas(args, recipe, lambda: _greet(args, recipe))
+        return
+    app = recipe.app()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    tell(f"serving {name} on http://{args.host}:{args.port}/v1" + (" (with a key)" if key else ""))
-    if key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
-        tell("anyone who reaches this address can use the server; --api-key-env asks for a key")
+    _greet(args, recipe)
     protocol = bounded_protocol(limits.get("timeout", TIMEOUT))
     uvicorn.run(
         app, host=args.host, port=args.port, log_config=None, timeout_graceful_shutdown=10, http=protocol, ws="none"
@@ -81,6 +84,13 @@ def run(args: argparse.Namespace) -> None:
         # Nothing can interrupt a forward, and an interpreter that ends beside it may crash.
         logging.shutdown()
         os._exit(0)
+
+
+def _greet(args: argparse.Namespace, recipe) -> None:
+    is_locked = recipe.api_key is not None
+    tell(f"serving {recipe.name} on http://{args.host}:{args.port}/v1" + (" (with a key)" if is_locked else ""))
+    if not is_locked and args.host not in ("127.0.0.1", "::1", "localhost"):
+        tell("anyone who reaches this address can use the server; --api-key-env asks for a key")
 
 
 def _api_key(variable: str | None) -> str | None:

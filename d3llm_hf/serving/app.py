@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gc
-import hmac
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -19,6 +18,7 @@ from .admission import Admission
 from .desk import Desk
 from .errors import ApiError
 from .jobs import Answer, Event, Job, Piece
+from .keys import check_key
 from .metrics import Metrics
 from .replies import Reply, failure
 from .room import room
@@ -144,18 +144,12 @@ class _Server:
     ):
         self.admission, self.desk, self.worker, self.metrics = admission, desk, worker, metrics
         self.timeout, self.max_body_bytes = timeout, max_body_bytes
-        self._key = None if api_key is None else api_key.encode()
+        self._key = api_key
         self._created = int(time.time())
 
     async def check_key(self, request: Request) -> None:
         """Refuses requests without the server's key."""
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if self._key is None:
-            return
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
-            raise ApiError(
-                401, "The API key is missing or wrong. Send `Authorization: Bearer KEY`.", code="invalid_api_key"
-            )
+        check_key(self._key, request.headers.get("authorization", ""))
 
     async def chat(self, request: Request) -> Response:
         return await self._generate(request, ChatRequest)

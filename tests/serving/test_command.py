@@ -68,7 +68,7 @@ def test_without_its_packages_the_command_says_what_to_install(monkeypatch, caps
 
 
 def test_an_address_where_no_server_can_listen_is_refused_before_the_model_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr(serve, "load", None)
+    monkeypatch.setattr("d3llm_hf.serving.recipe.load", None)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from .store import TrajectoryStore, open_store, tokenizer_fingerprint
 
 
 logger = logging.getLogger(__name__)
+
+COUNTS = ("samples", "correct", "judged", "tokens", "forwards", "positions", "left_out")
+"""What a [`Teacher`] counts of the answers that it decodes."""
 
 
 def extract_trajectories(
@@ -70,34 +73,72 @@ def extract_trajectories(
         RowError: naming the row, for one that is no prompt, or a reference that the scorer of `args` cannot read.
         ValueError: for columns or settings that do not fit, or if no prompt does.
     """
-    args = args or TrajectoryConfig()
-    prompts = Prompts(
-        dataset,
-        tokenizer,
-        args.prompt_column,
-        args.response_column,
-        args.answer_column,
-        args.control_tokens_in_text,
-    )
-    teacher = Teacher(model.eval(), tokenizer, args, score or SCORERS[args.scorer])
-    manifest = _manifest(model, tokenizer, prompts, args, score, dataset_name)  # reads every row
-    _check_prompts(prompts, teacher, score is None)
-    store = open_store(folder, manifest)
+    extraction = Extraction(model, tokenizer, dataset, args, score=score, dataset_name=dataset_name)
+    store = open_store(folder, extraction.manifest)
     own = range(process_index, store.num_shards, num_processes)
     todo = [shard for shard in own if not store.is_complete(shard)]
-    with tqdm(
+    with progress_bar(store, own, todo, progress) as bar:
+        for shard in todo:
+            with only_writer(store.path(shard), "folder"):
+                store.write(shard, extraction.records(store.sample_ids(shard), bar))
+    clear_left(store.folder, ".*.lock")
+    summary = summary_of(extraction.counts)
+    logger.info("%d of %d shards by this process: %s", len(todo), store.num_shards, summary)
+    return store
+
+
+def progress_bar(store: TrajectoryStore, own: Sequence[int], todo: Sequence[int], shown: bool) -> tqdm:
+    """A bar of the samples in a process' `own` shards, of which those in `todo` are still to be decoded."""
+    return tqdm(
         total=sum(len(store.sample_ids(shard)) for shard in own),
         initial=sum(len(store.sample_ids(shard)) for shard in set(own) - set(todo)),
         desc="trajectories",
         unit="sample",
-        disable=not progress,
-    ) as bar:
-        for shard in todo:
-            with only_writer(store.path(shard), "folder"):
-                store.write(shard, teacher.trajectories(prompts.samples(store.sample_ids(shard)), bar))
-    clear_left(store.folder, ".*.lock")
-    logger.info("%d of %d shards by this process: %s", len(todo), store.num_shards, teacher.summary())
-    return store
+        disable=not shown,
+    )
+
+
+class Extraction:
+    """A teacher and its prompts, checked: the records of any samples, and the manifest of what they are of.
+
+    Args:
+        model, tokenizer, dataset, args, score, dataset_name: see [`extract_trajectories`].
+
+    Raises:
+        ValueError, RowError: see [`extract_trajectories`].
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset: Sequence[dict[str, Any]],
+        args: TrajectoryConfig | None = None,
+        *,
+        score: Callable[[str, str], bool] | None = None,
+        dataset_name: str | None = None,
+    ):
+        args = args or TrajectoryConfig()
+        self._prompts = Prompts(
+            dataset,
+            tokenizer,
+            args.prompt_column,
+            args.response_column,
+            args.answer_column,
+            args.control_tokens_in_text,
+        )
+        self._teacher = Teacher(model.eval(), tokenizer, args, score or SCORERS[args.scorer])
+        self.manifest = _manifest(model, tokenizer, self._prompts, args, score, dataset_name)  # reads every row
+        _check_prompts(self._prompts, self._teacher, score is None)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was decoded so far, for [`summary_of`]."""
+        return self._teacher.counts
+
+    def records(self, sample_ids: Sequence[int], bar: tqdm) -> list[dict[str, Any]]:
+        """The records of some samples, in their order."""
+        return self._teacher.trajectories(self._prompts.samples(sample_ids), bar)
 
 
 class Teacher:
@@ -121,7 +162,7 @@ class Teacher:
         self.stop_ids = [ends] if isinstance(ends, int) else list(ends)
         self.settings = _decoding_settings(model, args)
         self.longest_prompt = _longest_prompt(model, args, self.settings["max_new_tokens"])
-        self.counts = dict.fromkeys(("samples", "correct", "judged", "tokens", "forwards", "positions", "left_out"), 0)
+        self.counts = dict.fromkeys(COUNTS, 0)
 
     def takes(self, sample: Sample) -> bool:
         """Whether a prompt has a length that can be decoded.
@@ -154,7 +195,7 @@ class Teacher:
                     if attempt == 0 or record["correct"]:
                         found[sample.sample_id] = record
                     self._count(record, attempt)
-                bar.set_postfix_str(self.summary(), refresh=False)
+                bar.set_postfix_str(summary_of(self.counts), refresh=False)
                 bar.update(len(batch) if attempt == 0 else 0)
             pending = wrong
         records = [found[sample_id] for sample_id in sorted(found)]
@@ -227,14 +268,14 @@ class Teacher:
         self.counts["forwards"] += record["num_forwards"]
         self.counts["positions"] += record["positions_computed"]
 
-    def summary(self) -> str:
-        """Counts so far; tokens are those before a stop token, of all attempts."""
-        counts = self.counts
-        parts = [f"accuracy {100 * counts['correct'] / counts['judged']:.1f} %"] if counts["judged"] else []
-        parts.append(f"{counts['tokens'] / max(1, counts['forwards']):.2f} tokens/forward")
-        if counts["left_out"]:
-            parts.append(f"{counts['left_out']} left out")
-        return ", ".join([*parts, f"{counts['forwards']} forwards", f"{counts['positions']} positions"])
+
+def summary_of(counts: Mapping[str, int]) -> str:
+    """What counts of a [`Teacher`] say; tokens are those before a stop token, of all attempts."""
+    parts = [f"accuracy {100 * counts['correct'] / counts['judged']:.1f} %"] if counts["judged"] else []
+    parts.append(f"{counts['tokens'] / max(1, counts['forwards']):.2f} tokens/forward")
+    if counts["left_out"]:
+        parts.append(f"{counts['left_out']} left out")
+    return ", ".join([*parts, f"{counts['forwards']} forwards", f"{counts['positions']} positions"])
 
 
 def seed_of(seed: int, sample_id: int, attempt: int) -> int:
