@@ -69,7 +69,7 @@ class Tally:
         self.cpu_seconds += time.process_time() - cpu_began
         self.seconds += time.perf_counter() - began
         answers = output.sequences[:, inputs["input_ids"].shape[1] :]
-        lengths = (output.tokens_per_forward * output.num_forwards).round().long().tolist()
+        lengths = output.num_tokens.tolist()
         self.answers += zip(answers.tolist(), lengths, strict=True)
         self.tokens += sum(lengths)
         self.forwards += int(output.num_forwards.sum())

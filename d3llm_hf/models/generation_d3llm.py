@@ -10,6 +10,7 @@ from transformers.generation import GenerationConfig, GenerationMixin, LogitsPro
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .answer_count import AnswerCount
 from .cache import SlotCache
 from .cache_name import given_cache
 from .caching import PLANS, Plan, spent_by_reference
@@ -45,7 +46,7 @@ from .wrappers import check_wrapping, hooks_of_a_call
 
 
 @dataclass
-class D3LLMGenerationOutput(GenerateDecoderOnlyOutput):
+class D3LLMGenerationOutput(AnswerCount, GenerateDecoderOnlyOutput):
     """What `generate(..., return_dict_in_generate=True)` returns. B rows, P prompt slots, N new tokens.
 
     Args:
