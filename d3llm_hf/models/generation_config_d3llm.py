@@ -207,7 +207,8 @@ class D3LLMGenerationConfig(GenerationConfig):
         lookahead (`int`): canvases that each forward runs over beside the decided one, each with one more token, the
             surest one first (LoPA); a row goes on with the canvas that looks surest. Not lossless: fewer forwards, so
             many times the positions, and another text. 0 is none.
-        lookahead_threshold (`float`): probability from which a token may be looked ahead with; any when unset.
+        lookahead_threshold (`float`): probability from which a token may be looked ahead with; when unset any where a
+            window slides, and 0.6 in blocks, at whose ends only unsure tokens are left.
         infill (`bool`): also decide the mask tokens between the text of `input_ids`; `infill_mask` marks positions
             instead. Nothing is appended unless `max_new_tokens` is given as well.
         seed (`int` or list of `int`): makes sampling a function of this call alone; drawn from torch's global

@@ -53,6 +53,10 @@ COMMON: dict[str, Any] = {
     "lookahead_threshold": None,
 }
 
+LOOKAHEAD_IN_BLOCKS = 0.6
+"""`lookahead_threshold` where nothing else is said and no window slides: at the end of a block only unsure tokens are
+left to look ahead with, and whatever is written there makes the rest look surer."""
+
 # Where candidates may lie: in blocks that open one after the other; among the leftmost undecided positions, as many as
 # a block has; or among these within a span of positions.
 WINDOWS = ("blocks", "slide", "slide_span")
@@ -383,7 +387,10 @@ def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -
     remembers = "kl_threshold" in values and topology_of(method, traits) is None  # what nobody sees has no history
     rules["scores_ahead"] = remembers or bool(values.get("lossless") or values.get("lookahead"))
     if values.get("lookahead"):
-        rules |= {"lookahead": values["lookahead"], "lookahead_threshold": _cost(values["lookahead_threshold"])}
+        floor = values["lookahead_threshold"]
+        if floor is None and values.get("window", "blocks") == "blocks":
+            floor = LOOKAHEAD_IN_BLOCKS
+        rules |= {"lookahead": values["lookahead"], "lookahead_threshold": _cost(floor)}
     if values.get("window", "blocks") != "blocks":  # it slides over the whole answer, which is one block
         rules |= {"block_length": length, "window_length": min(block_length, length)}
         rules["window_span"] = (values["window_span"] or block_length) if values["window"] == "slide_span" else 0
