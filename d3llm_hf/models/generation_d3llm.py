@@ -10,6 +10,7 @@ from transformers.generation import GenerationConfig, GenerationMixin, LogitsPro
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .adaptive_length import AdaptiveLength
 from .answer_count import AnswerCount
 from .cache import SlotCache
 from .cache_name import given_cache
@@ -70,6 +71,8 @@ class D3LLMGenerationOutput(AnswerCount, GenerateDecoderOnlyOutput):
             with guidance, and over all drafted canvases; those of a shadow block as well): the cost that tokens per
             forward hide.
         num_revoked (`(B,)` long): how often a decided position was taken back; 0 with methods that never do.
+        canvas_length (`(B,)` long): positions that the row had to decide when it ended: what `length="adaptive"` has
+            found; with a fixed length all, in block-causal models to the end of the last block.
 
     The cache that transformers' output has is always `None`, as its scores and states are: cached keys hold
     approximations that only this decoding may read.
@@ -83,6 +86,7 @@ class D3LLMGenerationOutput(AnswerCount, GenerateDecoderOnlyOutput):
     tokens_per_forward_reference: torch.Tensor | None = None
     positions_computed: torch.Tensor | None = None
     num_revoked: torch.Tensor | None = None
+    canvas_length: torch.Tensor | None = None
 
 
 class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
@@ -254,7 +258,8 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         3. Open blocks and plan which slots the next forward recomputes.
         4. Forward them; logits of the candidates only, and of decided positions that may still change.
         5. Score the candidates: a token and a cost each.
-        6. Commit what the rules choose, take back, replace, settle which canvases stay; fill after a stop.
+        6. Commit what the rules choose, take back, replace, settle which canvases stay; fill after a stop; lengthen or
+           shorten the canvas.
         7. Rows that are finished, or that a criterion stops, leave the batch.
         8. Pad behind the stop tokens and count (`_result`).
 
@@ -265,13 +270,16 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         topology = generation_config.topology(self.traits)
         canvas = Canvas.of_prompt(self, input_ids, generation_config, model_kwargs, topology)
         rules = generation_config.rules(canvas.slots.shape[1], self.traits)
-        ragged = rules.suffix_length is not None and canvas.batch * rules.canvases > 1
+        ragged = "length" if rules.length_rule else "suffix_length" if rules.suffix_length is not None else None
+        ragged = ragged if canvas.batch * rules.canvases > 1 else None
         in_blocks = topology is not None
         cached, shadowed = rules.kv_cache != "none", rules.shadow_block
         self.check_contract(canvas.mask, cached=cached, ragged=ragged, in_blocks=in_blocks, shadowed=shadowed)
         check_wrapping(self, canvas, rules, is_compiled(generation_config))
         state = canvas.start(rules)
         stop_ids = generation_config._eos_token_tensor
+        adaptive = AdaptiveLength(rules, stop_ids, canvas, least=_least(generation_config, input_ids))
+        adaptive.begin(state)
         sampler = self._sampler(generation_config)
         sampler.check_batch(canvas.batch)
         suspects = {"cfg_scale": rules.cfg_scale} if rules.cfg_scale else {}
@@ -326,20 +334,24 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 # 4. Forward them; logits of the candidates only, and of decided positions that may still change
                 asked = among | trial.unsettled
                 scored = asked | candidates(trial, rules, ahead=1) if rules.scores_ahead else asked
-                row, column = scored.nonzero(as_tuple=True)  # (n,) each
+                heard = adaptive.heard(scored, trial)
+                row, column = heard.nonzero(as_tuple=True)  # (n,) each
                 where = row, column
                 logits, computed = drawn.forward(self, trial, rules, cache, recompute, where)
                 ledger.computed.index_add_(0, trial.rows, computed)
                 ledger.stored.index_add_(0, trial.rows, drawn.only_stores(trial).long())
 
                 # 5. Score the candidates: a token and a cost each
-                scores = scorer(self.text_logits(logits), trial, drawn, where)
+                logits, where = adaptive.read(self.text_logits(logits), scored, where)
+                scores = scorer(logits, trial, drawn, where)
                 scores.broken *= asked  # of what is looked at for drafts or a history alone nothing is asked
 
-                # 6. Commit what the rules choose, take back, replace, settle which canvases stay; fill after a stop
+                # 6. Commit what the rules choose, take back, replace, settle which canvases stay; fill after a stop;
+                #    lengthen or shorten the canvas
                 commits, forced = choose(scores.cost, scores.force_cost, among, trial, rules)
                 tokens = torch.where(forced, scores.best_tokens, scores.tokens)
                 commits = scorer.processors.compatible(commits, tokens, scores.cost, trial, drawn)
+                commits = adaptive.permitted(commits, trial)
                 revoked = take_back(scores.cost, commits, trial, rules)
                 trial.forward += 1
                 commit(trial, commits, tokens)
@@ -352,7 +364,8 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
                 if rules.eos_fill and stop_ids is not None and canvas.fill_token_id is not None:
                     filled = state.undecided.any(1)
                     fill_after_stop(state, stop, canvas.fill_token_id)
-                done = finished(state, rules, stop)
+                adaptive.change(state, stop)
+                done = finished(state, rules, state.stop(stop_ids, canvas.may_stop))
 
                 # 7. Rows that are finished, or that a criterion stops, leave the batch
                 keep = ledger.leave(state, done, filled, further, scores.broken.amax(1))
@@ -386,7 +399,14 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
             tokens_per_forward_reference=official,
             positions_computed=ledger.computed,
             num_revoked=ledger.revoked,
+            canvas_length=ledger.extent,
         )
+
+
+def _least(generation_config: D3LLMGenerationConfig, input_ids: torch.Tensor) -> int:
+    """Positions that an answer must have, at least one."""
+    least = (generation_config.min_length or 0) - input_ids.shape[1]
+    return max(1, least, generation_config.min_new_tokens or 0)
 
 
 def _refuse_compiled(compiled: bool) -> None:

@@ -63,6 +63,7 @@ class Ledger:
         # Columns of the answer: those to decide, without what lies behind the tokens that were asked for.
         self.width = self.tokens.shape[1] if canvas.blocks is None else canvas.new_length
         self.length = state.length.clamp_max(self.width)  # of the row, fewer where a criterion ends it
+        self.extent = state.length.clone()  # positions of the row's canvas behind the prompt
         counts = (torch.zeros_like(state.rows) for _ in range(5))
         self.forwards, self.reference, self.computed, self.stored, self.revoked = counts
         self.prefix = [0] * canvas.batch
@@ -97,7 +98,10 @@ class Ledger:
                 batch and the forward.
         """
         self.tokens[state.rows], self.step_map[state.rows] = state.tokens, state.step_map
-        self.unsettled[state.rows] = state.unsettled & ~done[:, None]  # nothing changes in a row that has ended
+        open_ended = state.unsettled | state.held[:, None]
+        self.unsettled[state.rows] = open_ended & ~done[:, None]  # nothing changes in a row that has ended
+        self.extent[state.rows] = state.length
+        self.length[state.rows] = state.length.clamp_max(self.width)
         self.revoked[state.rows] = state.revoked
         flags, wrong, rows = torch.stack([done.long(), broken.long(), state.rows]).tolist()  # a host sync
         if NOT_FINITE in wrong:
@@ -137,7 +141,7 @@ class Ledger:
         stopped = self._ask_criteria(rows, ends) if self.criteria else set()
         if self.stream is not None:
             limits = torch.minimum(stop + 1, self.length).tolist()
-            self.stream.follow(self.tokens, rows, self.prefix, ends, limits, stopped)
+            self.stream.follow(self.tokens, rows, self.prefix, ends, limits, self.extent.tolist(), stopped)
         self.prefix = ends
         return stopped
 

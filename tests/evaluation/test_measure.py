@@ -126,6 +126,7 @@ def test_figures_equal_those_counted_by_hand():
         "positions_per_token": 13.3,
         "tokens": 6,
         "forwards": 8,
+        "positions": 80,
         "seconds": 1.3,
         "cpu_seconds": 0.5,
         "equal_tokens": 66.67,
