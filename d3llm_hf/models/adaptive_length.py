@@ -47,11 +47,16 @@ class AdaptiveLength:
                 '`length="adaptive"` needs an `eos_token_id`, by which the model says how long its answer becomes '
                 "(got None). Pass one, or leave `length` unset."
             )
-        self.rules, self.stop_ids, self.mask_token_id, self.least = rules, stop_ids, canvas.mask_token_id, least
+        self.rules, self.mask_token_id, self.least = rules, canvas.mask_token_id, least
+        self.stop_ids = torch.empty(0, dtype=torch.long, device="cpu") if stop_ids is None else stop_ids
         self.by_share, self.measures = rules.length_rule == "rho_eos", rules.length_rule == "daedal"
         self.cuts = rules.length_rule == "rho_eos_tail"  # what is decided, too
-        self.stops = torch.empty(0)  # (B, N) bool: where a stop token was predicted in the last forward
-        self.sureness = torch.empty(0)  # (B, N) float: with what probability; 0 elsewhere
+        self.stops = torch.empty(
+            0, dtype=torch.bool, device="cpu"
+        )  # (B, N) bool: where a stop token was predicted in the last forward
+        self.sureness = torch.empty(
+            0, dtype=torch.float32, device="cpu"
+        )  # (B, N) float: with what probability; 0 elsewhere
 
     def begin(self, state: State) -> None:
         """Shortens the canvases to their first length."""
@@ -182,7 +187,7 @@ class AdaptiveLength:
         last = torch.where(kept & (column < state.length[:, None]), column + 1, 0).amax(1)
         writing = (state.undecided & ~self.stops).sum(1)
         high = min(self.rules.length_high, 1 - 1e-6)  # of 1 there is nothing above
-        return torch.minimum(last + torch.ceil(writing * (high / (1 - high))).long(), state.length)
+        return torch.minimum(last + torch.ceil(writing.double() * (high / (1 - high))).long(), state.length)
 
     def _give_tail(self, state: State, found: torch.Tensor) -> None:
         """Stop tokens behind the canvas of the rows `(B,)` whose length was just found; they are no part of it."""
