@@ -92,9 +92,9 @@ class Tally:
         pairs = list(zip(self.answers, base.answers, strict=True))
         longer = [max(length, other) for (_, length), (_, other) in pairs]
         equal = sum(
-            ours[column] == theirs[column]
+            one == other
             for ((ours, _), (theirs, _)), length in zip(pairs, longer, strict=True)
-            for column in range(length)
+            for one, other in zip(ours[:length], theirs[:length], strict=False)  # a shorter canvas ends before
         )
         return {
             "accuracy": round(100 * self.correct / len(self.answers), 2),
