@@ -23,6 +23,7 @@ from .models.methods import (
     CACHES,
     COMMON,
     DECODERS,
+    LENGTH_FIELDS,
     WINDOWS,
     caches_of,
     defaults_of,
@@ -43,7 +44,11 @@ except ImportError as error:
 REDRAW = 0.05  # seconds between two pictures: a fast model decides faster than a browser draws
 NEW_TOKENS = 64
 # Settings that a method or a cache may have, in the order of the page; the seed is one for both methods.
-FIELDS = tuple(name for name in SETTINGS if name not in ("decoding_method", "kv_cache", "seed"))
+# What an adaptive length follows stays as it is: its rule has settings that the other lengths do not have.
+FIELDS = tuple(
+    name for name in SETTINGS if name not in ("decoding_method", "kv_cache", "seed") and name not in LENGTH_FIELDS
+)
+CHOICES = {"window": WINDOWS, "length": ("fixed", "adaptive"), "decoder": tuple(DECODERS)}
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -432,7 +437,7 @@ def _field(name: str, usual: dict[str, Any], method: str) -> gr.components.Compo
     if kind is bool:
         return gr.Checkbox(**shown | {"value": bool(shown["value"])})
     if kind is str:
-        shown = {"choices": list(WINDOWS if name == "window" else DECODERS)} | shown | {"min_width": 200}
+        shown = {"choices": list(CHOICES.get(name, ()))} | shown | {"min_width": 200}
         return gr.Dropdown(**shown, filterable=False)
     return gr.Number(**shown)
 

@@ -53,5 +53,13 @@ SETTINGS: dict[str, tuple[type, str]] = {
     "draft_length": (int, "canvases drafted for each forward (lossless)"),
     "lookahead": (int, "canvases of one more token beside the decided one, of which the surest stays; 0 is off"),
     "lookahead_threshold": (float, "probability from which a token may be looked ahead with (lookahead)"),
+    "length": (str, "fixed, or adaptive: the canvas grows and shrinks by itself, up to max-new-tokens"),
+    "initial_length": (int, "positions of an adaptive canvas at first; 64 when unset"),
+    "length_rule": (str, "rho_eos, rho_eos_tail or daedal: what an adaptive length follows"),
+    "length_low": (float, "share or probability of stop tokens under which an adaptive canvas grows"),
+    "length_high": (float, "share or probability of stop tokens over which it shrinks (rho_eos, rho_eos_tail)"),
+    "length_step": (int, "positions by which an adaptive canvas changes"),
+    "length_schedule": (str, "constant, linear or exponential: how many such steps at once"),
+    "length_window": (int, "predicted stop tokens that its end is judged by (rho_eos_tail, daedal)"),
     "seed": (int, "makes sampling repeatable"),
 }

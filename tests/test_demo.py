@@ -169,7 +169,7 @@ def test_the_page_shows_the_settings_of_its_method_and_a_change_of_method_shows_
     cache, *updates = functions["on_method"][0]("dkv")
     shown = {name for name, update in zip(demo.FIELDS, updates, strict=True) if update["visible"]}
     assert cache["value"] == "dkv" and "exact" not in cache["choices"]
-    common = {"early_stop", "cfg_scale", "suffix_length", "lookahead", "lookahead_threshold"}
+    common = {"early_stop", "cfg_scale", "suffix_length", "lookahead", "lookahead_threshold", "length"}
     assert shown == {"block_length", "steps", "remasking", "cache_delay", "cache_refresh_interval"} | common
     updates = functions["on_cache"][0]("d3llm", "vicinity")
     assert [update["visible"] for update in updates] == [False, True, True, True]

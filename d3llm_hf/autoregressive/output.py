@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..models.answer_count import AnswerCount
+
 
 @dataclass(frozen=True)
-class ARGenerationOutput:
+class ARGenerationOutput(AnswerCount):
     """What [`~.generate.generate`] returns. B rows, P prompt slots, N tokens of the longest answer.
 
     Attributes:

@@ -159,7 +159,7 @@ def decode(bench: ARBench, work: CausalWork, method: str, settings: dict[str, An
             max_new_tokens=bench.new_tokens,
             **_drafter(work, method),
         )
-        tokens = int((output.tokens_per_forward * output.num_forwards).round())
+        tokens = int(output.num_tokens)
         turn.answers.append(output.sequences[0, ids.shape[1] :][:tokens].tolist())
         turn.forwards += int(output.num_forwards)
         turn.drafts += int(output.num_draft_forwards)

@@ -35,7 +35,7 @@ METHODS_AND_CACHES: dict[str, tuple[str, ...]] = {
 
 # Settings of which the plain loops have but one value.
 FIXED = frozenset({"remasking", "cfg_scale", "lossless", "draft_length", "suffix_length"}) | {
-    *("window", "window_span", "threshold_relaxation", "lookahead", "lookahead_threshold")
+    *("window", "window_span", "threshold_relaxation", "lookahead", "lookahead_threshold", "length")
 }
 
 

@@ -167,8 +167,7 @@ def value_of(option: str, name: str, text: str) -> Any:
 def statistics(output, seconds: float) -> str:
     """One line about a generation of one row: tokens before the stop token, forwards, their ratio, and time."""
     forwards = int(output.num_forwards[0])
-    per_forward = float(output.tokens_per_forward[0])
-    tokens = round(per_forward * forwards)
+    per_forward, tokens = float(output.tokens_per_forward[0]), int(output.num_tokens[0])
     return (
         f"{tokens} tokens in {forwards} forwards ({per_forward:.2f} tokens per forward), {seconds:.2f} s "
         f"({tokens / max(seconds, 1e-9):.1f} tokens/s)"

@@ -36,7 +36,7 @@ SCHEMA = {
         "answer": {"type": "integer", "minimum": 0, "maximum": 999},
     },
 }
-WORKED = Form([text(52), "\n#### ", integer(0, 999)])
+WORKED = Form([text(52, lines=True), "#### ", integer(0, 999)])
 ANSWER = Form(["#### ", integer(0, 999)])
 JSON = form_of_schema(SCHEMA, string_slots=14)
 
@@ -80,7 +80,7 @@ def _filling(form: Form) -> Callable[..., None]:
 
 WAYS: dict[str, Callable[..., None]] = {
     "free text": _free,
-    '`[text(52), "\\n#### ", integer(0, 999)]`': _filling(WORKED),
+    '`[text(52, lines=True), "#### ", integer(0, 999)]`': _filling(WORKED),
     '`["#### ", integer(0, 999)]`': _filling(ANSWER),
     '`{"steps": [...], "answer": ...}`': _filling(JSON),
 }

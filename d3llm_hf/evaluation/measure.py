@@ -65,11 +65,12 @@ class Tally:
             own = {name: value for name, value in settings.items() if name != "decoding_method"}
             output = generate_causal(model, **inputs, method=settings["decoding_method"], settings=own, **more)
         else:
-            output = model.generate(**inputs, **settings, **more, do_sample=False, return_dict_in_generate=True)
+            arguments = more | settings  # a setting may be a length
+            output = model.generate(**inputs, **arguments, do_sample=False, return_dict_in_generate=True)
         self.cpu_seconds += time.process_time() - cpu_began
         self.seconds += time.perf_counter() - began
         answers = output.sequences[:, inputs["input_ids"].shape[1] :]
-        lengths = (output.tokens_per_forward * output.num_forwards).round().long().tolist()
+        lengths = output.num_tokens.tolist()
         self.answers += zip(answers.tolist(), lengths, strict=True)
         self.tokens += sum(lengths)
         self.forwards += int(output.num_forwards.sum())
@@ -83,17 +84,17 @@ class Tally:
         Returns:
             `accuracy` in percent of exact matches of the number after `####`; `tpf`, answer tokens of all problems (up
             to and excluding the stop token) over all forwards of all rows; `tpf_reference`, the same over the d3LLM
-            code's count of forwards; `positions_per_token`; `tokens`, `forwards`; `seconds` of wall clock in
-            `generate` and `cpu_seconds` of the processor; `equal_tokens`, percent of the positions before the later
-            stop token that hold the same token in both; `differing_answers`; `forwards_saved` in percent;
+            code's count of forwards; `positions_per_token`; `tokens`, `forwards`, `positions`; `seconds` of wall
+            clock in `generate` and `cpu_seconds` of the processor; `equal_tokens`, percent of the positions before the
+            later stop token that hold the same token in both; `differing_answers`; `forwards_saved` in percent;
             `relative_cpu`, the ratio of processor seconds.
         """
         pairs = list(zip(self.answers, base.answers, strict=True))
         longer = [max(length, other) for (_, length), (_, other) in pairs]
         equal = sum(
-            ours[column] == theirs[column]
+            one == other
             for ((ours, _), (theirs, _)), length in zip(pairs, longer, strict=True)
-            for column in range(length)
+            for one, other in zip(ours[:length], theirs[:length], strict=False)  # a shorter canvas ends before
         )
         return {
             "accuracy": round(100 * self.correct / len(self.answers), 2),
@@ -102,6 +103,7 @@ class Tally:
             "positions_per_token": round(self.positions / max(1, self.tokens), 1),
             "tokens": self.tokens,
             "forwards": self.forwards,
+            "positions": self.positions,
             "seconds": round(self.seconds, 1),
             "cpu_seconds": round(self.cpu_seconds, 1),
             "equal_tokens": round(100 * equal / max(1, sum(longer)), 2),
@@ -134,7 +136,8 @@ def measure(
             chats = [[{"role": "user", "content": problem.question}] for problem in batch]
             inputs = encode_chats(tokenizer, chats).to(model.device)
             for settings in suite.rows.values() if number == 0 else ():
-                Tally().generate(model, inputs, settings, max_new_tokens=1)
+                other = {name: value for name, value in settings.items() if name != "max_new_tokens"}
+                Tally().generate(model, inputs, other, max_new_tokens=settings.get("initial_length", 1))
             for name, settings in suite.rows.items():
                 answers = tallies[name].generate(model, inputs, settings, max_new_tokens=max_new_tokens)
                 texts = tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -7,9 +7,11 @@ caches      every kind of cache against none, also on a larger random model
 lossless    one token a forward against the same tokens in fewer forwards
 suffix      the whole canvas against a shortened suffix
 windows     blocks against windows that slide, relaxed thresholds and lookahead
+length      a length that finds itself against fixed ones, good and bad
 causal      what the model card of an embedded causal checkpoint compares
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,7 +245,44 @@ WINDOWS = Suite(
     ),
 )
 
+_FOUND: dict[str, Settings] = {
+    "rho-EOS": {"length_rule": "rho_eos"},
+    "rho-EOS, as its code": {"length_rule": "rho_eos_tail"},
+    "DAEDAL": {"length_rule": "daedal"},
+    "DAEDAL, near end": {"length_rule": "daedal", "length_window": 8},
+}
+
+
+def _found(names: Sequence[str]) -> dict[str, Settings]:
+    """Rules that find a length, from a first one and under a limit."""
+    return {
+        f"{name}, {first} to {limit}": _FOUND[name]
+        | {"length": "adaptive", "initial_length": first, "max_new_tokens": limit}
+        for first, limit in ((32, 64), (64, 128))
+        for name in names
+    }
+
+
+LENGTH = Suite(
+    **_joined(
+        with_variants(
+            "by confidence",
+            FAST_DLLM,
+            {f"{n} positions": {"max_new_tokens": n} for n in (32, 48, 80, 128, 192)} | _found([*_FOUND]),
+        ),
+        with_variants("multi-block", MULTI_BLOCK, _found(["rho-EOS", "DAEDAL, near end"])),
+    ),
+    columns=("name", "added", "accuracy", "positions", "forwards", "tpf", "seconds", "cpu_seconds"),
+    notes=(
+        "The first row of each group has a canvas of 64 positions, as long as the answers on which these checkpoints "
+        "were trained; others are shorter, or 1.25, 2 and 3 times as long (4 times as long does not fit into their "
+        "256 positions), or find their length between a first one and a limit. Positions and forwards are those of "
+        "all problems together. Greedy, in batches of 25, which are as wide as their longest row; seconds are those "
+        "in `generate`, the settings taking turns batch by batch, CPU s the processor's time of one thread."
+    ),
+)
+
 SUITES: dict[str, Suite] = {
     "card": CARD, "block_card": BLOCK_CARD, "methods": METHODS, "caches": CACHES, "lossless": LOSSLESS,
-    "suffix": SUFFIX, "windows": WINDOWS, "causal": CAUSAL,
+    "suffix": SUFFIX, "windows": WINDOWS, "length": LENGTH, "causal": CAUSAL,
 }  # fmt: skip

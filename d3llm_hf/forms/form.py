@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -21,7 +22,7 @@ class Form:
             characters. Each piece is cut into tokens as it is beside an example of its holes.
 
     Raises:
-        TypeError, ValueError: for other parts, or without a hole.
+        TypeError, ValueError: for other parts, without a hole, or with a line feed behind a text of several lines.
     """
 
     parts: tuple[str | Hole, ...]
@@ -42,7 +43,15 @@ class Form:
                 )
         if not any(isinstance(part, Hole) for part in parts):
             raise ValueError(f"`form` must have at least one hole (got {len(parts)} texts). Nothing is to be filled.")
-        object.__setattr__(self, "parts", tuple(part for part in parts if part != ""))
+        kept = tuple(part for part in parts if part != "")
+        for part, behind in pairwise(kept):
+            if isinstance(part, Hole) and part.lines and isinstance(behind, str) and behind.startswith("\n"):
+                raise ValueError(
+                    "`form` must not go on with a line feed behind a text of several lines, which would end at its "
+                    f"first one (got {behind[:20]!r}). Begin with what follows it: the text ends with a line feed of "
+                    "its own."
+                )
+        object.__setattr__(self, "parts", kept)
 
     @property
     def holes(self) -> list[Hole]:

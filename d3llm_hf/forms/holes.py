@@ -29,11 +29,13 @@ class Hole:
         fillings: what might need most positions, each a sequence of texts and of holes; the hole gets as many as the
             longest of them.
         slots: positions in place of those.
+        lines: whether its text may go on in another line.
     """
 
     language: Language
     fillings: tuple[tuple["str | Hole", ...], ...] = ()
     slots: int | None = None
+    lines: bool = False
 
     @property
     def weight(self) -> int:
@@ -69,18 +71,23 @@ def language_of(parts: Sequence["str | Hole"]) -> Language:
     return sequence(*(literal(part) if isinstance(part, str) else part.language for part in parts))
 
 
-def text(slots: int = SLOTS, *, least: int = 0, most: int | None = None) -> Hole:
-    """A line of text: any characters but control characters such as line feeds.
+def text(slots: int = SLOTS, *, least: int = 0, most: int | None = None, lines: bool = False) -> Hole:
+    """A line of text, or several: any characters but control characters.
 
     Args:
         slots (`int`): positions of the hole; what the text does not need is closed up.
         least, most (`int`, *optional*): characters.
+        lines (`bool`): whether line feeds are among them. The text behind such a hole begins with none: the hole ends
+            where the model goes on with that text, which would be at its first line.
 
     Raises:
-        TypeError, ValueError: for numbers that are no counts, or in the wrong order.
+        TypeError, ValueError: for numbers that are no counts, or in the wrong order, and `lines` that is no truth.
     """
     slots, (least, most) = count("slots", slots, 1), _lengths(least, most)
-    return Hole(Repeated(characters(without=""), least, most), slots=slots)
+    if not isinstance(lines, bool):
+        raise TypeError(f"`lines` must be True or False (got {lines!r}). Leave it out for a single line.")
+    character = characters(without="")
+    return Hole(Repeated(Either((character, literal("\n"))) if lines else character, least, most), (), slots, lines)
 
 
 def string(slots: int = SLOTS, *, least: int = 0, most: int | None = None) -> Hole:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .adaptive_length import AdaptiveLength
 from .cache import SlotCache
 from .caching import PLANS, Plan, spent_by_reference
 from .call import Call, check_contract
@@ -205,6 +206,8 @@ class CanvasRows(RowsAtWork):
     def _begin(self, call: Call) -> None:
         canvas, rules = call.canvas, call.rules
         state = canvas.start(rules)
+        self.adaptive = AdaptiveLength(rules, call.stop_ids, canvas, call.least)
+        self.adaptive.begin(state)
         ledger = Ledger(call, state)
         self._compiled = call.compiled
         self.rules, self.stop_ids = rules, call.stop_ids
@@ -265,20 +268,23 @@ class CanvasRows(RowsAtWork):
         # 4. Forward them; logits of the candidates only, and of decided positions that may still change
         asked = among | trial.unsettled
         scored = asked | candidates(trial, rules, ahead=1) if rules.scores_ahead else asked
-        row, column = scored.nonzero(as_tuple=True)  # (n,) each
+        row, column = self.adaptive.heard(scored, trial).nonzero(as_tuple=True)  # (n,) each
         where = row, column
         logits, computed = self._logits(drawn, trial, recompute, where)
         counts.computed.index_add_(0, trial.rows, computed)
         counts.stored.index_add_(0, trial.rows, drawn.only_stores(trial).long())
 
         # 5. Score the candidates: a token and a cost each
-        scores = self.scorer(model.text_logits(logits), trial, drawn, where)
+        logits, where = self.adaptive.read(model.text_logits(logits), scored, where)
+        scores = self.scorer(logits, trial, drawn, where)
         scores.broken *= asked  # of what is looked at for drafts or a history alone nothing is asked
 
-        # 6. Commit what the rules choose, take back, replace, settle which canvases stay; fill after a stop
+        # 6. Commit what the rules choose, take back, replace, settle which canvases stay; fill after a stop; lengthen
+        #    or shorten the canvas
         commits, forced = choose(scores.cost, scores.force_cost, among, trial, rules)
         tokens = torch.where(forced, scores.best_tokens, scores.tokens)
         commits = self.scorer.processors.compatible(commits, tokens, scores.cost, trial, drawn)
+        commits = self.adaptive.permitted(commits, trial)
         revoked = take_back(scores.cost, commits, trial, rules)
         trial.forward = trial.forward + 1
         commit(trial, commits, tokens)
@@ -291,8 +297,9 @@ class CanvasRows(RowsAtWork):
         if rules.eos_fill and stop_ids is not None and canvas.fill_token_id is not None:
             filled = state.undecided.any(1)
             fill_after_stop(state, stop, canvas.fill_token_id)
+        self.adaptive.change(state, stop)
         self.state = state
-        return finished(state, rules, stop), filled, further, scores.broken.amax(1)
+        return finished(state, rules, state.stop(stop_ids, canvas.may_stop)), filled, further, scores.broken.amax(1)
 
     def _logits(
         self, drawn: Canvas, trial: State, recompute: torch.Tensor | None, where: tuple[torch.Tensor, torch.Tensor]

@@ -21,13 +21,14 @@ from .wrappers import check_wrapping, wrapper_of
 
 @dataclass
 class Counts:
-    """What was counted of B rows, `(B,)` long each: see `D3LLMGenerationOutput`."""
+    """What was counted of B rows, `(B,)` long each: see `D3LLMGenerationOutput`; `extent` is its `canvas_length`."""
 
     forwards: torch.Tensor
     reference: torch.Tensor
     stored: torch.Tensor
     computed: torch.Tensor
     revoked: torch.Tensor
+    extent: torch.Tensor
 
 
 @dataclass
@@ -191,6 +192,12 @@ class Call:
         return bool(self.config.do_sample)
 
     @property
+    def least(self) -> int:
+        """Positions that an answer must have, at least one."""
+        least = (self.config.min_length or 0) - self.shown.shape[1]
+        return max(1, least, self.config.min_new_tokens or 0)
+
+    @property
     def suspects(self) -> dict[str, float]:
         """Settings that can take a finite logit beyond float32, with their values."""
         return {"cfg_scale": self.rules.cfg_scale} if self.rules.cfg_scale else {}
@@ -205,11 +212,11 @@ class Call:
         """Calls of one kind may share forwards; `None` where a call can only be decoded by itself.
 
         By itself: with infilling, embeddings, token types or arguments for the forward, whose canvases differ; with
-        processors that read texts, which are made for one batch; with compiled forwards, whose shapes stay; within a
-        wrapper whose hooks hold for one call.
+        processors that read texts, which are made for one batch; with compiled forwards, whose shapes stay; with a
+        length that finds itself, whose limit is its canvas' width; within a wrapper whose hooks hold for one call.
         """
         canvas = self.canvas
-        special = canvas.is_infilling or canvas.model_kwargs or self.compiled or self.wrapped
+        special = canvas.is_infilling or canvas.model_kwargs or self.compiled or self.wrapped or self.rules.length_rule
         given = (canvas.prompt_embeds, canvas.token_types)
         if special or any(value is not None for value in given) or not is_row_wise(self.processors):
             return None
@@ -226,21 +233,21 @@ class Call:
             self.stream.__enter__()
 
     def follow(
-        self, tokens: torch.Tensor, rows: list[int], ends: list[int], limits: list[int]
+        self, tokens: torch.Tensor, rows: list[int], ends: list[int], limits: list[int], extents: list[int]
     ) -> tuple[set[int], list[int]]:
         """Follows the decided prefixes after a forward: criteria first, then the stream.
 
         Args:
             tokens (`(B, N)` long): of all rows.
             rows: those that took part.
-            ends, limits: of all rows the length of the decided prefix, and of the draft.
+            ends, limits, extents: of all rows the length of the decided prefix, of the draft, and of the canvas.
 
         Returns:
             the rows that a criterion ends, and the lengths of all prefixes, which end there.
         """
         stopped = self._ask_criteria(tokens, rows, ends) if self.criteria else set()
         if self.stream is not None:
-            self.stream.follow(tokens, rows, self._prefix, ends, limits, stopped)
+            self.stream.follow(tokens, rows, self._prefix, ends, limits, extents, stopped)
         self._prefix = ends
         return stopped, ends
 
@@ -338,10 +345,11 @@ class Call:
 
 def check_contract(model: Any, mask: torch.Tensor | None, rules: Rules, *, batch: int, in_blocks: bool) -> None:
     """What can be known of a model's contract before the first forward of so many rows; see there."""
+    ragged = "length" if rules.length_rule else "suffix_length" if rules.suffix_length is not None else None
     model.check_contract(
         mask,
         cached=rules.kv_cache != "none",
-        ragged=rules.suffix_length is not None and batch * rules.canvases > 1,
+        ragged=ragged if batch * rules.canvases > 1 else None,
         in_blocks=in_blocks,
         shadowed=rules.shadow_block,
     )

@@ -104,7 +104,8 @@ class Canvas:
 
         Raises:
             ValueError: without a mask token, for a right-padded prompt, beyond the model's positions, for an
-                `infill_mask` that does not fit the prompt, or for infilling with a `suffix_length` or a `topology`.
+                `infill_mask` that does not fit the prompt, or for infilling with a `suffix_length`, an adaptive
+                `length` or a `topology`.
         """
         # 1. Text and length
         mask_token_id = generation_config.mask_token_id
@@ -140,6 +141,11 @@ class Canvas:
             raise ValueError(
                 "`suffix_length` cannot be combined with infilling: a hole is filled by the text behind it, which it "
                 f"would hide (got {generation_config.suffix_length}). Leave it unset."
+            )
+        if holes is not None and generation_config.length == "adaptive":
+            raise ValueError(
+                '`length="adaptive"` cannot be combined with infilling: a hole is as long as it was made (got both). '
+                "Leave `length` unset."
             )
         if holes is not None and topology is not None:
             raise ValueError(
@@ -360,18 +366,21 @@ class Canvas:
     def _seen(self, state: State, rules: Rules) -> tuple[torch.Tensor, int, torch.Tensor | None]:
         """What a forward sees of the canvas: everything, or so many positions behind a row's last open block.
 
-        Of a block-causal canvas none, since nothing looks at them; nor a position that is decided alone, which the
-        one before it predicts, unless none is before it.
+        Where a row's length finds itself, as much as it has now. Of a block-causal canvas none, since nothing looks at
+        them; nor a position that is decided alone, which the one before it predicts, unless none is before it.
 
         Returns:
             the slots `(B,)` behind what each row sees; S, the largest of them; and the attention mask `(B, S)`, `None`
             where every row sees all S slots.
         """
         limit = torch.full_like(self.first, self.length) if self.ends is None else self.ends
-        if rules.suffix_length is None and self.blocks is None:
+        if rules.length_rule is not None:
+            end = self.prompt_length + state.length + state.tail
+        elif rules.suffix_length is None and self.blocks is None:
             return limit, self.length, self.mask
-        further = min(rules.suffix_length or 0, self.length)
-        end = torch.minimum(self.prompt_length + state.reach(rules) - state.alone.long() + further, limit)
+        else:
+            further = min(rules.suffix_length or 0, self.length)
+            end = torch.minimum(self.prompt_length + state.reach(rules) - state.alone.long() + further, limit)
         end = torch.maximum(end, self.first + 1)
         least, seen = torch.stack(end.aminmax()).tolist()  # a host sync
         mask = None if self.mask is None else self.mask[:, :seen]

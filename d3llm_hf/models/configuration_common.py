@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .architecture import refusing
+
 
 if TYPE_CHECKING:  # what it is mixed into
     from transformers.configuration_utils import PreTrainedConfig
@@ -74,4 +76,18 @@ class DerivingConfigMixin(PreTrainedConfig):
         return super().from_dict(kept | given, **kwargs)
 
 
-__all__ = ["QK_NORM_PLAN", "DerivingConfigMixin"]
+class QwenConfigMixin(DerivingConfigMixin):
+    """What the configs of the families on Qwen's decoder share beside."""
+
+    def __post_init__(self, **kwargs):
+        kwargs = self.take_aliases(kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+        with refusing():
+            self.validate_architecture()
+        self.layer_types = ["full_attention"] * self.num_hidden_layers
+        self.rope_theta = self.rope_parameters["rope_theta"]  # the key that engines of the official code read
+
+
+__all__ = ["QK_NORM_PLAN", "DerivingConfigMixin", "QwenConfigMixin"]

@@ -3,8 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .architecture import refuse_another_architecture, refusing
-from .configuration_common import DerivingConfigMixin
+from .architecture import refuse_another_architecture
+from .configuration_common import QwenConfigMixin
 
 
 # Keys of Qwen2's relatives, with the value that is implemented.
@@ -12,7 +12,7 @@ _ONLY_VARIANT = {"attention_bias": True, "mlp_bias": False, "qkv_bias": True}
 
 
 @strict
-class DreamConfig(DerivingConfigMixin, PreTrainedConfig):
+class DreamConfig(QwenConfigMixin, PreTrainedConfig):
     r"""Configuration of a [`DreamModel`]: the keys of `Dream-org/Dream-v0-Instruct-7B`, which are Qwen2's.
 
     Keys that describe another architecture (experts, windows, norms of queries, images) are refused. All other keys
@@ -57,16 +57,6 @@ class DreamConfig(DerivingConfigMixin, PreTrainedConfig):
     bos_token_id: int | None = 151643
     eos_token_id: int | list[int] | None = 151643
     pad_token_id: int | None = 151643
-
-    def __post_init__(self, **kwargs):
-        kwargs = self.take_aliases(kwargs)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        super().__post_init__(**kwargs)
-        with refusing():
-            self.validate_architecture()
-        self.layer_types = ["full_attention"] * self.num_hidden_layers
-        self.rope_theta = self.rope_parameters["rope_theta"]  # the key that engines of the official code read
 
     def validate_architecture(self):
         """Part of `@strict`'s validation: refuses what Dream is not."""

@@ -5,8 +5,8 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .architecture import refuse_another_architecture, refusing
-from .configuration_common import QK_NORM_PLAN, DerivingConfigMixin
+from .architecture import refuse_another_architecture
+from .configuration_common import QK_NORM_PLAN, QwenConfigMixin
 
 
 # Keys of Qwen2's relatives, with the value that is implemented.
@@ -14,7 +14,7 @@ _ONLY_VARIANT = {"attention_bias": True, "mlp_bias": False, "qkv_bias": True}
 
 
 @strict
-class Fast_dLLM_QwenConfig(DerivingConfigMixin, PreTrainedConfig):
+class Fast_dLLM_QwenConfig(QwenConfigMixin, PreTrainedConfig):
     r"""Configuration of a [`Fast_dLLM_QwenForCausalLM`]: the keys of `Efficient-Large-Model/Fast_dLLM_v2_7B`.
 
     They are Qwen2's, with the official class's defaults. Keys that describe another architecture (experts, windows,
@@ -67,14 +67,7 @@ class Fast_dLLM_QwenConfig(DerivingConfigMixin, PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        kwargs = self.take_aliases(kwargs)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
-        with refusing():
-            self.validate_architecture()
-        self.layer_types = ["full_attention"] * self.num_hidden_layers
-        self.rope_theta = self.rope_parameters["rope_theta"]  # the key that engines of the official code read
         if self.qk_norm:  # of this model alone
             own = type(self).base_model_tp_plan | QK_NORM_PLAN
             self.base_model_tp_plan = own  # type: ignore[misc]  # read of the config, not of its class

@@ -5,12 +5,12 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .architecture import refuse_another_architecture, refusing
-from .configuration_common import DerivingConfigMixin
+from .architecture import refuse_another_architecture
+from .configuration_common import QwenConfigMixin
 
 
 @strict
-class ReFusionConfig(DerivingConfigMixin, PreTrainedConfig):
+class ReFusionConfig(QwenConfigMixin, PreTrainedConfig):
     r"""Configuration of a [`ReFusionForCausalLM`]: the keys of Qwen3, and `mask_token_id`.
 
     Official files say `model_type` "qwen3", as any Qwen3 does; `ReFusionForCausalLM.from_pretrained` reads them, and
@@ -35,7 +35,7 @@ class ReFusionConfig(DerivingConfigMixin, PreTrainedConfig):
     """
 
     model_type = "refusion"
-    base_model_tp_plan: ClassVar[dict[str, str]] = DerivingConfigMixin.base_model_tp_plan | {
+    base_model_tp_plan: ClassVar[dict[str, str]] = QwenConfigMixin.base_model_tp_plan | {
         "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
     }
@@ -63,16 +63,6 @@ class ReFusionConfig(DerivingConfigMixin, PreTrainedConfig):
     bos_token_id: int | None = 151669
     eos_token_id: int | list[int] | None = 151645
     pad_token_id: int | None = None
-
-    def __post_init__(self, **kwargs):
-        kwargs = self.take_aliases(kwargs)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        super().__post_init__(**kwargs)
-        with refusing():
-            self.validate_architecture()
-        self.layer_types = ["full_attention"] * self.num_hidden_layers
-        self.rope_theta = self.rope_parameters["rope_theta"]  # the key that the official code reads
 
     def validate_architecture(self):
         """Part of `@strict`'s validation: refuses what ReFusion is not.

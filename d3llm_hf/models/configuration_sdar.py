@@ -5,12 +5,12 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .architecture import refuse_another_architecture, refusing
-from .configuration_common import QK_NORM_PLAN, DerivingConfigMixin
+from .architecture import refuse_another_architecture
+from .configuration_common import QK_NORM_PLAN, QwenConfigMixin
 
 
 @strict
-class SDARConfig(DerivingConfigMixin, PreTrainedConfig):
+class SDARConfig(QwenConfigMixin, PreTrainedConfig):
     r"""Configuration of a [`SDARForCausalLM`]: the keys of `JetLM/SDAR-4B-Chat`, which are Qwen3's.
 
     Keys that describe another architecture (experts, windows, images) are refused. All other keys of a config.json are
@@ -40,7 +40,7 @@ class SDARConfig(DerivingConfigMixin, PreTrainedConfig):
     attribute_map: ClassVar[dict[str, str]] = {"block_length": "block_size"}
     # Keys that would describe another architecture elsewhere.
     own_keys: ClassVar[frozenset[str]] = frozenset({"block_size", "qk_norm"})
-    base_model_tp_plan: ClassVar[dict[str, str]] = DerivingConfigMixin.base_model_tp_plan | QK_NORM_PLAN
+    base_model_tp_plan: ClassVar[dict[str, str]] = QwenConfigMixin.base_model_tp_plan | QK_NORM_PLAN
 
     vocab_size: int = 151936
     hidden_size: int = 2560
@@ -69,16 +69,9 @@ class SDARConfig(DerivingConfigMixin, PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        kwargs = self.take_aliases(kwargs)
         if kwargs.get("attn_implementation") == "flex_attention":  # of the official training, which packs samples
             del kwargs["attn_implementation"]
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
-        with refusing():
-            self.validate_architecture()
-        self.layer_types = ["full_attention"] * self.num_hidden_layers
-        self.rope_theta = self.rope_parameters["rope_theta"]  # the key that engines of the official code read
         if not self.qk_norm:  # of this model alone
             plan = type(self).base_model_tp_plan.items()
             own = {name: rule for name, rule in plan if name not in QK_NORM_PLAN}

@@ -157,7 +157,7 @@ class CanvasContract(Module):
         self,
         attention_mask: torch.Tensor | None,
         cached: bool,
-        ragged: bool = False,
+        ragged: str | None = None,
         in_blocks: bool = False,
         shadowed: bool = False,
     ) -> None:
@@ -166,7 +166,8 @@ class CanvasContract(Module):
         Args:
             attention_mask (`(B, L)` bool, *optional*): of the canvases.
             cached: whether the decoder wants to keep keys and values.
-            ragged: whether rows or drafts of one forward may see different numbers of slots, as a mask has to say.
+            ragged: the setting for which rows or drafts of one forward may see different numbers of slots, as a mask
+                has to say; `None` where they do not.
             in_blocks: whether a mask has to say what each slot sees.
             shadowed: whether slots of a shadow block lie behind the canvas.
 
@@ -211,12 +212,12 @@ class CanvasContract(Module):
         takes_mask = self.accepted({"attention_mask": None})
         if ragged and not takes_mask:
             raise ValueError(
-                f"`suffix_length` needs an `attention_mask` where rows see different numbers of positions (got {name},"
+                f"`{ragged}` needs an `attention_mask` where rows see different numbers of positions (got {name},"
                 " whose forward takes none). Generate prompts one by one, or leave it unset."
             )
         if ragged and not reads_windows:
             raise ValueError(
-                "`suffix_length` of a batch with a cache needs another attention implementation (got "
+                f"`{ragged}` of a batch with a cache needs another attention implementation (got "
                 f"{self.config._attn_implementation!r}, which masks only what lies before a row's text). Load the "
                 'model with `attn_implementation="sdpa"`, pass `kv_cache="none"`, or generate prompts one by one.'
             )
@@ -224,10 +225,10 @@ class CanvasContract(Module):
         if not padded and not ragged:
             return
         if takes_mask and takes_positions and not self._reads_padding():
-            hiding = "`attention_mask`" if padded else "`suffix_length`"
+            hiding = "attention_mask" if padded else ragged
             raise ValueError(
-                f"{hiding} must not hide positions from {name}: its forward sees them, or places a text otherwise "
-                "behind them. Generate prompts of one length together, without `suffix_length`, or set "
+                f"`{hiding}` must not hide positions from {name}: its forward sees them, or places a text otherwise "
+                f"behind them. Generate prompts of one length together, without `{ragged or 'suffix_length'}`, or set "
                 "`supports_padding = True` on the class if that is not so."
             )
         if not padded or (reads_windows and takes_positions and takes_mask):

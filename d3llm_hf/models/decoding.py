@@ -88,6 +88,13 @@ class Rules:
         serial_num_blocks: parts of the answer that are decided one after the other, of whole slots.
         slot_threshold: probability of its first token above which a slot is verified.
         token_threshold: probability above which a drafted token holds.
+        length_rule: what says how long a row's canvas is, one of those of `adaptive_length.py`; `None` where the call
+            said it.
+        initial_length: positions of such a canvas before the first forward.
+        length_low, length_high: signal under which it grows, and over which it shrinks.
+        length_step: positions by which it changes, or a multiple of them.
+        length_schedule: which multiple, a key of `adaptive_length.SCHEDULES`.
+        length_window: predicted stop tokens that count, from the canvas' end.
     """
 
     block_length: int
@@ -145,6 +152,13 @@ class Rules:
     serial_num_blocks: int = 1
     slot_threshold: float = 1.0
     token_threshold: float = 1.0
+    length_rule: str | None = None
+    initial_length: int = 0
+    length_low: float = 0.0
+    length_high: float = float("inf")
+    length_step: int = 8
+    length_schedule: str = "constant"
+    length_window: int = 32
 
     @property
     def left_to_right(self) -> bool:
@@ -172,7 +186,8 @@ class State:
         step_map (`(B, N)` long): the forward (from 1) that committed the position, -1 where none did; the last one
             where it was taken back in between.
         rows (`(B,)` long): index of the row in the batch that `generate` was given.
-        length (`(B,)` long): positions that the row has to decide; the columns behind them are nobody's.
+        length (`(B,)` long): positions that the row has to decide; the columns behind them are nobody's. It changes
+            where the rules let it find itself.
         slots (`(B, N)` long): where in the text a position lies; neighbours are neighbours there.
         offset (`(B,)` long): given tokens at the start of the first block; 0 unless blocks are aligned to the text.
         step (`(B,)` long): decoding steps made; one a forward, or several where drafts are verified together.
@@ -189,6 +204,9 @@ class State:
         revoked (`(B,)` long): how often a position was taken back.
         calm (`(B, N)` long): forwards in a row, up to the last, that left a position's distribution nearly as it was;
             0 where nobody remembers it.
+        finding (`(B,)` bool): whether `length` may still change; nowhere unless it finds itself.
+        held (`(B,)` bool): whether what is decided may still be cut off with the end of the canvas.
+        tail (`(B,)` long): given stop tokens behind the positions to decide, which are seen and are no answer.
         forward (`(B,)` long): forwards made, in all of which the row took part.
     """
 
@@ -213,6 +231,9 @@ class State:
     reviews: torch.Tensor
     revoked: torch.Tensor
     calm: torch.Tensor
+    finding: torch.Tensor
+    held: torch.Tensor
+    tail: torch.Tensor
     forward: torch.Tensor
 
     @classmethod
@@ -260,6 +281,9 @@ class State:
             reviews=full(batch, blocks),
             revoked=full(batch),
             calm=full(batch, length),
+            finding=full(batch, value=False, dtype=torch.bool),
+            held=full(batch, value=False, dtype=torch.bool),
+            tail=full(batch),
             forward=full(batch),
         )
         state.active[:, 0] = rules.block_activation_threshold <= 1
@@ -323,7 +347,8 @@ class State:
 
     def stop(self, stop_ids: torch.Tensor | None, may_stop: torch.Tensor) -> torch.Tensor:
         """Column of the first decided stop token `(B,)` among the positions `(B, N)` at which one ends a row, or N."""
-        return stop_position(self.tokens, ~self.undecided & may_stop, stop_ids)
+        column = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return stop_position(self.tokens, ~self.undecided & may_stop & (column < self.length[:, None]), stop_ids)
 
     @staticmethod
     def cat(states: list["State"]) -> "State":
@@ -471,6 +496,26 @@ def revise(state: State, rules: Rules, commits: torch.Tensor, tokens: torch.Tens
     if not rules.max_post_steps:
         through = state.per_block(state.undecided, rules) == 0
     state.unsettled = (looked_at | commits) & ~through.gather(1, state.block_of(rules))
+
+
+def resize(state: State, rules: Rules, length: torch.Tensor, mask_token_id: int) -> None:
+    """Gives rows another `length` `(B,)`: what is new is undecided, what lies behind is nobody's.
+
+    A block that is cut off has never been open; one that is cut short, or goes on, stays as open as it was.
+    """
+    column = torch.arange(state.tokens.shape[1], device=length.device)
+    new = (column >= state.length[:, None]) & (column < length[:, None])
+    gone = column >= (length + state.tail)[:, None]
+    state.tokens = state.tokens.masked_fill(new | gone, mask_token_id)
+    state.step_map = state.step_map.masked_fill(new | gone, -1)
+    state.undecided = (state.undecided | new) & ~gone
+    state.unsettled = state.unsettled & ~gone
+    state.changed = (state.changed | new) & ~gone
+    state.calm = state.calm.masked_fill(new | gone, 0)
+    state.length = length
+    state.open_count = torch.minimum(state.open_count, state.blocks(rules)).clamp_min(1)
+    block = torch.arange(state.active.shape[1], device=length.device)
+    state.active = state.active & (block < state.open_count[:, None])
 
 
 def fill_after_stop(state: State, stop: torch.Tensor, fill_token_id: int) -> None:

@@ -19,13 +19,17 @@ from .methods import (
     CACHES,
     COMMON,
     DECODERS,
+    DEFAULT_LENGTH_RULE,
     DEFAULT_METHOD,
     IN_SHADOWS,
     IN_SLOTS,
     INSIDE_BLOCKS,
+    LENGTH_FIELDS,
+    LENGTHS,
     METHODS,
     OPENING,
     REMASKING,
+    SCHEDULES,
     WINDOWS,
     caches_of,
     casts_shadows,
@@ -89,6 +93,14 @@ FIELDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "draft_length": ((int,), "a positive integer (canvases)", lambda v: v > 0),
     "lookahead": ((int,), "a non-negative integer (canvases)", lambda v: v >= 0),
     "lookahead_threshold": (NUMBER, "a probability in (0, 1]", lambda v: 0 < v <= 1),
+    "length": ((str,), '"fixed" or "adaptive"', lambda v: v in ("fixed", "adaptive")),
+    "initial_length": ((int,), "a positive integer (positions)", lambda v: v > 0),
+    "length_rule": ((str,), "one of {lengths}", lambda v: v in LENGTHS),
+    "length_low": (NUMBER, "a fraction in [0, 1]", lambda v: 0 <= v <= 1),
+    "length_high": (NUMBER, "a fraction in [0, 1]", lambda v: 0 <= v <= 1),
+    "length_step": ((int,), "a positive integer (positions)", lambda v: v > 0),
+    "length_schedule": ((str,), "one of {schedules}", lambda v: v in SCHEDULES),
+    "length_window": ((int,), "a positive integer (positions)", lambda v: v > 0),
     "infill": ((bool,), "True or False", lambda v: True),
     "seed": ((int, list, tuple), "a non-negative integer, or a list of one for each row", lambda v: _are_seeds(v)),
     "mask_token_id": ((int,), "a token id", lambda v: v >= 0),
@@ -207,7 +219,19 @@ class D3LLMGenerationConfig(GenerationConfig):
         lookahead (`int`): canvases that each forward runs over beside the decided one, each with one more token, the
             surest one first (LoPA); a row goes on with the canvas that looks surest. Not lossless: fewer forwards, so
             many times the positions, and another text. 0 is none.
-        lookahead_threshold (`float`): probability from which a token may be looked ahead with; any when unset.
+        lookahead_threshold (`float`): probability from which a token may be looked ahead with; when unset any where a
+            window slides, and 0.6 in blocks, at whose ends only unsure tokens are left.
+        length (`str`): `"fixed"`, a canvas of `max_new_tokens`; or `"adaptive"`, one that grows and shrinks with what
+            the model predicts on it, where `max_new_tokens` is the limit.
+        initial_length (`int`): positions of an adaptive canvas before the first forward, 64 when unset.
+        length_rule (`str`): what it follows: `"rho_eos"` (rho-EOS), the share of the undecided positions that would be
+            stop tokens; `"rho_eos_tail"`, how surely its end is stop tokens, as rho-EOS's code has it; `"daedal"`, the
+            same before anything is decided (DAEDAL's first stage), when it only grows.
+        length_low, length_high (`float`): share or probability under which it grows, and over which it shrinks.
+        length_step (`int`): positions by which it changes.
+        length_schedule (`str`): how many times as many where the signal is far from its threshold: `"constant"` one,
+            `"linear"` one for each tenth, `"exponential"` twice as many with each tenth; 8 at most.
+        length_window (`int`): predicted stop tokens that the end of the canvas is judged by.
         infill (`bool`): also decide the mask tokens between the text of `input_ids`; `infill_mask` marks positions
             instead. Nothing is appended unless `max_new_tokens` is given as well.
         seed (`int` or list of `int`): makes sampling a function of this call alone; drawn from torch's global
@@ -263,6 +287,14 @@ class D3LLMGenerationConfig(GenerationConfig):
     draft_length: int | None
     lookahead: int | None
     lookahead_threshold: float | None
+    length: str | None
+    initial_length: int | None
+    length_rule: str | None
+    length_low: float | None
+    length_high: float | None
+    length_step: int | None
+    length_schedule: str | None
+    length_window: int | None
     infill: bool | None
     seed: int | Sequence[int] | None
     mask_token_id: int | None
@@ -329,7 +361,7 @@ class D3LLMGenerationConfig(GenerationConfig):
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or not holds(value):
                 rule = rule.format(
                     methods=list(METHODS), remasking=list(REMASKING), caches=list(CACHES), decoders=list(DECODERS),
-                    windows=list(WINDOWS),
+                    windows=list(WINDOWS), lengths=list(LENGTHS), schedules=list(SCHEDULES),
                 )  # fmt: skip
                 kind = ValueError if isinstance(value, types) else TypeError
                 raise kind(f"`{name}` must be {rule} (got {value!r}). {WAY_OUT}")
@@ -361,8 +393,8 @@ class D3LLMGenerationConfig(GenerationConfig):
         if wanted["lossless"] and wanted["decoding_method"] is None and "lossless" not in METHODS[own_method]:
             wanted["decoding_method"] = self.decoding_method = "llada"
         if (wanted["decoding_method"] or own_method) != own_method:  # its thresholds belong to its method
-            inherited = {n: v for n, v in inherited.items() if n not in METHODS[own_method] and n not in COMMON}
-            inherited = {n: v for n, v in inherited.items() if n != "decoding_method" and n not in CACHE_FIELDS}
+            theirs = {"decoding_method", *METHODS[own_method], *COMMON, *CACHE_FIELDS, *LENGTH_FIELDS}
+            inherited = {n: v for n, v in inherited.items() if n not in theirs}
         elif wanted["kv_cache"] not in (None, own.kv_cache):  # and its delays to its cache
             inherited = {n: v for n, v in inherited.items() if n not in CACHE_FIELDS}
         for one, other in TAKES_PLACE:
@@ -389,10 +421,14 @@ class D3LLMGenerationConfig(GenerationConfig):
         return unused
 
     def _displaced(self, own: "D3LLMGenerationConfig", chosen: dict[str, Any]) -> list[str]:
-        """Settings of a checkpoint's config `own` that say something of another window, or of no lookahead."""
+        """Settings of a checkpoint's config `own` that speak of another window or length, or of no lookahead."""
         window, lookahead = (plain(chosen.get(name, getattr(self, name))) for name in ("window", "lookahead"))
         displaced = ["window_span"] if window not in (None, own.window) else []
         displaced += OPENING if window not in (None, "blocks") else []
+        length, rule = (plain(chosen.get(name, getattr(self, name))) for name in ("length", "length_rule"))
+        displaced += LENGTH_FIELDS if length not in (None, own.length) else []
+        if rule not in (None, own.length_rule or DEFAULT_LENGTH_RULE):
+            displaced += [name for name in LENGTH_FIELDS if name != "initial_length"]
         return displaced + (["lookahead_threshold"] if lookahead == 0 else [])
 
     def named(self, name: str) -> tuple[str, str]:
@@ -448,6 +484,12 @@ class D3LLMGenerationConfig(GenerationConfig):
             ValueError: for a field that the method does not use, or fields that exclude each other.
         """
         values = self._values(traits) | {"temperature": self.temperature if self.do_sample else None}
+        if (values.get("initial_length") or 0) > length:
+            title, way_out = self.named("initial_length")
+            raise ValueError(
+                f"{title} must be at most `max_new_tokens`, the limit of an adaptive length (got "
+                f"{values['initial_length']} and {length}). {way_out}"
+            )
         return rules_of(self.method_of(traits), values, length, traits)
 
     def topology(self, traits: Traits) -> Topology | None:
@@ -472,10 +514,18 @@ class D3LLMGenerationConfig(GenerationConfig):
         if self.use_cache is False:
             cache = "none"
         values |= CACHES[cache]
+        if self.length == "adaptive" and "length" in values:
+            rule = self.length_rule or DEFAULT_LENGTH_RULE
+            values |= {"initial_length": None, "length_rule": rule} | LENGTHS[rule]
         for name in FIELDS:
             value = getattr(self, name)
             if value is None or name in CALL_FIELDS:
                 continue
+            if name in LENGTH_FIELDS and name not in values:
+                raise ValueError(
+                    f"{self.named(name)[0]} is not used by {self._length_in_words()} (got {value!r}). Leave it unset, "
+                    'or choose length="adaptive" and a `length_rule` that uses it.'
+                )
             if name in CACHE_FIELDS and name not in CACHES[cache]:
                 if self.use_cache is False:  # turned off for this call: its settings wait
                     continue
@@ -520,6 +570,8 @@ class D3LLMGenerationConfig(GenerationConfig):
             )
         self._check_window(values)
         self._check_lookahead(values)
+        if values["length"] == "adaptive":
+            self._check_length(method, values)
         remasking = values.get("remasking")
         if remasking is not None and remasking not in ALLOWED_REMASKING[method]:
             raise ValueError(
@@ -621,6 +673,35 @@ class D3LLMGenerationConfig(GenerationConfig):
                     f"{reason}. Unset one of them."
                 )
 
+    def _length_in_words(self) -> str:
+        if self.length != "adaptive":
+            return f'length="{self.length or "fixed"}"'
+        return f'length_rule="{self.length_rule or DEFAULT_LENGTH_RULE}"'
+
+    def _check_length(self, method: str, values: dict[str, Any]) -> None:
+        """What needs to know how long the answer becomes, or hides what says so."""
+        low, high = values["length_low"], values.get("length_high", math.inf)
+        if low > high:
+            raise ValueError(
+                f"{self.named('length_low')[0]} must be at most `length_high` (got {low} and {high}): a canvas cannot "
+                "grow and shrink at once. Move them apart."
+            )
+        tail = values["length_rule"] == "rho_eos_tail"
+        for name, met, reason in (
+            ("decoding_method", method == "dream", "its schedule is spread over a length that is known"),
+            ("steps", values.get("steps") is not None and method in ("llada", "dkv"), "they are those of the answer"),
+            ("suffix_length", values["suffix_length"] is not None, "it hides the end, which says how long it becomes"),
+            ("lossless", bool(values.get("lossless")), "a draft does not know what its length will be"),
+            ("lookahead", bool(values["lookahead"]), "canvases of one row would have lengths of their own"),
+            ("kv_cache", tail and values["kv_cache"] != "none", "its rule reads every position in every forward"),
+            ("forced_eos_token_id", self.forced_eos_token_id is not None, "the last position is not known"),
+        ):
+            if met:
+                value = values[name] if name in values else getattr(self, name) or method
+                raise ValueError(
+                    f'`length="adaptive"` does not go together with {name}={value!r}: {reason}. Unset one of them.'
+                )
+
     def _check_slots(self, method: str, cache: str, traits: Traits) -> None:
         """Slots are decided by models that were trained for it, in no other way, and over what was decided."""
         known = methods_of(traits)
@@ -689,8 +770,9 @@ class D3LLMGenerationConfig(GenerationConfig):
             ("lossless", "a draft of a later block would have no forward of its own"),
             ("window", "what a position sees ends with its block"),
             ("lookahead", "a canvas of a later block would have no forward of its own"),
+            ("length", "an answer ends with a block, and later ones are opened as they are needed"),
         ):
-            if values.get(name) not in (None, False, "blocks"):
+            if values.get(name) not in (None, False, "blocks", "fixed"):
                 raise ValueError(
                     f"{self.named(name)[0]} does not apply to block-causal attention: {reason} (got "
                     f"{values[name]!r}). Leave it unset."

@@ -10,6 +10,7 @@ from transformers.generation import GenerationConfig, GenerationMixin, LogitsPro
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .answer_count import AnswerCount
 from .at_work import CanvasRows, RowsAtWork
 from .cache_name import given_cache
 from .call import Call
@@ -29,7 +30,7 @@ from .wrappers import hooks_of_a_call
 
 
 @dataclass
-class D3LLMGenerationOutput(GenerateDecoderOnlyOutput):
+class D3LLMGenerationOutput(AnswerCount, GenerateDecoderOnlyOutput):
     """What `generate(..., return_dict_in_generate=True)` returns. B rows, P prompt slots, N new tokens.
 
     Args:
@@ -53,6 +54,8 @@ class D3LLMGenerationOutput(GenerateDecoderOnlyOutput):
             with guidance, and over all drafted canvases; those of a shadow block as well): the cost that tokens per
             forward hide.
         num_revoked (`(B,)` long): how often a decided position was taken back; 0 with methods that never do.
+        canvas_length (`(B,)` long): positions that the row had to decide when it ended: what `length="adaptive"` has
+            found; with a fixed length all, in block-causal models to the end of the last block.
 
     The cache that transformers' output has is always `None`, as its scores and states are: cached keys hold
     approximations that only this decoding may read.
@@ -66,6 +69,7 @@ class D3LLMGenerationOutput(GenerateDecoderOnlyOutput):
     tokens_per_forward_reference: torch.Tensor | None = None
     positions_computed: torch.Tensor | None = None
     num_revoked: torch.Tensor | None = None
+    canvas_length: torch.Tensor | None = None
 
 
 class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
@@ -253,7 +257,8 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
         3. Open blocks and plan which slots the next forward recomputes.
         4. Forward them; logits of the candidates only, and of decided positions that may still change.
         5. Score the candidates: a token and a cost each.
-        6. Commit what the rules choose, take back, replace, settle which canvases stay; fill after a stop.
+        6. Commit what the rules choose, take back, replace, settle which canvases stay; fill after a stop; lengthen or
+           shorten the canvas.
         7. Rows that are finished, or that a criterion stops, leave the batch.
         8. Pad behind the stop tokens and count (`_result`).
 
@@ -290,6 +295,7 @@ class D3LLMGenerationMixin(CanvasContract, GenerationMixin):
             tokens_per_forward_reference=call.official_rates,
             positions_computed=counts.computed,
             num_revoked=counts.revoked,
+            canvas_length=counts.extent,
         )
 
 

@@ -174,7 +174,9 @@ class HoleLanguages(LogitsProcessor):
         scores = scores.clone()
         for hole, here, _ in self._candidates(rows, slots):
             closing = scores[here][:, : len(hole.closing)][:, hole.closing]
-            scores[here, hole.end_token_id] = closing.logsumexp(1)
+            most = closing.amax(1)  # a hole that may hold such a token ends with it all the same: no tie of rounding
+            above = torch.where(most.isfinite(), most.nextafter(torch.full_like(most, float("inf"))), most)
+            scores[here, hole.end_token_id] = torch.maximum(closing.logsumexp(1), above)
         return scores
 
     def _candidates(

@@ -26,7 +26,7 @@ class Ledger:
         self.may_stop = call.canvas.may_stop.clone()
         self.width = torch.full_like(state.length, call.width)
         self.length = state.length.clamp_max(call.width)  # of the row, fewer where a criterion ends it
-        self.counts = Counts(*(torch.zeros_like(state.rows) for _ in range(5)))
+        self.counts = Counts(*(torch.zeros_like(state.rows) for _ in range(6)))
         self._owner: dict[int, tuple[Call, int]] = {}
 
     def take(self, call: Call, places: list[int]) -> None:
@@ -86,7 +86,10 @@ class Ledger:
         """
         # 1. What the forward brought
         self.tokens[state.rows], self.step_map[state.rows] = state.tokens, state.step_map
-        self.unsettled[state.rows] = state.unsettled & ~done[:, None]  # nothing changes in a row that has ended
+        open_ended = state.unsettled | state.held[:, None]
+        self.unsettled[state.rows] = open_ended & ~done[:, None]  # nothing changes in a row that has ended
+        self.length[state.rows] = torch.minimum(state.length, self.width[state.rows])
+        self.counts.extent[state.rows] = state.length
         self.counts.revoked[state.rows] = state.revoked
         flags, wrong, places = torch.stack([done.long(), broken.long(), state.rows]).tolist()  # a host sync
         if any(wrong):
@@ -138,6 +141,7 @@ class Ledger:
         stop = stop_position(self.tokens, decided & self.may_stop, self.stop_ids)
         ends = torch.minimum(torch.minimum(first_true(~decided), stop + 1), self.width).tolist()
         limits = torch.minimum(stop + 1, self.length).tolist()
+        extents = self.counts.extent.tolist()
         rows_of: dict[Call, list[int]] = {call: [] for call in calls}
         for place in places:
             call, row = self._owner[place]
@@ -154,6 +158,7 @@ class Ledger:
                     rows,
                     [ends[place] for place in at],
                     [limits[place] for place in at],
+                    [extents[place] for place in at],
                 )
                 for row in found:
                     self.length[at[row]] = lengths[row]

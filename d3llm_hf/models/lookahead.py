@@ -7,7 +7,8 @@ together. The canvas whose undecided positions look surest wins, and what its lo
 As published, every undecided position of the open blocks counts. Writing any token makes the others look surer, and a
 canvas that fills its block has nothing unsure left, so that an unsure token goes in at nearly every forward. Here two
 things prevent it: the positions that count slide with the first undecided one, so that a canvas which fills their
-front shows new ones; and, where asked for, a token that is looked ahead with has to be sure enough itself.
+front shows new ones; and a token that is looked ahead with may have to be sure enough itself. In blocks it has to:
+what may be looked ahead with ends with the block, whose last positions are its least sure ones.
 """
 
 import torch

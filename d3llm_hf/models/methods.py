@@ -43,6 +43,28 @@ EXACT = ("none", "exact")
 INSIDE_BLOCKS = {"fast_dllm_v2": "exact_dual"}
 CACHE_FIELDS = {name for settings in CACHES.values() for name in settings}
 
+# What says how long a canvas is that finds its length itself -> its settings where nothing else is said.
+LENGTHS: dict[str, dict[str, Any]] = {
+    "rho_eos": {"length_low": 0.4, "length_high": 0.6, "length_step": 8, "length_schedule": "exponential"},
+    "rho_eos_tail": {
+        "length_low": 0.4,
+        "length_high": 0.6,
+        "length_step": 8,
+        "length_schedule": "exponential",
+        "length_window": 32,
+    },
+    "daedal": {"length_low": 0.5, "length_step": 8, "length_window": 32},
+}
+# By how many steps such a canvas changes whose signal is so many tenths beyond a threshold (`(B,)` float, at least 1).
+SCHEDULES: dict[str, Callable[[Any], Any]] = {
+    "constant": lambda tenths: tenths**0,
+    "linear": lambda tenths: tenths,
+    "exponential": lambda tenths: 2.0 ** (tenths - 1),
+}
+DEFAULT_LENGTH_RULE = "rho_eos"
+INITIAL_LENGTH = 64  # positions of such a canvas before the first forward; `max_new_tokens` where these are fewer
+LENGTH_FIELDS = ("initial_length", "length_rule", *dict.fromkeys(name for rule in LENGTHS.values() for name in rule))
+
 # What every method has: field -> value where nothing else is said.
 COMMON: dict[str, Any] = {
     "early_stop": True,
@@ -51,7 +73,12 @@ COMMON: dict[str, Any] = {
     "suffix_length": None,
     "lookahead": 0,
     "lookahead_threshold": None,
+    "length": "fixed",
 }
+
+LOOKAHEAD_IN_BLOCKS = 0.6
+"""`lookahead_threshold` where nothing else is said and no window slides: at the end of a block only unsure tokens are
+left to look ahead with, and whatever is written there makes the rest look surer."""
 
 # Where candidates may lie: in blocks that open one after the other; among the leftmost undecided positions, as many as
 # a block has; or among these within a span of positions.
@@ -383,10 +410,16 @@ def rules_of(method: str, values: dict[str, Any], length: int, traits: Traits) -
     remembers = "kl_threshold" in values and topology_of(method, traits) is None  # what nobody sees has no history
     rules["scores_ahead"] = remembers or bool(values.get("lossless") or values.get("lookahead"))
     if values.get("lookahead"):
-        rules |= {"lookahead": values["lookahead"], "lookahead_threshold": _cost(values["lookahead_threshold"])}
+        floor = values["lookahead_threshold"]
+        if floor is None and values.get("window", "blocks") == "blocks":
+            floor = LOOKAHEAD_IN_BLOCKS
+        rules |= {"lookahead": values["lookahead"], "lookahead_threshold": _cost(floor)}
     if values.get("window", "blocks") != "blocks":  # it slides over the whole answer, which is one block
         rules |= {"block_length": length, "window_length": min(block_length, length)}
         rules["window_span"] = (values["window_span"] or block_length) if values["window"] == "slide_span" else 0
+    if values.get("length", "fixed") == "adaptive":
+        rules |= {name: values[name] for name in LENGTH_FIELDS if name in values}
+        rules["initial_length"] = min(values["initial_length"] or INITIAL_LENGTH, length)
     rules |= RULES[method]
     if method in _FURTHER:
         rules |= _FURTHER[method](values, bool(logit_shift))

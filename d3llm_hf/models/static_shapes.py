@@ -282,6 +282,7 @@ def refuse(model: CanvasContract, canvas: Canvas, rules: Rules, config: CompileC
         "block-causal attention, whose canvas grows (leave `compile_config` unset)": canvas.blocks is not None,
         'decoding_method="wino", whose shadow block moves (leave `compile_config` unset)': rules.shadow_block,
         "`suffix_length`, with which the canvas grows (unset one of them)": rules.suffix_length is not None,
+        '`length="adaptive"`, whose canvas changes (unset one of them)': rules.length_rule is not None,
         "`dynamic=True`: every forward has one of few static shapes (leave `dynamic` unset)": config.dynamic is True,
         'flash-attention, which takes padding out (load the model with `attn_implementation="sdpa"`)': (
             is_flash_attention_requested(text_config(model.config))

@@ -94,6 +94,7 @@ class Stream:
         before: list[int],
         ends: list[int],
         limits: list[int],
+        extents: list[int],
         stopped: set[int],
     ) -> None:
         """Tells what a forward has decided of some rows.
@@ -103,6 +104,7 @@ class Stream:
             rows: those that took part.
             before, ends: lengths of all rows' decided prefixes, until this forward and now.
             limits: lengths of all rows' drafts: behind the first stop token, or all that the row has to decide.
+            extents: lengths of all rows' canvases, which a streamer of one row sees to their ends.
             stopped: rows that a criterion ends here.
         """
         tokens = tokens.to("cpu", copy=True)  # a streamer may keep what it is given
@@ -112,7 +114,7 @@ class Stream:
             if start > before[row]:
                 self._streamer.put(tokens[row, before[row] : start], **place)
             if start < limit and row not in stopped and hasattr(self._streamer, "put_draft"):
-                draft = tokens[row, start:limit] if self._by_row else tokens[row, start:]
+                draft = tokens[row, start : limit if self._by_row else extents[row]]
                 self._streamer.put_draft(value=draft, **place)
 
     def close_step(self, ended: list[int]) -> None:

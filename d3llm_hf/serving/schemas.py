@@ -223,5 +223,5 @@ def _unknown(name: str, known: list[str], what: str) -> ApiError:
     if name in SETTINGS and name not in known:
         hint = f'Settings of decoding go into `d3llm`: {{"d3llm": {{"{name}": ...}}}}.'
     else:
-        hint = f"Did you mean `{near[0]}`?" if near else f"Known are {sorted(known)}."
+        hint = f"Did you mean `{near[0]}`?" if near else f"Known are {', '.join(sorted(known))}."
     return ApiError(400, f"`{name}` {what}. {hint}", param=name, code="unknown_parameter")

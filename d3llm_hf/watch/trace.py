@@ -186,7 +186,7 @@ class Recording(Iterator[int]):
         """What is known by now; all of it once the iteration has ended."""
         output, decided = self._output, len([step for step in self._steps[: self._end] if step > 0])
         if output is not None:
-            decided = round(float(output.tokens_per_forward[0]) * int(output.num_forwards[0]))
+            decided = int(output.num_tokens[0])
         return Trace(
             model=self._name,
             prompt=self._prompt,

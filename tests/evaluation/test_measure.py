@@ -58,7 +58,7 @@ def output_of(rows: list[list[int]], lengths: list[int], forwards: int) -> Simpl
     counts = torch.full((len(rows),), forwards)
     return SimpleNamespace(
         sequences=torch.tensor([[9, *row] for row in rows]),
-        tokens_per_forward=torch.tensor(lengths) / counts,
+        num_tokens=torch.tensor(lengths),
         num_forwards=counts,
         num_forwards_reference=counts + 1,
         positions_computed=counts * 10,
@@ -126,6 +126,7 @@ def test_figures_equal_those_counted_by_hand():
         "positions_per_token": 13.3,
         "tokens": 6,
         "forwards": 8,
+        "positions": 80,
         "seconds": 1.3,
         "cpu_seconds": 0.5,
         "equal_tokens": 66.67,

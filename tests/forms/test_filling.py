@@ -117,6 +117,22 @@ def test_a_text_ends_where_the_model_goes_on_with_what_stands_behind_it():
     assert (found.text, found.holes) == ("{ab\n", ("ab",))
 
 
+def test_a_text_of_several_lines_ends_where_the_model_goes_on_with_what_stands_behind_it():
+    from tiny import ScriptedModel, constant_script
+
+    tokenizer = forms.tokenizer()
+    answer = tokenizer("ab\nc\n=7zzz")["input_ids"]
+    model = ScriptedModel(constant_script(answer, 1, vocab_size=512), 512, mask_token_id=tokenizer.mask_token_id)
+    wide, one, in_order = holes.text(8, lines=True), holes.text(8), {"decoding_method": "llada", "block_length": 1}
+    assert fill(model, tokenizer, ["{", wide, "="], **in_order).text == "{ab\nc\n="
+    assert "\n" not in fill(model, tokenizer, ["{", one, "="], **in_order).text
+    with pytest.raises(ValueError, match="must not go on with a line feed behind a text of several lines"):
+        Form([wide, "\n#### "])
+    assert Form([one, "\n#### "]).holes == [one]
+    with pytest.raises(TypeError, match="`lines` must be True or False"):
+        holes.text(8, lines=1)
+
+
 def test_token_ids_are_a_prompt_and_texts_may_be_empty():
     ids = forms.tokenizer()("Q: ")["input_ids"]
     form = ["", holes.text(3), ""]

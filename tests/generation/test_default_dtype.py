@@ -9,6 +9,7 @@ from thin import covering
 from tiny import EOS, PAD, left_padded, tiny_prompt, trained_like
 
 from d3llm_hf import LLaDAConfig, LLaDAModelLM, is_greedy, log_likelihood
+from d3llm_hf.models.methods import LENGTHS
 from trainers.distill.noisy_views import draw_view
 from trainers.sft.masking import draw_answer_mask, generator_for
 
@@ -26,6 +27,11 @@ OPTIONS = {
         "min_new_tokens": 3,
     },
     "few positions": {"suffix_length": 4},
+    **{
+        f"length of {rule}": {"decoding_method": "fast_dllm", "length": "adaptive", "initial_length": 5}
+        | {"length_rule": rule, "length_step": 2, "eos_token_id": [EOS, 3, 7, 11, 13]}
+        for rule in LENGTHS
+    },
     "random order": {"decoding_method": "dream", "alg_temp": 0.4, "seed": 1},
     "lossless": {"decoding_method": "llada", "lossless": True},
     **{

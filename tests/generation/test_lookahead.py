@@ -1,5 +1,6 @@
 """Canvases of one more token run beside the decided one, and the surest stays (LoPA, arXiv:2512.16229)."""
 
+import math
 from dataclasses import dataclass
 from dataclasses import field as entry
 from itertools import pairwise
@@ -16,6 +17,7 @@ from thin import covering
 from tiny import EOS, MASK, PAD, ScriptedModel, answer, changing_script, left_padded, tables, tiny_model, tiny_prompt
 
 from d3llm_hf import D3LLMGenerationConfig
+from d3llm_hf.models.methods import LOOKAHEAD_IN_BLOCKS
 
 
 WHOLE = {"early_stop": False, "seed": 0, "return_dict_in_generate": True, "eos_token_id": EOS, "pad_token_id": PAD}
@@ -93,7 +95,7 @@ def oracle(model, prompt, lookahead: int, floor: float | None, **chosen):
     rules = Rules(eos_token_ids=chosen.pop("eos"), pad_token_id=PAD, mask_token_id=MASK, **chosen)
     rules.strict = model.logit_shift == 1
     slow = LookaheadOracle(Network(model, model.logit_shift, MASK), prompt, rules)
-    slow.lookahead, slow.floor = lookahead, floor or 0.0
+    slow.lookahead, slow.floor = lookahead, floor or (LOOKAHEAD_IN_BLOCKS if rules.window == "blocks" else 0.0)
     return slow.run()
 
 
@@ -165,6 +167,16 @@ def test_a_lookahead_decides_one_token_more_in_every_forward_but_the_first():
     assert output.step_map[0].tolist() == [1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7]
     assert int(output.num_forwards) == model.calls == 7
     assert int(output.positions_computed) == 13 * (1 + 5 * 2 + 1)
+
+
+def test_in_blocks_only_sure_tokens_are_looked_ahead_with_unless_said_otherwise():
+    def floor(**chosen):
+        config = D3LLMGenerationConfig(decoding_method="fast_dllm", lookahead=1, **chosen)
+        return math.exp(-config.rules(64).lookahead_threshold)
+
+    assert floor() == pytest.approx(0.6)
+    assert floor(lookahead_threshold=0.1) == pytest.approx(0.1)
+    assert floor(window="slide_span") == 0.0
 
 
 @pytest.mark.every(2)

@@ -114,6 +114,16 @@ def test_settings_of_decoding_are_those_of_generate(client, alone):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("rule", ["rho_eos", "rho_eos_tail", "daedal"])
+def test_an_answer_whose_length_finds_itself_is_streamed_as_generate_gives_it(client, alone, rule):
+    settings = {"decoding_method": "fast_dllm", "block_length": 16, "length": "adaptive", "length_rule": rule}
+    settings |= {"initial_length": 32}
+    chunks = list(ask(client, max_tokens=64, stream=True, extra_body={"d3llm": settings | {"drafts": True}}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == alone(QUESTION, max_new_tokens=64, **settings)[1]
+
+
+@pytest.mark.full
 def test_a_seed_makes_sampling_repeatable_and_equal_to_generate(client, alone):
     text = ask(client, temperature=1.5, top_p=0.9, seed=7).choices[0].message.content
     settings = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "max_new_tokens": 48}

@@ -20,6 +20,7 @@ class Run:
     commit_step: list[int]  # of the new tokens
     forwards: int
     revoked: int  # how often a decided position was masked again
+    canvas_lengths: list[int]  # of the answer's canvas in each forward and at the end, where that changes
 
     @property
     def length(self) -> int:
@@ -51,7 +52,8 @@ def recorded_runs(suite: str, without: tuple[str, ...] = ()) -> list[Run]:
             sequence=case["expected"]["sequence"],
             commit_step=case["expected"]["commit_step"],
             forwards=case["expected"]["n_forwards"],
-            revoked=len(case["expected"]["revoked"]),
+            revoked=len(case["expected"].get("revoked", [])),
+            canvas_lengths=case["expected"].get("canvas_lengths", []),
         )
         for case in cases
         if case["robust"] and case["id"] not in without

@@ -111,7 +111,7 @@ def decode_and_score(
                 **_settings(args),
                 return_dict_in_generate=True,
             )
-            tokens += (output.tokens_per_forward * output.num_forwards).sum().item()
+            tokens += output.num_tokens.sum().item()
             forwards += output.num_forwards.sum().item()
             if has_answers:
                 answers = output.sequences[:, inputs["input_ids"].shape[1] :]

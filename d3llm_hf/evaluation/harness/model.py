@@ -304,7 +304,7 @@ class D3LLMLM(TemplateLM):
         began = time.perf_counter()
         settings |= {"eos_token_id": eos or None, "pad_token_id": self._pad_token_id()}
         output = self._generate({name: table.to(self.device) for name, table in inputs.items()}, settings)
-        lengths = (output.tokens_per_forward * output.num_forwards).round().long().tolist()  # waits for the device
+        lengths = output.num_tokens.tolist()  # waits for the device
         seconds = (time.perf_counter() - began) / len(prompts)
 
         # 3. Cut and count

@@ -101,7 +101,7 @@ class CausalDecoder:
         began, cpu_began = time.perf_counter(), time.process_time()
         output, answers = self._generate(rows, length, method=method, settings=own, **more)
         counted = {
-            "tokens": (output.tokens_per_forward * output.num_forwards).round().long().tolist(),
+            "tokens": output.num_tokens.tolist(),
             "forwards": output.num_forwards.tolist(),
             "forwards_reference": output.num_forwards_reference.tolist(),
             "positions": int(output.positions_computed.sum()),
@@ -137,5 +137,5 @@ class CausalDecoder:
             eos_token_id=[] if eos is None else eos, pad_token_id=pad, **chosen,
         )  # fmt: skip
         answers = output.sequences[:, width:].tolist()
-        ends = (output.tokens_per_forward * output.num_forwards).round().long().tolist()  # before the stop tokens
+        ends = output.num_tokens.tolist()  # before the stop tokens
         return output, [answer[:end] for answer, end in zip(answers, ends, strict=True)]

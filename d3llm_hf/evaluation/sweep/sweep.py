@@ -298,7 +298,7 @@ def _decode(
     )
     # Lists wait for the device, so they belong to the time.
     counted = {
-        "tokens": (output.tokens_per_forward * output.num_forwards).round().long().tolist(),
+        "tokens": output.num_tokens.tolist(),
         "forwards": output.num_forwards.tolist(),
         "forwards_reference": output.num_forwards_reference.tolist(),
         "positions": int(output.positions_computed.sum()),

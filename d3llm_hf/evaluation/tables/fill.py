@@ -44,6 +44,7 @@ COLUMNS: dict[str, tuple[str, bool, Callable[[dict[str, Any], dict[str, dict[str
     "differing_answers": ("answers that differ", True, lambda row, rows: f"{row['differing_answers']}"),
     "forwards": ("forwards", True, lambda row, rows: f"{row['forwards']}"),
     "forwards_saved": ("forwards saved", True, lambda row, rows: f"{row['forwards_saved']:.0f} %"),
+    "positions": ("positions", True, lambda row, rows: f"{row['positions']}"),
     "tpf": ("tokens per forward", True, lambda row, rows: f"{row['tpf']:.2f}"),
     "positions_per_token": ("positions per token", True, lambda row, rows: f"{row['positions_per_token']:.0f}"),
     "seconds": ("s", True, lambda row, rows: f"{row['seconds']:.1f}"),
