@@ -49,6 +49,11 @@ class Credit:
         # 3. Equal tokens have equal credit, so that writing one twice does no harm
         return logits.scatter(1, past, logits.gather(1, past) + self.weight * torch.log1p(credit))
 
+    def forget(self, row: int) -> None:
+        """From now on a row is another text, of which nothing was booked."""
+        if row < self.tokens.shape[1]:
+            self.tokens[:, row] = -1
+
     def _reserve(self, steps: int, rows: int, columns: int, device: torch.device) -> None:
         """Makes room for that many forwards, rows and columns."""
         shape = [max(new, old) for new, old in zip((steps, rows, columns), self.tokens.shape, strict=True)]
