@@ -1,4 +1,4 @@
-"""What a request of an engine asks for: settings of `generate` that an engine can carry out, or a refusal that says why."""
+"""What a request of an engine asks for: settings of `generate` that it can carry out, or a refusal that says why."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -168,6 +168,29 @@ def decoding_of(
     return Decoding(rules, tuple(dict.fromkeys(stops)), fill)
 
 
+def generation_config_of(source: str, revision: str | None, config: Any) -> D3LLMGenerationConfig:
+    """The generation config of a checkpoint, or what its config says where it has none.
+
+    Args:
+        source: a folder, or an id on the Hub.
+        revision: of the Hub's.
+        config: of the model.
+    """
+    try:
+        own = D3LLMGenerationConfig.from_pretrained(source, revision=revision or "main")
+    except OSError:
+        own = D3LLMGenerationConfig.from_model_config(config)
+    return own  # type: ignore[return-value]  # of this class, whatever transformers annotates
+
+
+def overridden(own: D3LLMGenerationConfig, chosen: Mapping[str, Any], logit_shift: int) -> D3LLMGenerationConfig:
+    """A checkpoint's generation config in which a server's settings of decoding take the place of its own."""
+    config = D3LLMGenerationConfig()
+    ours = {name: _as_setting(name, value) for name, value in chosen.items() if name in FIELDS and value is not None}
+    config.inherit(own, ours, Traits(logit_shift))
+    return config
+
+
 def stops_of(served: Served) -> tuple[int, ...]:
     """The checkpoint's stop tokens."""
     own = served.own.eos_token_id
@@ -185,4 +208,4 @@ def _as_setting(name: str, value: Any) -> Any:
     return bool(value) if kind is bool and value in (0, 1) else value
 
 
-__all__ = ["Decoding", "Served", "decoding_of", "draws", "stops_of"]
+__all__ = ["Decoding", "Served", "decoding_of", "draws", "generation_config_of", "overridden", "stops_of"]

@@ -1,4 +1,4 @@
-"""The requests of an engine as rows of tensors: they come and go at any time, and those with equal rules are one batch.
+"""The requests of an engine as rows of tensors: they come and go, and those with equal rules are one batch.
 
 An engine's step is, for all requests that it scheduled,
 
@@ -126,7 +126,8 @@ class Rows:
         self.given = torch.zeros(capacity, dtype=torch.long, device=self.device)
         self.told = torch.zeros(capacity, dtype=torch.bool, device=self.device)
         self.groups: dict[int, Group] = {}
-        # What is known without asking the device: of each slot its group, -1 where it is free, and its answer's length.
+        # What is known without asking the device: of each slot its group, -1 where it is free, its number there, and
+        # the length of its answer.
         self._group = np.full(capacity, -1)
         self._number = np.zeros(capacity, dtype=np.int64)
         self._length = np.zeros(capacity, dtype=np.int64)
@@ -315,7 +316,8 @@ class Rows:
         widths |= dict.fromkeys(_BY_STAMP, blocks + 1)
         tables = {f.name: getattr(self.states, f.name)[slots] for f in fields(State) if f.name != "forward"}
         return replace(
-            self.states, **{name: table[:, : widths[name]] if name in widths else table for name, table in tables.items()}
+            self.states,
+            **{name: table[:, : widths[name]] if name in widths else table for name, table in tables.items()},
         )
 
     def _put(self, slots: torch.Tensor, state: State) -> None:

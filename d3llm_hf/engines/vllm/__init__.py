@@ -12,8 +12,9 @@ def register() -> None:
     from ...models.configuration_llada import LLaDAConfig
     from .admission import install
 
+    # By which vLLM knows a diffusion model; how long a canvas is says `--diffusion-config`.
     for config in (LLaDAConfig, DreamConfig):
-        config.canvas_length = 0  # by which vLLM knows a diffusion model; how long it is says `--diffusion-config`
+        setattr(config, "canvas_length", 0)  # noqa: B010
     for name, model in {"LLaDAModelLM": "LLaDAForVllm", "DreamModel": "DreamForVllm"}.items():
         ModelRegistry.register_model(name, f"{__name__}.model:{model}")
     install()

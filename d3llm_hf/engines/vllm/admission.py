@@ -1,10 +1,12 @@
 """Requests as they arrive at vLLM: checked and completed before its engine sees them, in the process that answers."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
-from ...models.generation_config_d3llm import D3LLMGenerationConfig
-from ..requests import Served, decoding_of, draws, stops_of
+import torch
+
+from ..requests import Served, decoding_of, draws, generation_config_of, overridden, stops_of
 
 
 # Architecture -> shift of its logits.
@@ -36,6 +38,11 @@ def served_by(vllm_config: Any) -> Served:
     """
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     way_out = "`d3llm serve --engine vllm MODEL` sets what has to be set."
+    if not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "vLLM's second model runner must be in use (got the first): canvases are decided in it. Unset "
+            "VLLM_USE_V2_MODEL_RUNNER, and install the Triton that vLLM asks for; its log says what it misses."
+        )
     if vllm_config.diffusion_config is None:
         raise ValueError(
             f"`--diffusion-config` must give the length of a canvas (got none), such as '{{\"canvas_length\": 512}}'. "
@@ -49,8 +56,8 @@ def served_by(vllm_config: Any) -> Served:
         )
     if vllm_config.cache_config.enable_prefix_caching:
         raise ValueError(
-            "`--no-enable-prefix-caching` must be given (got prefix caching): keys of a prompt change with its answer. "
-            f"{way_out}"
+            "`--no-enable-prefix-caching` must be given (got prefix caching): keys of a prompt change with its "
+            f"answer. {way_out}"
         )
     if model.max_model_len < 2 * canvas_length:
         raise ValueError(
@@ -58,12 +65,10 @@ def served_by(vllm_config: Any) -> Served:
             "vLLM counts the positions of a prompt and those of its canvas one behind the other. Where the model has "
             f"fewer, set VLLM_ALLOW_LONG_MAX_MODEL_LEN=1: a canvas begins with position 0. {way_out}"
         )
-    architecture = next(name for name in model.architectures if name in SHIFTS)
-    try:
-        own = D3LLMGenerationConfig.from_pretrained(model.model, revision=model.revision)
-    except OSError:  # a checkpoint may come without
-        own = D3LLMGenerationConfig.from_model_config(model.hf_config)
-    return Served.of(model.hf_config, own, SHIFTS[architecture], canvas_length)  # type: ignore[arg-type]
+    shift = next(SHIFTS[name] for name in model.architectures if name in SHIFTS)
+    own = generation_config_of(model.model, model.revision, model.hf_config)
+    own = overridden(own, model.override_generation_config or {}, shift)
+    return Served.of(model.hf_config, own, shift, canvas_length)
 
 
 def settings_of(params: Any) -> tuple[dict[str, Any], int]:
@@ -122,8 +127,8 @@ def admit(served: Served, params: Any, prompt_length: int, longest: int) -> Any:
         params.max_tokens = left
     if left < 1 or params.max_tokens > left:
         raise ValueError(
-            f"The prompt and its answer must fit the canvas of {served.canvas_length} positions (got {prompt_length} + "
-            f"{params.max_tokens}). Shorten the prompt, lower `max_tokens`, or start the server with a longer "
+            f"The prompt and its answer must fit the canvas of {served.canvas_length} positions (got "
+            f"{prompt_length} + {params.max_tokens}). Shorten the prompt, lower `max_tokens`, or start the server with a longer "
             "`--canvas-length`."
         )
 
@@ -135,8 +140,6 @@ def admit(served: Served, params: Any, prompt_length: int, longest: int) -> Any:
         stop_ids=tuple(params.stop_token_ids or ()), ignore_eos=params.ignore_eos,
     )  # fmt: skip
     if draws(decoding.rules) and extra.get("seed") is None:
-        import torch
-
         extra["seed"] = int(torch.randint(2**62, ()))
 
     # 4. What vLLM has to know
@@ -146,32 +149,40 @@ def admit(served: Served, params: Any, prompt_length: int, longest: int) -> Any:
     return params
 
 
+def admitting(process_inputs: Callable[..., Any], kind: type, refusal: type[Exception]) -> Callable[..., Any]:
+    """`InputProcessor.process_inputs`, to which [`admit`] has seen every request; of other models it is what it was.
+
+    Args:
+        process_inputs: vLLM's.
+        kind: its class of parameters of a generation; others pass.
+        refusal: its error, which a server answers as the fault of a request.
+    """
+
+    @functools.wraps(process_inputs)
+    def admitted(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_ours(self.model_config) and isinstance(params, kind):
+            served = vars(self).get("canvases_served") or served_by(self.vllm_config)
+            self.canvases_served = served
+            tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+            if tokens is None:
+                raise refusal("`prompt` must be text or token ids (got neither). Pass `prompt_token_ids`.")
+            try:
+                params = admit(served, params, len(tokens), self.model_config.max_model_len)
+            except (TypeError, ValueError) as error:
+                raise refusal(str(error)) from error
+        return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+
+    return admitted
+
+
 def install() -> None:
-    """Lets [`admit`] see every request before vLLM checks it. Models that are not ours are left alone."""
+    """Puts [`admitting`] around vLLM's method, once."""
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
-    theirs = InputProcessor.process_inputs
-    if getattr(theirs, "admits_canvases", False):
-        return
-
-    @functools.wraps(theirs)
-    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_ours(self.model_config) and isinstance(params, SamplingParams):
-            if not hasattr(self, "canvases_served"):
-                self.canvases_served = served_by(self.vllm_config)
-            try:
-                tokens = prompt["prompt_token_ids"] if isinstance(prompt, dict) else None
-                if tokens is None:
-                    raise ValueError("`prompt` must come as token ids (got embeddings). Pass text or `prompt_token_ids`.")
-                params = admit(self.canvases_served, params, len(tokens), self.model_config.max_model_len)
-            except (ValueError, TypeError) as error:
-                raise VLLMValidationError(str(error)) from error
-        return theirs(self, request_id, prompt, params, *args, **kwargs)
-
-    process_inputs.admits_canvases = True  # type: ignore[attr-defined]
-    InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]
+    if not hasattr(InputProcessor.process_inputs, "__wrapped__"):
+        InputProcessor.process_inputs = admitting(InputProcessor.process_inputs, SamplingParams, VLLMValidationError)
 
 
-__all__ = ["SHIFTS", "admit", "install", "is_ours", "served_by", "settings_of"]
+__all__ = ["SHIFTS", "admit", "admitting", "install", "is_ours", "served_by", "settings_of"]

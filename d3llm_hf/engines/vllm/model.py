@@ -19,6 +19,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 
 from ...models.modeling_dream import DreamModel
 from ...models.modeling_llada import LLaDAModelLM, official_names
+from .admission import served_by
 from .state import D3LLMModelState
 
 
@@ -152,6 +153,7 @@ class MaskedDiffusionForVllm(nn.Module, SupportsQuant):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
+        served_by(vllm_config)  # refused before any weight is read
         config = vllm_config.model_config.hf_config
         bias = config.include_qkv_bias if self.qkv_bias is None else self.qkv_bias
         self.model = CanvasBackbone(config, vllm_config, bias, maybe_prefix(prefix, "model"))
