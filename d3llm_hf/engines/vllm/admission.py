@@ -127,8 +127,8 @@ def admit(served: Served, params: Any, prompt_length: int, longest: int) -> Any:
         params.max_tokens = left
     if left < 1 or params.max_tokens > left:
         raise ValueError(
-            f"The prompt and its answer must fit the canvas of {served.canvas_length} positions (got "
-            f"{prompt_length} + {params.max_tokens}). Shorten the prompt, lower `max_tokens`, or start the server with a longer "
+            f"The prompt and its answer must fit the canvas of {served.canvas_length} positions (got {prompt_length} "
+            f"+ {params.max_tokens}). Shorten the prompt, lower `max_tokens`, or start the server with a longer "
             "`--canvas-length`."
         )
 
