@@ -125,6 +125,9 @@ def decoding_of(
             raise ValueError(f"`{name}` does not apply to requests of an engine (got {asked[name]!r}). Leave it out.")
     chosen = {name: _as_setting(name, value) for name, value in asked.items() if value is not None}
 
+    if isinstance(chosen.get("seed"), list | tuple):
+        raise ValueError(f"`seed` must be one integer for a request (got {chosen['seed']!r}). Pass one.")
+
     # 2. As `generate` reads them
     config = D3LLMGenerationConfig()
     config.inherit(served.own, chosen, served.traits)

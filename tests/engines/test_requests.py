@@ -35,6 +35,7 @@ def test_stop_tokens_are_those_of_checkpoint_and_request():
     ("asked", "message"),
     [
         ({"blocklength": 4}, r"`blocklength` is not a generation setting. Did you mean `block_length`\?"),
+        ({"seed": [1, 2]}, r"`seed` must be one integer for a request \(got \[1, 2\]\)"),
         ({"infill": True}, "`infill` does not apply to requests of an engine"),
         ({"mask_token_id": 3}, "`mask_token_id` does not apply"),
         ({"kv_cache": "delayed"}, r"`kv_cache` cannot be carried out in a serving engine: .*\(got 'delayed'\)"),

@@ -49,8 +49,11 @@ def sources() -> list[ast.Module]:
 
 
 def attributes(variable: str) -> set[str]:
-    """What the plugin reads or sets of a variable."""
-    return {
+    """What the plugin reads or sets of a variable; of parameters those of its table `DRAWING` as well."""
+    tables = [node for tree in sources() for node in tree.body if isinstance(node, ast.AnnAssign)]
+    drawing = next(node.value for node in tables if isinstance(node.target, ast.Name) and node.target.id == "DRAWING")
+    named = [ast.literal_eval(key) for key in drawing.keys]  # type: ignore[union-attr]
+    return {*(named if variable == "params" else ())} | {
         node.attr
         for tree in sources()
         for node in ast.walk(tree)

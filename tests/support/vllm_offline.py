@@ -1,10 +1,11 @@
 """Decodes requests with vLLM, in the environment that has it: `python vllm_offline.py MODEL JOBS ANSWERS [CANVAS]`.
 
 JOBS is a JSON list of requests with `prompt` (token ids), `length` and `settings`; ANSWERS becomes one with `tokens`,
-`finish` and what the plugin tells of the forwards.
+`finish` and what the plugin tells of the forwards. D3LLM_VLLM_GRAPHS=1 lets vLLM capture CUDA graphs.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def main(model: str, jobs: str, answers: str, canvas: str = "192") -> None:
         skip_tokenizer_init=True,
         dtype="float32",
         max_model_len=2 * int(canvas),
-        enforce_eager=True,
+        enforce_eager=not os.environ.get("D3LLM_VLLM_GRAPHS"),
         max_num_seqs=8,
         diffusion_config={"canvas_length": int(canvas)},
         enable_prefix_caching=False,

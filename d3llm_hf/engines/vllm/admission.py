@@ -16,7 +16,7 @@ _WIDTH = "diffusion_canvas_length"
 _ENGINE = ("kv_transfer_params", "ec_transfer_params")
 # Parameters of vLLM that decide how a token is drawn from its distribution, with the value that asks for nothing. Of
 # these canvases the best tokens are decided.
-_DRAWING: dict[str, Any] = {
+DRAWING: dict[str, Any] = {
     "top_p": 1.0, "top_k": 0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
     "repetition_penalty": 1.0, "min_tokens": 0, "logit_bias": None, "bad_words": None, "allowed_token_ids": None,
     "logprobs": None, "prompt_logprobs": None, "structured_outputs": None,
@@ -71,10 +71,9 @@ def served_by(vllm_config: Any) -> Served:
     return Served.of(model.hf_config, own, shift, canvas_length)
 
 
-def settings_of(params: Any) -> tuple[dict[str, Any], int]:
-    """Our settings in the `extra_args` of a request, and the seed."""
-    extra = {name: value for name, value in (params.extra_args or {}).items() if name not in (_WIDTH, *_ENGINE)}
-    return extra, int(extra.get("seed") or 0)
+def settings_of(params: Any) -> dict[str, Any]:
+    """Our settings in the `extra_args` of a request."""
+    return {name: value for name, value in (params.extra_args or {}).items() if name not in (_WIDTH, *_ENGINE)}
 
 
 def admit(served: Served, params: Any, prompt_length: int, longest: int) -> Any:
@@ -102,7 +101,7 @@ def admit(served: Served, params: Any, prompt_length: int, longest: int) -> Any:
             f"{params.temperature}): the best tokens are decided. `d3llm serve` without `--engine` samples."
         )
     greedy, params.temperature = params.temperature == 0, 1.0  # vLLM refuses any other of a diffusion model
-    for name, neutral in _DRAWING.items():
+    for name, neutral in DRAWING.items():
         value = getattr(params, name)
         if not value and not neutral:
             continue
@@ -134,9 +133,8 @@ def admit(served: Served, params: Any, prompt_length: int, longest: int) -> Any:
 
     # 3. Settings
     params.extra_args = extra
-    settings, _ = settings_of(params)
     decoding = decoding_of(
-        served, settings, params.max_tokens,
+        served, settings_of(params), params.max_tokens,
         stop_ids=tuple(params.stop_token_ids or ()), ignore_eos=params.ignore_eos,
     )  # fmt: skip
     if draws(decoding.rules) and extra.get("seed") is None:
@@ -185,4 +183,4 @@ def install() -> None:
         InputProcessor.process_inputs = admitting(InputProcessor.process_inputs, SamplingParams, VLLMValidationError)
 
 
-__all__ = ["SHIFTS", "admit", "admitting", "install", "is_ours", "served_by", "settings_of"]
+__all__ = ["DRAWING", "SHIFTS", "admit", "admitting", "install", "is_ours", "served_by", "settings_of"]

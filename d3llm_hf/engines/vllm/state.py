@@ -40,7 +40,7 @@ class D3LLMModelState(ModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         params = new_req_data.sampling_params
         prompt = [*new_req_data.prompt_token_ids]
-        settings, seed = settings_of(params)
+        settings = settings_of(params)
         length = min(params.max_tokens, self.served.canvas_length - len(prompt))
         if length < 1:  # of vLLM's own warm-up alone; what people send is refused where it arrives
             return
@@ -48,7 +48,7 @@ class D3LLMModelState(ModelState):
             self.served, settings, length,
             stop_ids=tuple(params.stop_token_ids or ()), ignore_eos=params.ignore_eos,
         )  # fmt: skip
-        self.rows.add(req_index, prompt, length, decoding, seed)
+        self.rows.add(req_index, prompt, length, decoding, settings.get("seed") or 0)
         self.slots[new_req_data.req_id] = req_index
 
     def remove_request(self, req_id: str) -> None:
