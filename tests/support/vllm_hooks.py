@@ -11,6 +11,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ CALLED = {
 }
 
 
+@cache
 def sources() -> list[ast.Module]:
     """The plugin's files."""
     return [ast.parse(file.read_text(encoding="utf-8")) for file in sorted(PLUGIN.glob("*.py"))]
