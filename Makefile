@@ -2,7 +2,7 @@
 PYTHON ?= python
 CHECKED = d3llm_hf trainers tests
 
-.PHONY: help quality style types test test-full test-all transformers-matrix portability common-tests leaderboard wheel clean
+.PHONY: help quality style types test test-full test-all transformers-matrix vllm-tests engines-dry-run portability common-tests leaderboard wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 22
@@ -29,6 +29,14 @@ test-all:  ## everything that needs neither a GPU nor the Hub: with the slow one
 
 transformers-matrix:  ## models, decoding, export and training under the transformers that pyproject.toml admits
 	.ci/transformers_matrix
+
+vllm-tests:  ## the vLLM plugin inside vLLM on a CPU, in an environment of its own (minutes to install, minutes to run)
+	python3 -m venv build/vllm
+	build/vllm/bin/python -m pip install --quiet --no-deps -r tests/engines/vllm-requirements.txt -e .
+	D3LLM_VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python $(PYTHON) -m pytest -n 0 -m slow tests/engines/test_vllm.py
+
+engines-dry-run:  ## whether the package installs beside the serving engines of docs/engines.md (pip resolves, only)
+	.ci/engines_dry_run
 
 portability:  ## tests of `test` and `test-full` on other kernels, with one and two threads, another base seed (hours)
 	$(PYTHON) tests/support/portability.py

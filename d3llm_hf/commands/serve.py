@@ -5,7 +5,7 @@ import logging
 import os
 
 from ..settings import SETTINGS
-from . import serve_replicas
+from . import serve_replicas, serve_vllm
 from .common import check_address, new_parser, tell
 from .generate import add_settings
 
@@ -32,6 +32,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--allow-origin", action="append", default=[], metavar="URL", help="web pages of it may use the server (CORS)"
     )
+    parser.add_argument("--engine", choices=["vllm"], help="decode inside a serving engine (default: our own server)")
     group = parser.add_argument_group("limits")
     for name, (kind, text) in LIMITS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
@@ -43,9 +44,14 @@ def add_parser(subparsers) -> None:
     group.add_argument("--temperature", type=float, metavar="T", help="where a request names none; 0 does not sample")
     serve_replicas.add_options(parser)
     add_settings(parser, without=("seed",))
+    serve_vllm.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.engine == "vllm":
+        serve_vllm.run(args, _api_key(args.api_key_env))
+        return
+    serve_vllm.refuse_without_engine(args)
     try:
         import uvicorn
 

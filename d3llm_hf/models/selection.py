@@ -260,9 +260,8 @@ def narrow_out(
     It ends: fewer are taken back than the forward before committed, so after n forwards of a block at least n of its
     positions are decided.
     """
-    gained = (state.step_map == state.forward[:, None]).sum(
-        1
-    )  # what the last forward committed; it is all still there
+    # What the last forward committed; it is all still there
+    gained = (state.step_map == state.forward[:, None]).sum(1)
     doubtful = watched & (doubt > rules.revoke_threshold) & (commits.sum(1, keepdim=True) > 1)
     return cheapest(-doubt, doubtful, gained - 1)
 
