@@ -157,8 +157,8 @@ def _checked(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             "lower `--max-new-tokens`."
         )
     decoding_of(served, {}, length or wanted - 1)
-    if length is not None:
-        override["max_new_tokens"] = length
+    if args.max_new_tokens is not None:  # of vLLM's server also the most that a request gets
+        override["max_new_tokens"] = args.max_new_tokens
     return wanted, override
 
 

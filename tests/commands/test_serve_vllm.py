@@ -49,7 +49,8 @@ def test_an_embedded_checkpoint_is_served_with_the_flags_of_canvases(started, ca
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     monkeypatch.setenv("SECRET", "sk-1")
     told = started(
-        "d3llm-llada --canvas-length 192 --max-batch-size 8 --dtype float32 --entropy-threshold 0.2 --name student "
+        "d3llm-llada --canvas-length 192 --max-batch-size 8 --dtype float32 --entropy-threshold 0.2 "
+        "--max-new-tokens 32 --name student "
         "--api-key-env SECRET --allow-origin https://x.y --revision v1 --engine-args '--tensor-parallel-size 2'"
     )
     command, environment = told["command"], told["environment"]
@@ -59,7 +60,7 @@ def test_an_embedded_checkpoint_is_served_with_the_flags_of_canvases(started, ca
     assert flag(command, "--scheduler-cls").endswith("CanvasScheduler") and "--no-enable-prefix-caching" in command
     assert (flag(command, "--max-model-len"), flag(command, "--max-num-seqs")) == ("384", "8")
     override = json.loads(flag(command, "--override-generation-config"))
-    assert override == {"entropy_threshold": 0.2, "max_new_tokens": 64}  # the latter is the checkpoint's
+    assert override == {"entropy_threshold": 0.2, "max_new_tokens": 32}
     assert (flag(command, "--served-model-name"), flag(command, "--revision")) == ("student", "v1")
     assert json.loads(flag(command, "--allowed-origins")) == ["https://x.y"]
     assert command[-2:] == ["--tensor-parallel-size", "2"]

@@ -1,6 +1,7 @@
 """Requests on their way into vLLM, with stand-ins for its objects: what is filled in, left out and refused."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +53,9 @@ def test_what_common_clients_send_is_no_error():
 
 def test_a_length_that_vllm_filled_in_is_what_the_canvas_has_left():
     assert admitted(max_tokens=LONGEST - 10).max_tokens == 54 == admitted(max_tokens=None).max_tokens
+    own = replace(SERVED, own=D3LLMGenerationConfig(max_new_tokens=20))
+    assert admit(own, Params(max_tokens=None), 10, LONGEST).max_tokens == 20
+    assert admit(own, Params(max_tokens=None), 50, LONGEST).max_tokens == 14
     assert admitted(max_tokens=54).extra_args["diffusion_canvas_length"] == 64
 
 

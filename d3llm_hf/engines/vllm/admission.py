@@ -80,7 +80,7 @@ def admit(served: Served, params: Any, prompt_length: int, longest: int) -> Any:
     """A request's parameters as the engine can take them; those of the caller stay as they are.
 
     1. What draws from a distribution is refused, or left out where it would change nothing.
-    2. The length: what vLLM fills in for none is what the canvas has left.
+    2. The length: where vLLM filled in all it has for none, the checkpoint's, or what the canvas has left.
     3. Settings of decoding, checked as `generate` checks them; a seed where one is needed.
     4. The checkpoint's stop tokens end the request in vLLM as well; the canvas is as wide as it has to be.
 
@@ -123,7 +123,7 @@ def admit(served: Served, params: Any, prompt_length: int, longest: int) -> Any:
     # 2. Length
     left = served.canvas_length - prompt_length
     if params.max_tokens is None or params.max_tokens == longest - prompt_length:
-        params.max_tokens = left
+        params.max_tokens = min(left, served.own.max_new_tokens or left)
     if left < 1 or params.max_tokens > left:
         raise ValueError(
             f"The prompt and its answer must fit the canvas of {served.canvas_length} positions (got {prompt_length} "
