@@ -5,6 +5,7 @@ they are laid beside the others in canvases of one width, and begin with their o
 decides, and how many forwards it takes, does not depend on who is beside it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -50,7 +51,7 @@ def narrower(widths: list[int]) -> list[int] | None:
     return found
 
 
-class RowsAtWork:
+class RowsAtWork(ABC):
     """State, canvases, cache and counts of the rows that are being decoded. Leave it as a context, whatever happens.
 
     Its memory is that of as many canvases as rows are admitted, each as long as the longest prompt and answer.
@@ -144,17 +145,17 @@ class RowsAtWork:
 
     _compiled = False
 
+    @abstractmethod
     def _begin(self, call: Call) -> None:
         """Admits a call where nobody is at work."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _join(self, call: Call) -> None:
         """Admits a call beside others."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Forwards and decides; returns what [`Ledger.leave`] takes beside the state."""
-        raise NotImplementedError
 
     def _select(self, keep: torch.Tensor) -> None:
         """Keeps the rows with the `(B',)` indices `keep`."""
