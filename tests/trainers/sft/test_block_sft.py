@@ -374,7 +374,10 @@ def test_settings_of_canvases_are_refused_for_a_model_of_blocks(tmp_path, argume
     ("arguments", "message"),
     [
         ({"block_length": 0}, "`block_length` must be at least 1 .got 0"),
-        ({"objective": "sft"}, "`objective` must be one of .'masked_diffusion', 'd2f', 'd2f_labels'. .got 'sft'"),
+        (
+            {"objective": "sft"},
+            "`objective` must be one of .'masked_diffusion', 'd2f', 'd2f_labels', 'causal'. .got 'sft'",
+        ),
         (
             {"packing": True, "train_sampling_strategy": "group_by_length"},
             "`train_sampling_strategy` must not order by length with `packing` .got 'group_by_length'",
