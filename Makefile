@@ -2,7 +2,7 @@
 PYTHON ?= python
 CHECKED = d3llm_hf trainers tests
 
-.PHONY: help quality style types test test-full test-all transformers-matrix vllm-tests engines-dry-run portability common-tests leaderboard wheel clean
+.PHONY: help quality style types test test-full test-all transformers-matrix vllm-tests engines-dry-run portability common-tests leaderboard autoregressive wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 22
@@ -55,6 +55,17 @@ leaderboard:  ## measure the embedded checkpoints with all methods (an hour of o
 	    --grid entropy_bound=0.003,0.01,0.03,0.1 --grid steps=64,16 --num-samples 500 -o docs/leaderboard/points.jsonl
 	$(PYTHON) -m d3llm_hf leaderboard docs/leaderboard/points.jsonl -o docs/leaderboard \
 	    --title "Embedded checkpoints: accuracy under parallelism"
+
+AGAINST = d3llm_hf/evaluation/results/autoregressive.jsonl
+BLOCKS = block_length=16
+autoregressive:  ## measure the embedded checkpoints beside their causal twin (minutes of one core; resumable)
+	for batch in 1 8; do OMP_NUM_THREADS=1 $(PYTHON) -m d3llm_hf sweep d3llm-causal d3llm-llada d3llm-llada-teacher \
+	    --methods ar ar_prompt_lookup lookup-3=ar_prompt_lookup:prompt_lookup_num_tokens=3 \
+	    d3llm-0.1=d3llm:$(BLOCKS),entropy_threshold=0.1 d3llm-0.4=d3llm:$(BLOCKS),entropy_threshold=0.4 \
+	    d3llm-0.4-cached=d3llm:$(BLOCKS),entropy_threshold=0.4,kv_cache=delayed,cache_delay=1 \
+	    one-by-one=llada:$(BLOCKS),kv_cache=dual --no-grid --num-samples 300 --batch-size $$batch --dtype float32 \
+	    --device cpu -o $(AGAINST) || exit 1; done
+	$(PYTHON) -m d3llm_hf.evaluation.tables docs/measuring.md
 
 wheel:  ## build dist/*.whl
 	$(PYTHON) -m build --wheel

@@ -2,7 +2,7 @@
 
     python -m d3llm_hf.evaluation.measure d3llm-llada -o d3llm_hf/checkpoints/d3llm-llada/results.json
     python -m d3llm_hf.evaluation.measure d3llm-llada-teacher --suite caches -o d3llm_hf/evaluation/results/caches.json
-    python -m d3llm_hf.evaluation.measure my-causal-model -o results.json
+    python -m d3llm_hf.evaluation.measure d3llm-causal -o d3llm_hf/checkpoints/d3llm-causal/results.json
 
 The problems are generated from a seed, so the same command measures the same thing everywhere. A setting is a dict of
 arguments of `generate` (see `suites.py`); a row of the results file is a setting with what it gave.

@@ -27,12 +27,12 @@ def test_the_report_names_versions_devices_and_what_is_embedded(printed):
     assert facts["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # PyPI leaves the build out
     assert facts["torch"]["threads"] == torch.get_num_threads()
     assert facts["torch"]["CUDA or ROCm available"] == torch.cuda.is_available()
-    assert facts["checkpoints"] == ["d3llm-block", "d3llm-llada", "d3llm-llada-teacher"]
+    assert facts["checkpoints"] == ["d3llm-block", "d3llm-causal", "d3llm-llada", "d3llm-llada-teacher"]
     assert {"d3llm", "dream"} <= set(facts["decoding"]["methods"])
     assert "vicinity" in facts["decoding"]["caches"]
     lines = printed().splitlines()
     assert f"  torch: {facts['packages']['torch']}" in lines
-    assert "checkpoints: d3llm-block, d3llm-llada, d3llm-llada-teacher" in lines
+    assert "checkpoints: d3llm-block, d3llm-causal, d3llm-llada, d3llm-llada-teacher" in lines
     assert any(line.startswith("  methods: d3llm, dparallel, ") for line in lines)
 
 

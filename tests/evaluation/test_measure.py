@@ -153,7 +153,7 @@ def test_time_is_that_of_generate_alone(monkeypatch):
 
 
 @pytest.mark.every(6)
-@pytest.mark.parametrize("name", some_of([name for name in SUITES if name != "causal"], every=2))
+@pytest.mark.parametrize("name", some_of(SUITES, every=2))
 def test_four_problems_give_every_column_of_a_suite(checkpoint, name):
     suite = SUITES[name]
     some = dict(list(suite.rows.items())[::4])
@@ -161,7 +161,8 @@ def test_four_problems_give_every_column_of_a_suite(checkpoint, name):
     some = {row: settings for row, settings in suite.rows.items() if row in some}
     against = {row: base for row, base in suite.against.items() if row in some}
     problems = generate_problems(4, split="test", seed=1)
-    rows = measure(*checkpoint, problems, Suite(some, suite.columns, against), max_new_tokens=16, batch_size=3)
+    model = loaded("d3llm-causal") if name == "causal" else checkpoint
+    rows = measure(*model, problems, Suite(some, suite.columns, against), max_new_tokens=16, batch_size=3)
     assert [row["name"] for row in rows] == list(some)
     for row in rows:
         expected = {"name", "settings", *FIGURES, *suite.columns} - {"added"}
@@ -284,9 +285,24 @@ def test_a_failed_rename_leaves_no_partial_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_card_of_a_causal_model_has_its_own_rows(tmp_path, monkeypatch, one_thread):
+    monkeypatch.chdir(tmp_path)
+    rows = dict(list(SUITES["causal"].rows.items())[:2])
+    monkeypatch.setitem(SUITES, "causal", Suite(rows, SUITES["causal"].columns, problems=2))
+    main(["d3llm-causal", "-o", "results.json"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["command"] == "python -m d3llm_hf.evaluation.measure d3llm-causal -o results.json"
+    plain, lookup = results["rows"]
+    assert plain["tokens"] == lookup["tokens"] and lookup["forwards"] < plain["forwards"]
+    assert plain["forwards"] == plain["tokens"] + 2  # and one for the end of each answer
+    committed = json.loads((embedded_checkpoints()["d3llm-causal"] / "results.json").read_text())
+    assert list(committed) == list(results) and committed["suite"] == results["suite"] == "causal"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["d3llm-causal", "--suite", "card"], r"--suite must be causal for a causal model.*got card for d3llm-causal"),
         (["d3llm-llada", "--suite", "causal"], r"--suite must be causal for a causal model.*got causal for d3llm-lla"),
         (["d3llm-llada", "--suite", "speed"], "invalid choice: 'speed'"),
         (["d3llm-llada", "--num-problems", "0"], r"--num-problems must be at least 1 \(got 0\)"),

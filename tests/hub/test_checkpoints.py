@@ -344,6 +344,34 @@ def test_every_embedded_checkpoint_is_small_complete_and_brings_no_code():
         checkpoints._validated(config_of(folder), checkpoints._generation_config(folder, config_of(folder), None))
 
 
+def test_the_embedded_causal_checkpoint_is_a_class_of_transformers_written_as_it_is(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    from d3llm_hf import encode_chat
+
+    source = sources.embedded_checkpoints()["d3llm-causal"]
+    folder = init_checkpoint("d3llm-causal", tmp_path / "twin")
+    assert code_of(folder) == set() and "auto_map" not in config_of(folder)
+    for file in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+        assert (folder / file).read_bytes() == (source / file).read_bytes()
+    assert "diffusion" not in (folder / "README.md").read_text().split("---")[1]
+    with pytest.raises(FileExistsError):
+        init_checkpoint("d3llm-causal", folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    assert type(model) is LlamaForCausalLM and model.num_parameters() == 899_328
+    problem = "Tom has 8 apples. He buys 7 more. He gives 4 to a friend. How many apples does Tom have now?"
+    inputs = encode_chat(tokenizer, [{"role": "user", "content": problem}])
+    written = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(written, skip_special_tokens=True).strip().endswith("#### 11")
+    assert written[-1] in model.generation_config.eos_token_id
+    with pytest.raises(ValueError, match=r"`source` must be a checkpoint of model_type .*got 'llama'"):
+        export_checkpoint(source, tmp_path / "out")
+
+
 def test_no_source_file_reads_pickles():
     forbidden = re.compile(
         r"^\s*(?:import|from)\s+(?:pickle|dill|cloudpickle|joblib|shelve)\b|allow_pickle\s*=\s*True"

@@ -10,7 +10,7 @@ from d3llm_hf.hub.sources import load_tokenizer, loading
 
 EMBEDDED = (
     r"`model` must be a checkpoint folder, an id on the Hub or one of "
-    r"\['d3llm-block', 'd3llm-llada', 'd3llm-llada-teacher'\] "
+    r"\['d3llm-block', 'd3llm-causal', 'd3llm-llada', 'd3llm-llada-teacher'\] "
 )
 
 
