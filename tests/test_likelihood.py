@@ -123,6 +123,7 @@ def test_estimates_lie_around_the_bound_of_all_subsets(family, cfg_scale, text):
     assert abs(float(found.mean) - exact) < 5 * float(found.standard_error)
 
 
+@pytest.mark.full
 def test_the_mean_over_seeds_converges_to_the_bound_faster_than_the_standard_error_says():
     text, seeds = TEXTS[0], range(150)
     found = [log_likelihood(MODELS["llada"], **batch([text]), num_samples=6, seed=seed) for seed in seeds]

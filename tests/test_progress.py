@@ -66,6 +66,7 @@ def test_decided_tokens_are_counted_wherever_they_stand(at_terminal):
     assert terminal.getvalue().rpartition("\r")[2] == ""  # the bar is wiped off
 
 
+@pytest.mark.full
 def test_a_terminal_sees_the_tokens_being_decided_and_the_answer_is_the_same(
     official, at_terminal, capsys, monkeypatch, tmp_path
 ):

@@ -128,6 +128,7 @@ def test_a_chat_prompt_with_control_tokens_is_encoded_as_text(run, llada, monkey
     assert ids.count(509) == 2  # one end of turn for the system message, one for the user's
 
 
+@pytest.mark.full
 def test_sampling_is_repeatable_with_a_seed(run, llada):
     options = ("--max-new-tokens", 16, "--temperature", 1.5, "--seed", 3)
     first = run("generate", llada, "one two", *options)

@@ -91,7 +91,7 @@ SCHEMA = {
 }
 
 
-@pytest.mark.every(32)
+@pytest.mark.every(64)
 @pytest.mark.parametrize("family", ["llada", "dream"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_is_filled_in_a_batch_as_alone(method, family):

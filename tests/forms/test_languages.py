@@ -130,6 +130,7 @@ def test_an_automaton_over_tokens_holds_every_cut_of_every_text_with_end_tokens_
         assert holds_it == wanted, (tokens, language)
 
 
+@pytest.mark.full
 def test_a_language_of_too_many_states_is_refused_before_it_takes_long():
     with pytest.raises(ValueError, match=r"at most 10000 states \(got one with more\). Lower the maximum"):
         byte_automaton(Repeated(Repeated(JSON_CHARACTER, 0, 1000), 0, 100))

@@ -127,7 +127,7 @@ def rule_settings(rule: str) -> dict:
     return ADAPTIVE | {"length_rule": rule} | ({} if rule == "rho_eos" else {"length_window": 3})
 
 
-@pytest.mark.every(8)
+@pytest.mark.every(32)
 @pytest.mark.parametrize("name, rule, family", covering(IN_ORDER, LENGTHS, FAMILIES))
 def test_a_row_is_as_long_in_a_batch_as_alone(name, rule, family):
     prompts = [tiny_prompt(seed, 1 + 2 * seed) for seed in range(3)]
@@ -155,7 +155,7 @@ def test_every_row_ends_whatever_the_model_says(rule):
         assert 1 <= int(output.canvas_length) <= limit
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(12)
 @pytest.mark.parametrize("cache", [name for name in CACHES if name != "none"])
 @pytest.mark.parametrize("rule", ["rho_eos", "daedal"])
 def test_a_cache_that_keeps_nothing_changes_nothing(cache, rule):

@@ -173,6 +173,7 @@ def test_a_call_that_joins_in_mid_run_gets_what_it_gets_alone(name):
         assert all(torch.equal(found[field], alone[field]) for field in FIELDS)
 
 
+@pytest.mark.full
 def test_most_of_the_drawn_calls_do_share_forwards():
     assert sum(check_shared(seed) > 1 for seed in range(3)) >= 1
 

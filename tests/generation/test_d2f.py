@@ -101,6 +101,7 @@ def test_it_is_the_published_loop_over_whole_canvases(family, block_length, conf
         assert int(output.num_forwards) == int(output.num_forwards_reference) == forwards
 
 
+@pytest.mark.full
 @pytest.mark.every(8)
 @pytest.mark.parametrize("family, name", covering(FAMILIES, SETTINGS, strength=1))
 def test_kept_blocks_change_nothing_and_save_positions(family, name):

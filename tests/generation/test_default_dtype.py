@@ -64,7 +64,7 @@ def same(one, other) -> bool:
     return all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in list(one))
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(12)
 @pytest.mark.parametrize("name, family", covering(OPTIONS, ["llada", "dream"], strength=1, every=4))
 def test_decoding_is_the_same_whatever_the_default_dtype_or_device_is(name, family):
     decode = decoded(family, OPTIONS[name])

@@ -157,6 +157,7 @@ def test_a_block_that_is_sure_of_itself_is_looked_at_once():
     assert (int(output.num_forwards), output.step_map[0].tolist()) == (6, [1] * 4 + [3] * 4 + [5] * 4)
 
 
+@pytest.mark.full
 @pytest.mark.every(2)
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_every_row_ends_when_tokens_are_drawn(temperature):

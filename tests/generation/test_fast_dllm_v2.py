@@ -39,7 +39,7 @@ def row_of(output, row, length):
     return [output.sequences[row, -length:].tolist(), *(getattr(output, name)[row].tolist() for name in FIELDS)]
 
 
-@pytest.mark.every(12)
+@pytest.mark.every(24)
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("kv_cache", ["exact", "none", "exact_dual"])
 def test_a_row_is_decided_in_a_padded_batch_as_alone(kv_cache, early_stop):
@@ -132,6 +132,7 @@ def test_an_empty_prompt_is_continued_alone_and_in_a_batch(kv_cache):
     assert row_of(alone, 0, 21) == row_of(together, 0, 21)
 
 
+@pytest.mark.full
 def test_drawn_tokens_repeat_with_their_seed():
     chosen = {"do_sample": True, "temperature": 1.5, "top_p": 0.95}
     first, again, other = (generate(prompts(), seed=seed, **chosen).sequences for seed in (1, 1, 2))

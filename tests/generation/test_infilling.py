@@ -115,6 +115,7 @@ def test_a_quota_fills_as_the_oracle(problem, block_length, steps):
     compare(problem, decoding_method="llada", block_length=block_length, steps=steps)
 
 
+@pytest.mark.full
 @examples(20)
 @given(problems(), st.integers(1, 6), st.integers(1, 20), st.integers(0, 2**40))
 def test_random_remasking_fills_as_the_oracle_given_the_same_noise(problem, block_length, steps, seed):
@@ -144,6 +145,7 @@ def test_several_blocks_at_once_fill_as_the_oracle(problem, **chosen):
     compare(problem, decoding_method="d3llm", **chosen)
 
 
+@pytest.mark.every(2)
 @examples(20)
 @given(problems(), st.integers(1, 20), st.sampled_from(["entropy", "maskgit_plus", "topk_margin"]))
 def test_a_schedule_fills_as_the_oracle(problem, steps, remasking):

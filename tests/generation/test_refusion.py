@@ -150,6 +150,7 @@ def test_rows_of_a_batch_are_decoded_as_each_alone(names, model):
             assert float(getattr(together, name)[row]) == pytest.approx(float(getattr(alone, name)[0]))
 
 
+@pytest.mark.full
 def test_drawn_rows_of_a_batch_are_what_each_draws_alone(model):
     chosen = settings(GREEDY["a23"]) | {"max_new_tokens": 12, "do_sample": True, "temperature": 1.2, "top_p": 0.95}
     prompts = [GREEDY[name]["prompt"] for name in ("a23", "a12", "a27")]

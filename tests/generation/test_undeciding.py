@@ -75,7 +75,7 @@ def test_the_step_map_has_the_forward_that_decided_for_good_and_all_forwards_are
     assert torch.equal(decode(PROMPTS, decoding_method="fast_dllm").num_revoked, torch.zeros(5, dtype=torch.long))
 
 
-@pytest.mark.every(8)
+@pytest.mark.every(16)
 @pytest.mark.parametrize("family", ["llada", "dream"])
 @pytest.mark.parametrize("chosen", [{}, {"early_stop": True, "max_new_tokens": 11}, {"do_sample": True, "seed": 3}])
 def test_a_row_is_in_a_batch_what_it_is_alone(family, chosen):

@@ -76,7 +76,7 @@ PROMPTS = [tiny_prompt(seed, 1 + seed * 5 % 9) for seed in range(5)]
 COUNTS = ("step_map", "num_forwards", "num_forwards_reference", "positions_computed", "num_revoked")
 
 
-@pytest.mark.every(10)
+@pytest.mark.every(20)
 @pytest.mark.parametrize(
     "chosen",
     [

@@ -144,6 +144,7 @@ def test_a_dry_run_checks_and_lists_but_sends_nothing(hub, folder, capsys):
 # What fails
 
 
+@pytest.mark.full
 def test_an_interrupted_upload_leaves_no_half_commit_and_a_second_push_succeeds(hub, folder, capsys):
     hub.drops = 100
     assert main(["push", str(folder), "me/tiny"]) == 2

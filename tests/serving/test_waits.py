@@ -105,6 +105,7 @@ def test_a_client_that_sends_too_much_in_one_go_sees_why_it_is_refused(loaded):
                 assert client.recv(100).startswith(b"HTTP/1.1 413")
 
 
+@pytest.mark.full
 def test_many_small_chunks_are_parsed_in_turns_and_whole(loaded):
     """A body that comes in the smallest chunks there are is read as any other."""
     body = json.dumps({"model": "m", "prompt": "Tom has", "max_tokens": 2, "user": "u" * 30_000}).encode()

@@ -251,7 +251,7 @@ def test_answers_that_another_model_of_lm_eval_left_are_none_of_ours(model, toke
     theirs.dbdict.close()
 
 
-@pytest.mark.every(8)
+@pytest.mark.every(16)
 @pytest.mark.parametrize(
     ("own", "asked"),
     [

@@ -118,7 +118,7 @@ def test_workers_that_stay_do_not_evaluate_another_set_again(tmp_path, kind):
 # What is checked before a run
 
 
-@pytest.mark.every(9)
+@pytest.mark.every(18)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -50,7 +50,7 @@ def train(folder, output, *extra):
     run_sft.main([*(part for name, value in named.items() for part in (f"--{name}", str(value))), *extra])
 
 
-@pytest.mark.every(8)
+@pytest.mark.every(16)
 @pytest.mark.parametrize(
     ("other", "into", "family", "extra"),
     [

@@ -399,6 +399,7 @@ def test_text_that_spells_a_control_token_is_characters_for_the_teacher_too(mode
         assert sample.target_ids is None or tokenizer.eos_token_id in sample.target_ids
 
 
+@pytest.mark.full
 def test_folders_from_before_there_was_a_choice_of_control_tokens_are_gone_on_with(model, tokenizer, tmp_path):
     folder = extract(model, tokenizer, tmp_path, chosen=RETRIES)
     assert "control_tokens_in_text" not in load_manifest(folder)["settings"]
@@ -549,6 +550,7 @@ def test_processes_divide_the_shards_and_their_number_changes_nothing(model, tok
     assert contents(tmp_path) == contents(unbroken)
 
 
+@pytest.mark.full
 def test_a_shard_that_another_process_is_at_is_refused_by_name_and_others_are_not(
     model, tokenizer, tmp_path, unbroken
 ):
@@ -797,6 +799,7 @@ def test_the_fingerprint_of_a_tokenizer_survives_saving_and_calls(tmp_path, toke
     assert before == tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path))
 
 
+@pytest.mark.full
 def test_two_hundred_flipped_bytes_are_all_detected(folder):
     draw = random.Random(0)
     files = contents(folder)
