@@ -217,7 +217,7 @@ def cluster(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = f"--replicas 2 --num-cpus 0.5 --port {port} --entropy-threshold 0.2 --device cpu".split()
+    options = f"--replicas 2 --num-cpus 0.5 --port {port} --entropy-threshold 0.2 --dtype float32 --device cpu".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HOME": str(home)}
     line = [sys.executable, "-m", "d3llm_hf", "serve", "d3llm-llada", *options]
     with open(home / "log", "wb") as log, subprocess.Popen(line, env=environment, stderr=log, stdout=log) as process:
