@@ -116,9 +116,11 @@ def _is_valid(kind: str, schema: dict[str, Any], value: Any) -> bool:
     if kind == "string":
         return isinstance(value, str) and schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", math.inf)
     if kind in ("integer", "number"):
+        if type(value) not in ((int,) if kind == "integer" else (int, float)):
+            return False
         inside = schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf)
         inside &= schema.get("exclusiveMinimum", -math.inf) < value < schema.get("exclusiveMaximum", math.inf)
-        return inside and type(value) in ((int,) if kind == "integer" else (int, float))
+        return inside
     if kind == "array":
         long = isinstance(value, list) and schema["minItems"] <= len(value) <= schema["maxItems"]
         return long and all(valid(schema["items"], each) for each in value)
