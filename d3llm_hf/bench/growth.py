@@ -4,7 +4,6 @@ From one shape, one axis is changed at a time. The method is LLaDA's quota unles
 forward decides as many tokens at every point and what grows is the cost of a forward.
 """
 
-import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..progress import progress_bar
 from .decoding import check, contestants, decode, figures, results
+from .pictures import drawing, saved
 from .shapes import DecodingBench, prepared
 from .split import steps_timed
 
@@ -89,19 +89,11 @@ def draw(found: dict[str, Any], kind: str) -> bytes:
     Raises:
         ImportError: Without matplotlib.
     """
-    try:
-        import matplotlib.style
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator
-    except ImportError as error:
-        raise ImportError(
-            "The picture of `d3llm bench growth` needs matplotlib. Run `pip install 'd3llm-hf[eval]'`."
-        ) from error
     axes = [axis for axis, values in found["axes"].items() if values]
     names = list(dict.fromkeys(row["name"] for row in found["rows"]))
-    hashed = {"svg.hashsalt": "d3llm-hf", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
-    with matplotlib.style.context(["default", hashed]):
-        figure = Figure(figsize=(2.9 * len(axes) + 0.6, 7), layout="constrained")
+    with drawing("d3llm bench growth", 2.9 * len(axes) + 0.6, 7) as figure:
+        from matplotlib.ticker import LogLocator
+
         grid = figure.subplots(len(QUANTITIES), len(axes), squeeze=False, sharex="col", sharey="row")
         for column, axis in enumerate(axes):
             for place, (quantity, label) in enumerate(QUANTITIES.items()):
@@ -121,7 +113,4 @@ def draw(found: dict[str, Any], kind: str) -> bytes:
                     plot.set_ylabel(label)
             grid[-1][column].set_xlabel(AXES[axis])
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-        buffer = io.BytesIO()
-        metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-        figure.savefig(buffer, format=kind, dpi=200, metadata=metadata, facecolor="white")
-    return buffer.getvalue()
+        return saved(figure, kind)

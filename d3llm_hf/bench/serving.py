@@ -5,7 +5,6 @@ any forward, or, as it once did, decodes those of equal settings and lengths tha
 which nobody joins. What HTTP costs is left out: it is the same for both.
 """
 
-import io
 import itertools
 import math
 import random
@@ -24,6 +23,7 @@ from ..serving.jobs import Answer, Event, Job
 from ..serving.metrics import Metrics
 from ..serving.worker import Worker
 from .memory import threads
+from .pictures import drawing, saved
 
 
 SUITE = "bench_serve"
@@ -243,16 +243,7 @@ def draw(found: dict[str, Any], kind: str) -> bytes:
     Raises:
         ImportError: Without matplotlib.
     """
-    try:
-        import matplotlib.style
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "The picture of `d3llm bench serve` needs matplotlib. Run `pip install 'd3llm-hf[eval]'`."
-        ) from error
-    hashed = {"svg.hashsalt": "d3llm-hf", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
-    with matplotlib.style.context(["default", hashed]):
-        figure = Figure(figsize=(9, 2.9), layout="constrained")
+    with drawing("d3llm bench serve", 9, 2.9) as figure:
         plots = figure.subplots(1, len(QUANTITIES), squeeze=False)[0]
         for plot, (quantity, label) in zip(plots, QUANTITIES.items(), strict=True):
             for name, marker in zip(SCHEDULERS, "os", strict=True):
@@ -263,7 +254,4 @@ def draw(found: dict[str, Any], kind: str) -> bytes:
             plot.set_xlabel("requests/s")
             plot.set_title(label, fontsize=9)
         figure.legend(*plots[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-        buffer = io.BytesIO()
-        metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-        figure.savefig(buffer, format=kind, dpi=200, metadata=metadata, facecolor="white")
-    return buffer.getvalue()
+        return saved(figure, kind)
