@@ -28,6 +28,14 @@ def replace_file(path: Path, content: bytes) -> None:
     write_whole(path, content)
 
 
+def without_folders(name: str | Path) -> str:
+    """A file as a command names it that is to be repeated elsewhere; other words as they are."""
+    path = Path(name)
+    if path.is_absolute():
+        return path.name
+    return name if isinstance(name, str) else path.as_posix()
+
+
 def check_writable(path: Path, argument: str) -> None:
     """Refuses a file that could not be written in the end, before the work on what it shall hold.
 

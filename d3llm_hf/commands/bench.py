@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..files import check_writable
+from ..files import check_writable, without_folders
 from ..locks import only_writer
 from . import bench_autoregressive, bench_decoding, bench_serve
 from .common import new_parser, tell
@@ -87,5 +87,5 @@ def _command(args: argparse.Namespace, given: dict) -> str:
         flag = name.replace("_", "-")
         words.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
     if args.output is not None:
-        words.append(f"-o {args.output.name if args.output.is_absolute() else args.output.as_posix()}")
+        words.append(f"-o {without_folders(args.output)}")
     return " ".join(words)

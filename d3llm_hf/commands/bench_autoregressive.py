@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..files import check_writable
+from ..files import check_writable, without_folders
 from ..locks import only_writer
 from .common import new_parser, tell
 from .sweep import method_and_settings
@@ -76,9 +76,9 @@ def _command(args: argparse.Namespace) -> str:
     for option, (field, _, _) in _OPTIONS.items():
         value = getattr(args, field)
         if value is not None:
-            words.append(f"--{option} {Path(value).name if Path(str(value)).is_absolute() else value}")
+            words.append(f"--{option} {without_folders(str(value))}")
     words += [f"--device {args.device}"] * (args.device != "auto")
     words += [f"--methods {' '.join(args.methods)}"] if args.methods else []
     if args.output is not None:
-        words.append(f"-o {args.output.name if args.output.is_absolute() else args.output.as_posix()}")
+        words.append(f"-o {without_folders(args.output)}")
     return " ".join(words)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import check_writable
+from ..files import check_writable, without_folders
 from ..hub.loading import decodes_by_diffusion, load, load_causal, load_draft_head
 from ..locks import only_writer
 from .common import new_parser, tell
@@ -177,7 +177,7 @@ def _command(args: argparse.Namespace) -> str:
 def _named(text: str) -> str:
     """A path from the root of a machine is known by its name alone."""
     label, mark, source = text.rpartition("=") if not Path(text).is_absolute() else ("", "", text)
-    return label + mark + (Path(source).name if Path(source).is_absolute() else source)
+    return label + mark + without_folders(source)
 
 
 def _curves_of_models(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..files import without_folders
 from ..forms.filling import fill_batch
 from ..forms.form import Form
 from ..forms.holes import integer, text
@@ -137,13 +138,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = ["python -m d3llm_hf.evaluation.forms"]
     words += [f"--num-problems {args.num_problems}"] * (args.num_problems != 200)
     words += [f"--seed {args.seed}"] * (args.seed != 5)
-    output = args.output.name if args.output.is_absolute() else args.output.as_posix()
     results = {
         "schema": 1,
         "suite": "forms",
         "problems": len(problems),
         "settings": SETTINGS,
-        "command": " ".join([*words, f"-o {output}"]),
+        "command": " ".join([*words, f"-o {without_folders(args.output)}"]),
         "provenance": made,
         "rows": rows,
     }

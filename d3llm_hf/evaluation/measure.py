@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..autoregressive.generate import generate as generate_causal
 from ..autoregressive.methods import is_autoregressive
-from ..files import check_writable
+from ..files import check_writable, without_folders
 from ..hub.loading import decodes_by_diffusion
 from ..hub.sources import embedded_checkpoints
 from ..locks import InUseError, only_writer
@@ -232,13 +232,12 @@ def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
 def command(args: argparse.Namespace, model: str) -> str:
     """The command that repeats a measurement, without folders of this machine."""
     suite = SUITES[args.suite]
-    output = args.output.name if args.output.is_absolute() else args.output.as_posix()
     words = ["python -m d3llm_hf.evaluation.measure", model]
     words += [f"--suite {args.suite}"] * (args.suite not in _CARDS)
     words += [f"--num-problems {args.num_problems}"] * (args.num_problems != suite.problems)
     words += [f"--seed {args.seed}"] * (args.seed != SEED)
     words += [f"--rounds {args.rounds}"] * (args.rounds != ROUNDS)
-    return " ".join([*words, f"-o {output}"])
+    return " ".join([*words, f"-o {without_folders(args.output)}"])
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Path]:

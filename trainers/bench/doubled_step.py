@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +21,12 @@ from d3llm_hf import SDARForCausalLM
 from d3llm_hf.bench.blocks import sdar_config
 from d3llm_hf.bench.memory import threads
 from d3llm_hf.bench.shapes import check_shape
-from d3llm_hf.evaluation.provenance import on_device, write_json
-from d3llm_hf.evaluation.tables.fill import table
-from d3llm_hf.files import check_writable
-from d3llm_hf.locks import only_writer
+from d3llm_hf.evaluation.provenance import on_device
 
 from ..sft.block_masking import BlockObjective, draw_block_mask
 from ..sft.block_views import DoubledCanvas
 from ..sft.masking import generator_for
+from .report import add_output, report
 
 
 SCHEMA = 1
@@ -154,19 +151,11 @@ def main(argv: list[str] | None = None) -> None:
             parser.add_argument(flag, type=int, nargs="+", default=default, metavar="N", help=f"default: {default}")
         else:
             parser.add_argument(flag, type=type(default), default=default, help=f"default: {default}")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the results as JSON, too")
+    add_output(parser)
     given = vars(parser.parse_args(argv))
     output = given.pop("output")
     bench = DoubledBench(**given | {"lengths": tuple(given["lengths"])})
-    if output is not None:
-        check_writable(output, "--output")
-    with only_writer(output, "--output"):
-        results = measure_doubled(bench)
-        words = [Path(word).name if Path(word).is_absolute() else word for word in argv]
-        results["command"] = " ".join([parser.prog, *words])
-        sys.stdout.write(table(results))
-        if output is not None:
-            write_json(output, results)
+    report(parser, argv, output, lambda: measure_doubled(bench))
 
 
 if __name__ == "__main__":
