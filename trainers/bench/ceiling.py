@@ -20,16 +20,14 @@ import torch
 from d3llm_hf.bench.memory import threads
 from d3llm_hf.bench.shapes import check_numbers
 from d3llm_hf.evaluation.measure import SEED
-from d3llm_hf.evaluation.provenance import on_device, write_json
-from d3llm_hf.evaluation.tables.fill import table
+from d3llm_hf.evaluation.provenance import on_device
 from d3llm_hf.evaluation.tasks.word_problems import exact_match, generate_problems
-from d3llm_hf.files import check_writable
-from d3llm_hf.locks import only_writer
 from d3llm_hf.models.probes import evaluating, logits_of
 from d3llm_hf.text import encode_chats
 
 from ..common.loading import load_named
 from ..distill.rollout import roll_out
+from .report import add_output, report
 
 
 SUITE = "bench_ceiling"
@@ -100,10 +98,8 @@ def right_answers(model: Any, tokenizer: Any, bench: CeilingBench) -> list[Text]
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         right = torch.tensor([exact_match(text, each.answer) for text, each in zip(texts, batch, strict=True)])
         if right.any():
-            lengths = (output.tokens_per_forward * output.num_forwards).round().long()
-            found.append(
-                Text(*(each[right] for each in (inputs["input_ids"], inputs["attention_mask"], answers, lengths)))
-            )
+            tables = (inputs["input_ids"], inputs["attention_mask"], answers, output.num_tokens)
+            found.append(Text(*(table[right] for table in tables)))
     if not found:
         raise ValueError(
             f"`models` must answer some of the problems right (got none of {len(problems)}). Name others, or ask for "
@@ -195,19 +191,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="checkpoints")
     for name, default in asdict(CeilingBench()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="default: %(default)s")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the results as JSON, too")
+    add_output(parser)
     given = vars(parser.parse_args(argv))
     output, names = given.pop("output"), given.pop("models")
     bench = CeilingBench(**given)
-    if output is not None:
-        check_writable(output, "--output")
-    with only_writer(output, "--output"):
-        results = measure_ceiling(names, bench)
-        words = [Path(word).name if Path(word).is_absolute() else word for word in argv]
-        results["command"] = " ".join([parser.prog, *words])
-        sys.stdout.write(table(results))
-        if output is not None:
-            write_json(output, results)
+    report(parser, argv, output, lambda: measure_ceiling(names, bench))
 
 
 if __name__ == "__main__":
