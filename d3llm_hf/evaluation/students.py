@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..files import check_writable
+from ..files import check_writable, without_folders
 from ..hub.sources import embedded_checkpoints
 from ..locks import InUseError, only_writer
 from ..progress import progress_bar
@@ -47,7 +47,7 @@ def contestants() -> list[tuple[str, str, Settings]]:
 
 
 def measure_students(
-    models: dict[str, tuple[Any, Any]], num_problems: int, batch_sizes: Sequence[int] = BATCHES, seed: int = SEED
+    models: dict[str, tuple[Any, Any]], num_problems: int, batch_sizes: Sequence[int], seed: int = SEED
 ) -> list[dict[str, Any]]:
     """Decodes held-out word problems with every contestant at every batch size.
 
@@ -129,16 +129,15 @@ def results(args: argparse.Namespace) -> dict[str, Any]:
         )
         for name, folder in folders.items()
     }
-    output = args.output.name if args.output.is_absolute() else args.output.as_posix()
     counted = f" --num-problems {args.num_problems}" if args.num_problems != PROBLEMS else ""
     return {
         "suite": SUITE,
         "task": "held-out word problems, 2-5 steps, exact match",
         "problems": args.num_problems,
         "seed": SEED,
-        "command": f"python -m d3llm_hf.evaluation.students{counted} -o {output}",
+        "command": f"python -m d3llm_hf.evaluation.students{counted} -o {without_folders(args.output)}",
         "provenance": on_device("cpu", torch.get_num_threads()),
-        "rows": measure_students(models, args.num_problems),
+        "rows": measure_students(models, args.num_problems, BATCHES),
     }
 
 
