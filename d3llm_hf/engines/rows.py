@@ -31,12 +31,6 @@ from ..models.selection import choose
 from .requests import Decoding
 
 
-# Fields of a `State` by what their second axis counts; all others have one entry a row.
-_BY_BLOCK = ("active", "opened_step", "opened_size", "reviews")
-_BY_STAMP = ("completed_step",)
-_BY_POSITION = ("tokens", "undecided", "unsettled", "changed", "step_map", "slots", "calm")
-
-
 @dataclass
 class Group:
     """The requests with one way of decoding.
@@ -122,6 +116,7 @@ class Rows:
         # With blocks of one position the tables of blocks are as wide as any.
         self.states = State.start(masks, nothing, Rules(block_length=1, score="entropy", select="threshold"))
         self.states.slots = self.states.slots.clone()
+        self.nothing = _empty_canvas(mask_token_id, self.device)
         self.prompts = masks.clone()
         self.given = torch.zeros(capacity, dtype=torch.long, device=self.device)
         self.told = torch.zeros(capacity, dtype=torch.bool, device=self.device)
@@ -258,7 +253,7 @@ class Rows:
             self.mask_token_id,
             sampler=Sampler(seeds),
             sampling=False,
-            processors=_no_processors(decoding.rules, self.mask_token_id, self.device),
+            processors=_no_processors(decoding.rules, self.nothing),
         )
         return Group(decoding, scorer, seeds)
 
@@ -278,15 +273,14 @@ class Rows:
         if len(part.where[0]) == 0:
             return state
         moving = part.among.any(1)
-        scores = part.group.scorer(logits, state, _empty_canvas(self.mask_token_id, self.device), part.where)
+        scores = part.group.scorer(logits, state, self.nothing, part.where)
         self._refuse_broken(scores.broken)
         commits, forced = choose(scores.cost, scores.force_cost, part.among, state, rules)
         tokens = torch.where(forced, scores.best_tokens, scores.tokens)
-        before = state.step
+        # Rows have come at different times, and what has ended may be there once more: each counts its own forwards.
+        state.forward = state.forward + moving
         commit(state, commits, tokens)
-        # Rows have come at different times, so each counts its own forwards.
-        state.step = before + moving
-        state.step_map = torch.where(state.changed, state.step[:, None], state.step_map)
+        state.step = state.forward
         if rules.eos_fill and decoding.stop_ids and decoding.fill_token_id is not None:
             fill_after_stop(state, self._stop(state, decoding), decoding.fill_token_id)
         return state
@@ -312,19 +306,13 @@ class Rows:
     def _take(self, slots: torch.Tensor, length: int, rules: Rules) -> State:
         """The states of `(b,)` slots, as wide as `length` positions need."""
         blocks = -(-length // rules.block_length)
-        widths = dict.fromkeys(_BY_POSITION, length) | dict.fromkeys(_BY_BLOCK, blocks)
-        widths |= dict.fromkeys(_BY_STAMP, blocks + 1)
-        tables = {f.name: getattr(self.states, f.name)[slots] for f in fields(State)}
-        return State(**{name: table[:, : widths[name]] if name in widths else table for name, table in tables.items()})
+        return self.states.select(slots).moved(self.states.slots[slots, :length], blocks, self.mask_token_id)
 
     def _put(self, slots: torch.Tensor, state: State) -> None:
         """Keeps the states of `(b,)` slots, which may be narrower than the tables."""
+        wide = state.moved(self.states.slots[slots], self.states.active.shape[1], self.mask_token_id)
         for f in fields(State):
-            value = getattr(state, f.name)
-            if f.name in (*_BY_POSITION, *_BY_BLOCK, *_BY_STAMP):
-                getattr(self.states, f.name)[slots, : value.shape[1]] = value
-            else:
-                getattr(self.states, f.name)[slots] = value
+            getattr(self.states, f.name)[slots] = getattr(wide, f.name)
 
 
 def _empty_canvas(mask_token_id: int, device: torch.device) -> Canvas:
@@ -333,11 +321,10 @@ def _empty_canvas(mask_token_id: int, device: torch.device) -> Canvas:
     return Canvas(nothing, nothing, 0, None, nothing, nothing[0], mask_token_id, None)
 
 
-def _no_processors(rules: Rules, mask_token_id: int, device: torch.device) -> Processors:
-    nothing = torch.zeros(1, 0, dtype=torch.long, device=device)
-    canvas = _empty_canvas(mask_token_id, device)
+def _no_processors(rules: Rules, canvas: Canvas) -> Processors:
+    prompt = canvas.base
     return Processors(
-        LogitsProcessorList(), rules, prompt=nothing, canvas=canvas, tokens=nothing, stop_ids=None, vocab_size=None
+        LogitsProcessorList(), rules, prompt=prompt, canvas=canvas, tokens=prompt, stop_ids=None, vocab_size=None
     )
 
 
