@@ -109,8 +109,8 @@ class AdaptiveLength:
         """The commits `(B, N)` without those of rows whose forward only measures."""
         return commits & ~state.finding[:, None] if self.measures else commits
 
-    def change(self, state: State, stop: torch.Tensor) -> None:
-        """Changes the lengths of the rows after the commits of a forward.
+    def change(self, state: State, stop: torch.Tensor) -> bool:
+        """Changes the lengths of the rows after the commits of a forward; whether any could change.
 
         1. How full of stop tokens the canvas is.
         2. How long it should be.
@@ -121,7 +121,7 @@ class AdaptiveLength:
             stop (`(B,)` long): column of the first decided stop token, N where there is none.
         """
         if self.rules.length_rule is None:
-            return
+            return False
 
         # 1. How full of stop tokens the canvas is
         signal, known = self._share(state) if self.by_share else self._tail()
@@ -150,6 +150,7 @@ class AdaptiveLength:
             state.finding = state.finding & ~found
         else:
             self._go_on(state, state.finding & (state.step < CHANGES))
+        return True
 
     def _go_on(self, state: State, finding: torch.Tensor) -> None:
         """The rows `(B,)` whose length may still change; rho-EOS's code leaves a canvas at its limit as it is."""

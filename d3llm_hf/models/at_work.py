@@ -298,9 +298,10 @@ class CanvasRows(RowsAtWork):
         if rules.eos_fill and stop_ids is not None and canvas.fill_token_id is not None:
             filled = state.undecided.any(1)
             fill_after_stop(state, stop, canvas.fill_token_id)
-        self.adaptive.change(state, stop)
+        if self.adaptive.change(state, stop):
+            stop = state.stop(stop_ids, canvas.may_stop)  # which may have been cut off
         self.state = state
-        return finished(state, rules, state.stop(stop_ids, canvas.may_stop)), filled, further, scores.broken.amax(1)
+        return finished(state, rules, stop), filled, further, scores.broken.amax(1)
 
     def _logits(
         self, drawn: Canvas, trial: State, recompute: torch.Tensor | None, where: tuple[torch.Tensor, torch.Tensor]
