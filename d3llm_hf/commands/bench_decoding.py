@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import check_writable, check_writable_folder
+from ..files import check_writable, check_writable_folder, replace_file, without_folders
 from ..locks import only_writer
 from ..settings import SETTINGS
 from .common import new_parser, tell
@@ -72,7 +72,7 @@ COMMITTED: dict[str, str] = {
     ),
     "bench_blocks": "blocks --prompt-length 1024 --prompt-lengths 128 512 2048 --threads 2 --repeats 1",
     "bench_quantised": "quantised",
-    "bench_serve": "serve --requests 30 --slots 16 --kv-cache dual",
+    "bench_serve": "serve --requests 100 --slots 16 --repeats 2 --kv-cache dual",
 }
 
 
@@ -192,7 +192,7 @@ def write_picture(output: Path, draw: Callable[[dict[str, Any], str], bytes], re
     """Writes the picture of a results file beside it, or says what it needs."""
     picture = output.with_suffix(".svg")
     try:
-        picture.write_bytes(draw(results, "svg"))
+        replace_file(picture, draw(results, "svg"))
     except ImportError as error:
         tell(str(error))
     else:
@@ -241,9 +241,9 @@ def command_of(args: argparse.Namespace) -> str:
         elif isinstance(value, list):
             words.append(f"{flag} {' '.join(map(str, value))}")
         elif (name, value) != ("device", "auto"):
-            words.append(f"{flag} {Path(value).name if Path(str(value)).is_absolute() else value}")
+            words.append(f"{flag} {without_folders(str(value))}")
     if args.output is not None:
-        words.append(f"-o {args.output.name if args.output.is_absolute() else args.output.as_posix()}")
+        words.append(f"-o {without_folders(args.output)}")
     return " ".join(words)
 
 
